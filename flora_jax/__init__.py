@@ -1,0 +1,19 @@
+"""Flora for JAX: sketches of gradients in place of gradients (arXiv 2402.03293)."""
+
+from flora_jax.alias import flora as flora
+from flora_jax.plan import LeafPlan as LeafPlan
+from flora_jax.plan import Plan as Plan
+from flora_jax.plan import plan as plan
+from flora_jax.projection import DimensionNumbers as DimensionNumbers
+from flora_jax.projection import Projection as Projection
+from flora_jax.sketch import Sketch as Sketch
+from flora_jax.sketch import Spec as Spec
+from flora_jax.transforms import accumulate as accumulate
+from flora_jax.transforms import cycle as cycle
+from flora_jax.transforms import decompress as decompress
+from flora_jax.transforms import has_updated as has_updated
+from flora_jax.transforms import momentum as momentum
+from flora_jax.transforms import project as project
+from flora_jax.transforms import shrink as shrink
+
+__version__ = "0.1.0"

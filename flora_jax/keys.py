@@ -1,0 +1,43 @@
+"""From (seed, path, cycle) to a key.
+
+The key of a projection is a pure function of the seed, the path of the weight in the parameter
+tree, and the cycle: never of the order of the leaves, of the devices, or of what was drawn before.
+"""
+
+import hashlib
+import struct
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Names a leaf: the entries of its key path, joined by `/`.
+
+    The last entry of a Flax NNX variable (`value`) is left out, so that a tree of variables and
+    the same tree of bare arrays give the same names.
+    """
+    if path and getattr(path[-1], "name", None) in ("value", "raw_value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32") -> jax.Array:
+    """Derives the typed key of one leaf in one cycle.
+
+    Args:
+      seed: of the projection; any Python int that `jax.random.key` takes.
+      path: the leaf's name, from `path_name`; 64 bits of its BLAKE2 hash are folded in.
+      cycle: int32 scalar, may be traced.
+      impl: name of the PRNG implementation. Only `threefry2x32` gives values that do not depend on
+        `vmap` and on the layout over devices.
+
+    Returns:
+      A scalar typed key.
+    """
+    low, high = struct.unpack("<II", hashlib.blake2s(path.encode(), digest_size=8).digest())
+    key = jax.random.key(seed, impl=impl)
+    for word in (low, high, cycle):
+        key = jax.random.fold_in(key, word)
+    return key

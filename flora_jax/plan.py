@@ -1,0 +1,333 @@
+"""Plan: which leaf is compressed, on which side, to which rank, why another is not; and bytes."""
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import storage
+from flora_jax.keys import path_name
+from flora_jax.projection import DimensionNumbers, Projection
+from flora_jax.sketch import Spec, is_sketch
+
+_EMBEDDING = re.compile(r"(^|[/_.])(\w*embed\w*|wte|wpe)([/_.]|$)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What happens to one leaf.
+
+    Attributes:
+      path: name of the leaf.
+      shape: of the weight.
+      dtype: of the weight, by name.
+      spec: of its sketch; None where the leaf is left whole.
+      side: `input` or `output`; None where the leaf is left whole.
+      reason: why it is left whole; empty where it is compressed.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: Spec | None
+    side: str | None
+    reason: str
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of what is accumulated: the sketch's, or the weight's own."""
+        return self.spec.data_shape if self.spec else self.shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The leaves, and the bytes of state by method; `str()` gives the table.
+
+    Attributes:
+      leaves: a `LeafPlan` for each leaf, in the order of the tree.
+      sketch_bytes: bytes of one accumulator (or momentum) for each leaf, in the same order.
+      state_bytes: bytes of all optimizer state, by method.
+    """
+
+    leaves: tuple[LeafPlan, ...]
+    sketch_bytes: tuple[int, ...]
+    state_bytes: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, ready for JSON."""
+        leaves = [
+            {
+                "path": leaf.path,
+                "shape": list(leaf.shape),
+                "dtype": leaf.dtype,
+                "compressed": leaf.spec is not None,
+                "side": leaf.side,
+                "rank": leaf.spec.rank if leaf.spec else None,
+                "sketch": list(leaf.data_shape),
+                "bytes": size,
+                "reason": leaf.reason,
+            }
+            for leaf, size in zip(self.leaves, self.sketch_bytes, strict=True)
+        ]
+        return {"leaves": leaves, "state_bytes": dict(self.state_bytes)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2)
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "side", "rank", "sketch", "bytes", "left whole because")]
+        for leaf, size in zip(self.leaves, self.sketch_bytes, strict=True):
+            rows.append(
+                (
+                    leaf.path,
+                    _by(leaf.shape),
+                    leaf.side or "-",
+                    str(leaf.spec.rank) if leaf.spec else "-",
+                    _by(leaf.data_shape) if leaf.spec else "-",
+                    f"{size:,}",
+                    leaf.reason,
+                )
+            )
+        totals = [("state", "bytes", "ratio to MultiSteps")]
+        whole = self.state_bytes["MultiSteps + Adafactor"]
+        for name, size in self.state_bytes.items():
+            totals.append((name, f"{size:,}", f"{size / whole:.3f}" if whole else "-"))
+        return _table(rows) + "\n\n" + _table(totals)
+
+
+def plan(
+    params: Any,
+    projection: Projection,
+    *,
+    accumulation_steps: Any = 1,
+    momentum: float | None = None,
+    dtype: storage.StateDtype = "float32",
+    tx: optax.GradientTransformation | None = None,
+) -> Plan:
+    """Says before a run what will be compressed, and what the state will weigh.
+
+    Args:
+      params: tree of arrays, or of `jax.ShapeDtypeStruct` (`jax.eval_shape` of a model's init).
+      projection: the `Projection`.
+      accumulation_steps: as in `flora`.
+      momentum: as in `flora`.
+      dtype: of the state, as in `flora`.
+      tx: the transformation whose state is weighed as `Flora`; by default `flora_jax.flora` with
+        these arguments, over Adafactor.
+
+    Returns:
+      A `Plan`; its bytes are those that the states have after `init`. GaLore stands for
+      `optax.contrib.galore` at the same rank on the same matrices (each batch index one matrix).
+
+    Raises:
+      ValueError: the projection's mask or dimension numbers do not fit the params.
+    """
+    from flora_jax.alias import flora  # alias builds on plan
+
+    params = jax.eval_shape(lambda tree: tree, params)
+    leaves = leaf_plans(params, projection)
+    if tx is None:
+        tx = flora(
+            1.0,
+            projection=projection,
+            accumulation_steps=accumulation_steps,
+            momentum=momentum,
+            state_dtype=dtype,
+        )
+    adafactor = optax.adafactor(1.0)
+    steps = optax.MultiSteps(adafactor, every_k_schedule=2)
+    state_bytes = {
+        "Flora": tree_bytes(jax.eval_shape(tx.init, params)),
+        "MultiSteps + Adafactor": tree_bytes(jax.eval_shape(steps.init, params)),
+        "Adafactor alone": tree_bytes(jax.eval_shape(adafactor.init, params)),
+        "Adam": tree_bytes(jax.eval_shape(optax.adam(1.0).init, params)),
+        "GaLore": 8 + sum(_galore_bytes(leaf) for leaf in leaves),
+    }
+    sizes = tuple(storage.nbytes(dtype, leaf.data_shape) for leaf in leaves)
+    return Plan(tuple(leaves), sizes, state_bytes)
+
+
+def leaf_plans(tree: Any, projection: Projection) -> list[LeafPlan]:
+    """The plan of every leaf of params, gradients or sketches, in the order of the tree."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_sketch)
+    shapes = [
+        jax.ShapeDtypeStruct(leaf.spec.shape, leaf.spec.dtype) if is_sketch(leaf) else leaf
+        for _, leaf in paths
+    ]
+    outline = jax.tree.unflatten(structure, shapes)
+    masks = _broadcast("mask", projection.mask, outline, lambda x: isinstance(x, bool), True)
+    numbers = _dimension_numbers(projection, outline)
+    return [
+        _leaf_plan(path_name(path), leaf, masked, number, projection)
+        for (path, _), leaf, masked, number in zip(paths, shapes, masks, numbers, strict=True)
+    ]
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree (or of their shapes)."""
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _leaf_plan(path: str, leaf: Any, masked: Any, numbers: Any, projection: Projection):
+    shape, dtype = tuple(leaf.shape), str(jnp.dtype(leaf.dtype))
+
+    def whole(reason: str) -> LeafPlan:
+        return LeafPlan(path, shape, dtype, None, None, reason)
+
+    if not masked:
+        return whole("masked")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return whole(f"{dtype} is no real floating type")
+    if projection.select is not None and not projection.select(path, shape):
+        return whole("not selected")
+    if len(shape) < 2:
+        return whole("vector" if shape else "scalar")
+    embedding = projection.embedding != "matrix" and _is_embedding(path, shape, projection)
+    if embedding and projection.embedding == "whole":
+        return whole("embedding")
+    reduction, output = _matrix_axes(path, shape, numbers, projection.min_dim)
+    inputs = math.prod(shape[axis] for axis in reduction)
+    outputs = math.prod(shape[axis] for axis in output)
+    if min(inputs, outputs) < projection.min_dim:
+        return whole(f"{inputs} x {outputs} is below min_dim {projection.min_dim}")
+    side = projection.side
+    if embedding:
+        side = "output"
+    elif side == "larger":
+        side = "input" if inputs >= outputs else "output"
+    size = inputs if side == "input" else outputs
+    rank = _rank(path, shape, min(inputs, outputs), projection)
+    exact = rank == size and projection.distribution == "orthonormal"
+    if rank >= size and not exact:
+        return whole(f"rank {rank} is not below the {side} side's {size}")
+    key_path, key_index = path, None
+    if projection.stacked is not None and (told := projection.stacked(path)) is not None:
+        key_path, key_index = told
+    spec = Spec(
+        path=path,
+        shape=shape,
+        dtype=dtype,
+        projected=reduction if side == "input" else output,
+        batch=tuple(axis for axis in range(len(shape)) if axis not in reduction + output),
+        rank=rank,
+        distribution=projection.distribution,
+        seed=projection.seed,
+        resample_every=projection.resample_every,
+        key_path=key_path,
+        key_index=key_index,
+        impl=projection.prng,
+        block=projection.block,
+    )
+    return LeafPlan(path, shape, dtype, spec, side, "")
+
+
+def _is_embedding(path: str, shape: tuple[int, ...], projection: Projection) -> bool:
+    if projection.is_embedding is not None:
+        return projection.is_embedding(path, shape)
+    return len(shape) == 2 and _EMBEDDING.search(path) is not None
+
+
+def _matrix_axes(path: str, shape: tuple[int, ...], numbers: Any, min_dim: int):
+    """Axes of the input and of the output side."""
+    rank = len(shape)
+    if numbers is not None:
+        reduction = _axes(path, shape, numbers.reduction_axis)
+        output = _axes(path, shape, numbers.output_axis)
+        if set(reduction) & set(output) or not reduction or not output:
+            raise ValueError(
+                f"weight_dimension_numbers of {path!r}: reduction and output axes must be disjoint "
+                f"and not empty, found {reduction} and {output} for shape {shape}"
+            )
+        return reduction, output
+    if min(shape[-2:]) >= min_dim or rank == 2:
+        return (rank - 2,), (rank - 1,)
+    cut = max(range(1, rank), key=lambda i: min(math.prod(shape[:i]), math.prod(shape[i:])))
+    return tuple(range(cut)), tuple(range(cut, rank))
+
+
+def _axes(path: str, shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    for axis in axes:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"weight_dimension_numbers of {path!r}: axis {axis} is not among the {len(shape)} "
+                f"axes of shape {shape}"
+            )
+    return tuple(axis % len(shape) for axis in axes)
+
+
+def _rank(path: str, shape: tuple[int, ...], smaller: int, projection: Projection) -> int:
+    rank = projection.rank
+    if isinstance(rank, float):
+        return max(1, round(rank * smaller))
+    if isinstance(rank, int):
+        return rank
+    found = rank(path, shape)
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(f"rank of {path!r} must be an int of at least 1, found {found!r}")
+    return found
+
+
+def _dimension_numbers(projection: Projection, tree: Any) -> list[Any]:
+    numbers = projection.weight_dimension_numbers
+    if _is_numbers(numbers):
+        return [numbers if len(leaf.shape) >= 2 else None for leaf in jax.tree.leaves(tree)]
+    return _broadcast(
+        "weight_dimension_numbers", numbers, tree, lambda x: x is None or _is_numbers(x), None
+    )
+
+
+def _is_numbers(node: Any) -> bool:
+    return isinstance(node, DimensionNumbers) or (
+        hasattr(node, "reduction_axis") and hasattr(node, "output_axis")
+    )
+
+
+def _broadcast(name: str, prefix: Any, tree: Any, is_leaf: Any, default: Any) -> list[Any]:
+    """One value for each leaf of `tree`, from a prefix tree or a function that gives one."""
+    leaves = jax.tree.leaves(tree)
+    if leaves and callable(prefix) and not _is_numbers(prefix):
+        prefix = prefix(tree)
+    if prefix is None or not leaves:
+        return [default] * len(leaves)
+    result: list[Any] = []
+    try:
+        jax.tree.map(
+            lambda value, sub: result.extend([value] * len(jax.tree.leaves(sub))),
+            prefix,
+            tree,
+            is_leaf=is_leaf,
+        )
+    except ValueError as error:
+        raise ValueError(f"{name} must be a prefix of the params' tree: {error}") from error
+    return result
+
+
+def _galore_bytes(leaf: LeafPlan) -> int:
+    """Projector and two moments of `optax.contrib.galore` at the rank of the plan."""
+    itemsize = jnp.dtype(leaf.dtype).itemsize
+    if leaf.spec is None:
+        return 2 * math.prod(leaf.shape) * itemsize
+    batch = math.prod(leaf.shape[axis] for axis in leaf.spec.batch)
+    larger, smaller = leaf.spec.size, math.prod(leaf.shape) // batch // leaf.spec.size
+    larger, smaller = max(larger, smaller), min(larger, smaller)
+    rank = min(leaf.spec.rank, smaller)
+    return batch * rank * (larger + 2 * smaller) * itemsize
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "()"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,356 @@
+"""Projection: which gradients are compressed and how; and what `A` does to one weight.
+
+| paper | here |
+|---|---|
+| `C = G Aᵀ` | `project` |
+| `Ĝ = C A` | `decompress` |
+| `C A A′ᵀ` | `transfer` |
+
+In the shape descriptions `B` stands for the batch axes of a weight, `P` for its projected axes,
+`r` for the rank. No axis is merged or moved: the sketch has the weight's axes, with `r` in place
+of `P`, so that what is known of the weight's layout over devices holds for the rest.
+
+Source: Hao, Cao, Mou, arXiv 2402.03293, Algorithms 1 and 2.
+"""
+
+import dataclasses
+import math
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from flora_jax import distributions, keys
+from flora_jax.sketch import Every, Spec
+
+Side = Literal["input", "output", "larger"]
+Embedding = Literal["output", "whole", "matrix"]
+
+
+class DimensionNumbers(NamedTuple):
+    """Which axes of a weight are the two sides of a matrix, after optax's convention.
+
+    All axes that are named in neither are batch axes: each index along them (a layer stacked by
+    `scan`, an expert, a head, a tap of a convolution) is a matrix with a projection of its own.
+
+    Attributes:
+      reduction_axis: axis or axes of the input side.
+      output_axis: axis or axes of the output side.
+    """
+
+    reduction_axis: int | Sequence[int] = 0
+    output_axis: int | Sequence[int] = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Projection:
+    """Which leaves are compressed, on which side, to which rank, and how `A` is drawn.
+
+    Attributes:
+      rank: rows of `A`: an int, a fraction (0, 1) of the smaller side of each matrix, or a
+        function of the leaf's path and shape that gives an int.
+      distribution: `gaussian` (entries N(0, 1/r), the paper's), `rademacher` (±1/√r), `orthonormal`
+        (rows scaled by √(m/r); exact when r = m), `srht` (subsampled randomised Hadamard transform).
+      side: which side of the matrix is projected away; `larger` takes the input side of a square.
+      resample_every: micro-steps of a cycle; an int, or a schedule of the cycle.
+      seed: int.
+      min_dim: both sides of a matrix must have at least so many rows for it to be compressed.
+      mask: pytree of bools (or a prefix of one), or a function of the params that gives it, as in
+        `optax.masked`; False leaves a leaf whole.
+      select: function of path and shape; False leaves a leaf whole.
+      weight_dimension_numbers: a `DimensionNumbers` (optax's own are taken as well) for all leaves
+        of two or more axes, a pytree of them with None where the rule below holds, or a function
+        of the params that gives it. Without it the last two axes are the matrix, `(input, output)`,
+        and all before are batch axes; where those two are smaller than `min_dim`, the array is cut
+        in two where the smaller part is largest: `(embed, heads, head_dim)` is embed × (heads · head_dim).
+      embedding: what is done to lookup tables: `output` projects each row, so that rows which did
+        not occur keep a gradient of zero; `whole` leaves them whole; `matrix` has no rule of its own.
+      is_embedding: function of path and shape. By default a table of two axes whose path names it
+        so (`embed…`, `wte`, `wpe`).
+      stacked: function of the path that gives None, or the path and index of this layer in the
+        stacked form of the model; layers so told draw what the stacked ones draw.
+      prng: name of the PRNG implementation. With others than `threefry2x32` (`rbg` is faster on TPU)
+        values may differ between layouts over devices.
+      block: largest number of entries of `A` that is held at a time, per weight.
+    """
+
+    rank: int | float | Callable[[str, tuple[int, ...]], int]
+    _: dataclasses.KW_ONLY
+    distribution: distributions.Distribution = "gaussian"
+    side: Side = "larger"
+    resample_every: Every = 1
+    seed: int = 0
+    min_dim: int = 128
+    mask: Any = None
+    select: Callable[[str, tuple[int, ...]], bool] | None = None
+    weight_dimension_numbers: Any = None
+    embedding: Embedding = "output"
+    is_embedding: Callable[[str, tuple[int, ...]], bool] | None = None
+    stacked: Callable[[str], tuple[str, int] | None] | None = None
+    prng: str = "threefry2x32"
+    block: int = 2**22
+
+    def __post_init__(self):
+        _check_rank(self.rank)
+        _check_choice("distribution", self.distribution, distributions.DISTRIBUTIONS)
+        _check_choice("side", self.side, get_args(Side))
+        _check_choice("embedding", self.embedding, get_args(Embedding))
+        check_every("resample_every", self.resample_every)
+        for name, least in (("min_dim", 1), ("block", 1)):
+            value = getattr(self, name)
+            if not _is_int(value) or value < least:
+                raise ValueError(f"{name} must be an int of at least {least}, found {value!r}")
+        if not _is_int(self.seed):
+            raise ValueError(f"seed must be an int, found {_describe(self.seed)}")
+
+
+def check_every(name: str, every: Every) -> None:
+    """Raises ValueError unless `every` is an int of at least 1 or a schedule."""
+    if callable(every):
+        return
+    if not _is_int(every) or every < 1:
+        raise ValueError(
+            f"{name} must be an int of at least 1 or a schedule, found {_describe(every)}"
+        )
+
+
+def sample(spec: Spec, cycle: ArrayLike) -> jax.Array:
+    """Draws the whole `A` of a leaf; for looking at it, since nothing in the chain needs it whole.
+
+    Returns:
+      float32 array of shape `(B, r, P)`.
+    """
+    _check_prng(spec)
+    lengths = [spec.shape[axis] for axis in spec.projected]
+    indices = jnp.arange(spec.size, dtype=jnp.int32).reshape(lengths)
+
+    def draw(key):
+        drawn = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
+        return jnp.moveaxis(drawn, -1, 0) * _scale(spec)
+
+    for _ in spec.batch:
+        draw = jax.vmap(draw)
+    return draw(_keys(spec, cycle))
+
+
+def project(spec: Spec, cycle: ArrayLike, gradient: jax.Array) -> jax.Array:
+    """Compresses a gradient: `C = G Aᵀ`, Algorithm 1, line 7.
+
+    Contracts in the gradient's dtype with float32 sums.
+
+    Args:
+      spec: of the leaf.
+      cycle: int32 scalar.
+      gradient: of shape `spec.shape`.
+
+    Returns:
+      float32 array (float64 for a float64 gradient) of shape `spec.data_shape`.
+    """
+
+    def one(key, matrix):
+        accumulator = jnp.promote_types(matrix.dtype, jnp.float32)
+        axes = _Axes(spec)
+
+        def add(data, start, length, first):
+            block = axes.columns(key, start, length, first)
+            slab = jax.lax.dynamic_slice_in_dim(matrix, start, length, axes.projected[0])
+            return data + jnp.einsum(
+                axes.project, slab, block.astype(matrix.dtype), preferred_element_type=accumulator
+            )
+
+        return axes.loop(add, jnp.zeros(axes.data_shape, accumulator)) * _scale(spec)
+
+    return _over_batch(spec, one, _keys(spec, cycle), gradient, spec.batch, _data_batch(spec))
+
+
+def decompress(spec: Spec, cycle: ArrayLike, data: jax.Array) -> jax.Array:
+    """Estimates the gradient: `Ĝ = C A`, Algorithm 1, line 10.
+
+    Args:
+      spec: of the leaf.
+      cycle: int32 scalar, that of the projection which made `data`.
+      data: of shape `spec.data_shape`.
+
+    Returns:
+      Array of shape `spec.shape` and dtype `spec.dtype`.
+    """
+
+    def one(key, sketch):
+        axes = _Axes(spec)
+        sketch = sketch * _scale(spec)
+
+        def write(gradient, start, length, first):
+            del first  # columns that two blocks share are written twice, alike
+            block = axes.columns(key, start, length, start).astype(sketch.dtype)
+            slab = jnp.einsum(axes.decompress, sketch, block).astype(spec.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(gradient, slab, start, axes.projected[0])
+
+        return axes.loop(write, jnp.zeros(axes.shape, spec.dtype))
+
+    return _over_batch(spec, one, _keys(spec, cycle), data, _data_batch(spec), spec.batch)
+
+
+def transfer(spec: Spec, old: ArrayLike, new: ArrayLike, data: jax.Array) -> jax.Array:
+    """Moves a sketch to another cycle's projection: `C (A A′ᵀ)`, Algorithm 2, line 9.
+
+    The `r × r` product comes first, so that nothing of the weight's size exists.
+
+    Args:
+      spec: of the leaf.
+      old: int32 scalar, the cycle whose projection made `data`.
+      new: int32 scalar, the cycle it shall belong to.
+      data: of shape `spec.data_shape`.
+
+    Returns:
+      Array of the shape and dtype of `data`.
+    """
+
+    def one(pair, sketch):
+        axes = _Axes(spec)
+
+        def add(product, start, length, first):
+            left = axes.columns(pair[0], start, length, first)
+            right = axes.columns(pair[1], start, length, start)
+            over = tuple(range(len(axes.projected)))
+            return product + jnp.tensordot(left, right, (over, over))
+
+        product = axes.loop(add, jnp.zeros((spec.rank, spec.rank), jnp.float32))
+        product = (product * _scale(spec) ** 2).astype(sketch.dtype)
+        moved = jnp.tensordot(sketch, product, ((axes.projected[0],), (0,)))
+        return jnp.moveaxis(moved, -1, axes.projected[0])
+
+    pairs = (_keys(spec, old), _keys(spec, new))
+    return _over_batch(spec, one, pairs, data, _data_batch(spec), _data_batch(spec))
+
+
+class _Axes:
+    """One matrix of a leaf, its batch axes taken away: labels for einsum, and blocks of columns."""
+
+    def __init__(self, spec: Spec):
+        kept = [axis for axis in range(len(spec.shape)) if axis not in spec.batch]
+        self.spec = spec
+        self.shape = tuple(spec.shape[axis] for axis in kept)
+        self.projected = tuple(kept.index(axis) for axis in spec.projected)
+        labels = string.ascii_lowercase[: len(kept)]
+        whole = labels
+        data = "".join(
+            "r" if axis == self.projected[0] else label
+            for axis, label in enumerate(labels)
+            if axis == self.projected[0] or axis not in self.projected
+        )
+        columns = "".join(labels[axis] for axis in self.projected) + "r"
+        self.project = f"{whole},{columns}->{data}"
+        self.decompress = f"{data},{columns}->{whole}"
+        self.data_shape = tuple(
+            spec.rank if axis == self.projected[0] else length
+            for axis, length in enumerate(self.shape)
+            if axis == self.projected[0] or axis not in self.projected
+        )
+
+    def columns(self, key, start, length: int, first) -> jax.Array:
+        """Columns `start` to `start + length` of the first projected axis; zero before `first`."""
+        lengths = [self.shape[axis] for axis in self.projected]
+        inner = math.prod(lengths[1:])
+        indices = start * inner + jnp.arange(length * inner, dtype=jnp.int32)
+        indices = indices.reshape(length, *lengths[1:])
+        spec = self.spec
+        drawn = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
+        if first is start:
+            return drawn
+        seen = start + jnp.arange(length) < first
+        return jnp.where(seen.reshape(-1, *[1] * (drawn.ndim - 1)), 0.0, drawn)
+
+    def loop(self, body: Callable, carry: jax.Array) -> jax.Array:
+        """Runs `carry = body(carry, start, length, first)` over blocks of columns.
+
+        The last block is drawn back so that it fits; what is before `first` was in one before.
+        """
+        total = self.shape[self.projected[0]]
+        step = max(1, self.spec.block // (self.spec.rank * (self.spec.size // total)))
+        if step >= total or not distributions.is_columnwise(self.spec.distribution):
+            return body(carry, 0, total, 0)
+
+        def visit(i, carry):
+            return body(carry, jnp.minimum(i * step, total - step), step, i * step)
+
+        return jax.lax.fori_loop(0, -(-total // step), visit, carry)
+
+
+def _over_batch(spec: Spec, one: Callable, keys, array: jax.Array, axes_in, axes_out) -> jax.Array:
+    """Applies `one(key, matrix)` along the batch axes, as many at a time as `spec.block` allows."""
+    if not spec.batch:
+        return one(keys, array)
+    leading = tuple(range(len(spec.batch)))
+    array = jnp.moveaxis(array, axes_in, leading)
+    lengths = array.shape[: len(spec.batch)]
+    together = max(1, spec.block // (spec.rank * spec.size))
+    if together >= math.prod(lengths):
+        for _ in leading:
+            one = jax.vmap(one)
+        result = one(keys, array)
+    else:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lengths) :]), (keys, array))
+        result = jax.lax.map(lambda pair: one(*pair), flat, batch_size=together)
+        result = result.reshape(*lengths, *result.shape[1:])
+    return jnp.moveaxis(result, leading, axes_out)
+
+
+def _data_batch(spec: Spec) -> tuple[int, ...]:
+    """Where the batch axes are in the sketch."""
+    gone = spec.projected[1:]
+    return tuple(axis - sum(other < axis for other in gone) for axis in spec.batch)
+
+
+def _keys(spec: Spec, cycle: ArrayLike) -> jax.Array:
+    """Typed keys of shape `B`: one for each matrix of the leaf."""
+    _check_prng(spec)
+    key = keys.leaf_key(spec.seed, spec.key_path, cycle, spec.impl)
+    if spec.key_index is not None:
+        key = jax.random.fold_in(key, spec.key_index)
+    if not spec.batch:
+        return key
+    lengths = [spec.shape[axis] for axis in spec.batch]
+    index = jnp.arange(math.prod(lengths), dtype=jnp.int32)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index).reshape(lengths)
+
+
+def _scale(spec: Spec) -> float:
+    return distributions.scale(spec.distribution, spec.rank, spec.size)
+
+
+def _check_prng(spec: Spec) -> None:
+    if spec.impl == "threefry2x32" and not getattr(jax.config, "jax_threefry_partitionable", True):
+        raise ValueError(
+            "jax_threefry_partitionable must be True, found False: projections would depend on "
+            "the layout over devices"
+        )
+
+
+def _check_rank(rank: Any) -> None:
+    if callable(rank) or (_is_int(rank) and rank >= 1):
+        return
+    if isinstance(rank, float) and 0 < rank < 1:
+        return
+    hint = ""
+    if isinstance(rank, jax.Array):
+        hint = "; under optax.inject_hyperparams name it in static_args"
+    raise ValueError(
+        "rank must be an int of at least 1, a fraction between 0 and 1, or a function of path and "
+        f"shape, found {_describe(rank)}{hint}"
+    )
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, found {value!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _describe(value: Any) -> str:
+    return "a jax.Array" if isinstance(value, jax.Array) else repr(value)
