@@ -48,7 +48,7 @@ def flora(
       optimizer: any optax optimizer in place of Adafactor; it then has its own learning rate, and
         `learning_rate` and the arguments from `min_dim_size_to_factor` on are not used.
       preset: `paper`: Gaussian projections, Algorithms 1 and 2. `advised`: the same chain with what was
-        measured to be better at no memory: orthonormal projections (where `rank` is given), and the
+        measured to be better at no memory: `srht` projections (where `rank` is given), and the
         updates of compressed leaves scaled by `shrink`. `official`: the authors' JAX optimizer as
         it is, see `flora_jax.official`.
       seed: of the projections, where `rank` is given.
@@ -97,7 +97,7 @@ def flora(
     if projection is None:
         projection = Projection(
             rank,
-            distribution="orthonormal" if preset == "advised" else "gaussian",
+            distribution="srht" if preset == "advised" else "gaussian",
             resample_every=_cycle_length(accumulation_steps, momentum),
             seed=seed,
         )

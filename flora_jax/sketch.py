@@ -124,18 +124,15 @@ class Sketch:
             raise ValueError(
                 f"{self.spec.path!r}: one sketch has its cycle set by project, the other has not"
             )
-        known = self.cycle is not None and not (_is_traced(self.cycle) or _is_traced(other.cycle))
-        if known and int(self.cycle) != int(other.cycle):
+        cycles = (self.cycle, other.cycle)
+        known = self.cycle is not None and not any(isinstance(c, jax.core.Tracer) for c in cycles)
+        if known and len(found := {int(cycle) for cycle in cycles}) > 1:
             raise ValueError(
                 f"{self.spec.path!r}: sketches that are added must be of one cycle, found "
-                f"{int(self.cycle)} and {int(other.cycle)}; momentum transfers between cycles"
+                f"{' and '.join(map(str, sorted(found)))}; momentum transfers between cycles"
             )
         return Sketch(jnp.add(self.data, other.data), self.cycle, self.spec)
 
 
 def is_sketch(node: Any) -> bool:
     return isinstance(node, Sketch)
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)

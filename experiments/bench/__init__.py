@@ -1,0 +1,1 @@
+"""Benchmarks: timings and sizes, each by one command."""

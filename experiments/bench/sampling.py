@@ -1,0 +1,75 @@
+"""Time to draw `A`, per distribution and PRNG, beside the contraction it serves.
+
+    python -m experiments.bench.sampling
+
+Each figure is the median of interleaved runs, as a ratio to the bare contraction `G Aᵀ` (with an `A`
+that is there already) of the same run.
+"""
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments import report
+from flora_jax import distributions, projection
+from flora_jax.plan import leaf_plans
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the weight `(size, width)`, projected on its first side."""
+
+    size: int = 1024
+    width: int = 1024
+    rank: int = 128
+    runs: int = 15
+
+
+def main(config: Config) -> None:
+    gradient = jax.random.normal(jax.random.key(1), (config.size, config.width))
+    matrix = jax.random.normal(jax.random.key(2), (config.size, config.rank))
+    functions = {("contraction alone", ""): jax.jit(lambda cycle, g, a: g.T @ a)}
+    for prng in ("threefry2x32", "rbg"):
+        for distribution in distributions.DISTRIBUTIONS:
+            rule = projection.Projection(
+                config.rank, distribution=distribution, side="input", prng=prng
+            )
+            spec = leaf_plans(gradient, rule)[0].spec
+            assert spec is not None
+            functions[distribution, f"{prng}, draw"] = jax.jit(
+                lambda cycle, g, a, spec=spec: projection.sample(spec, cycle)
+            )
+            functions[distribution, f"{prng}, draw and project"] = jax.jit(
+                lambda cycle, g, a, spec=spec: projection.project(spec, cycle, g)
+            )
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in functions}
+    for run in range(-1, config.runs):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function(jnp.int32(run + 1), gradient, matrix).block_until_ready()
+            if run >= 0:
+                times[name].append(time.perf_counter() - start)
+    base = float(np.median(times["contraction alone", ""]))
+    rows = [
+        (
+            name,
+            what,
+            f"{1e3 * float(np.median(spent)):.2f}",
+            f"{float(np.median(spent)) / base:.2f}",
+        )
+        for (name, what), spent in times.items()
+    ]
+    title = (
+        f"{config.size} x {config.width}, rank {config.rank}, float32, {jax.devices()[0].platform}"
+    )
+    heads = ["", "work", "ms (median)", "ratio to the contraction"]
+    Console().print(report.table(title, heads, rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

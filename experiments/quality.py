@@ -1,0 +1,195 @@
+"""Loss at a given rank against uncompressed accumulation: same batches, same learning-rate grid.
+
+    python -m experiments.quality --out runs/quality
+
+Each run appends one line to `results.jsonl`; the same command goes on where it stopped. The table
+is written to `quality.md`: for each setting the best learning rate of the grid, the validation
+loss there, and its ratio to the best uncompressed run.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments import optimizers, text
+from experiments.models import decoder
+from flora_jax.distributions import Distribution
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table. `factor` multiplies the updates of the matrices inside the layers."""
+
+    method: optimizers.Method = "flora"
+    rank: int = 64
+    distribution: Distribution = "gaussian"
+    shrink: bool = False
+    embedding: str = "whole"
+    factor: float = 1.0
+
+    def __str__(self) -> str:
+        if self.method == "multisteps":
+            return f"uncompressed x{self.factor:g}"
+        tail = " shrink" if self.shrink else f" x{self.factor:g}"
+        return f"{self.distribution} r={self.rank}{tail}, embedding {self.embedding}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is the same for all runs."""
+
+    out: Path = Path("runs/quality")
+    boundaries: int = 300
+    accumulation: int = 4
+    batch: int = 4
+    length: int = 64
+    width: int = 256
+    layers: int = 3
+    rates: tuple[float, ...] = (0.03, 0.06, 0.12)
+    seeds: tuple[int, ...] = (0,)
+
+
+def settings(width: int) -> list[Setting]:
+    """All rows, the most telling first."""
+    base = Setting(rank=width // 4)
+    advised = replace(base, distribution="srht", shrink=True)
+    uncompressed = Setting(method="multisteps")
+    return [
+        uncompressed,
+        base,
+        advised,
+        replace(base, distribution="srht"),
+        replace(advised, rank=width // 2),
+        replace(uncompressed, factor=0.5),
+        replace(advised, rank=width // 8),
+        replace(base, shrink=True),
+        replace(advised, embedding="output"),
+        replace(base, rank=width // 2),
+        replace(base, rank=width // 8),
+        replace(uncompressed, factor=0.25),
+        replace(advised, distribution="rademacher"),
+        replace(advised, distribution="orthonormal"),
+    ]
+
+
+def train(config: Config, setting: Setting, seed: int):
+    """A function of the peak learning rate that gives the validation loss of a whole run."""
+    corpus = text.load()
+    shape = decoder.Shape(width=config.width, layers=config.layers)
+    model = decoder.Decoder(shape)
+    steps = config.boundaries * config.accumulation
+    windows = partial(text.batch, size=config.batch, length=config.length)
+
+    def transformation(peak):
+        tx = optimizers.build(
+            setting.method,
+            optimizers.cosine(peak, config.boundaries),
+            accumulation=config.accumulation,
+            rank=setting.rank,
+            distribution=setting.distribution,
+            shrink=setting.shrink,
+            embedding=setting.embedding,  # type: ignore[arg-type]
+            seed=seed,
+        )
+        return optax.chain(tx, _scale_layers(setting.factor))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def boundary(params, opt_state, batches, peak):
+        tx = transformation(peak)
+
+        def micro_step(carry, batch):
+            params, opt_state = carry
+            grads = jax.grad(lambda p: decoder.loss(model, p, batch))(params)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        return jax.lax.scan(micro_step, (params, opt_state), batches)[0]
+
+    evaluate = jax.jit(lambda params, batch: decoder.loss(model, params, batch))
+
+    def run(peak: float) -> float:
+        params = model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
+        opt_state = transformation(peak).init(params)
+        for first in range(0, steps, config.accumulation):
+            batches = np.stack(
+                [windows(corpus.train, seed, first + i) for i in range(config.accumulation)]
+            )
+            params, opt_state = boundary(params, opt_state, batches, peak)
+        held_out = [
+            text.batch(corpus.validation, 1, i, 64, config.length) for i in range(8)
+        ]  # the same for every run
+        return float(np.mean([evaluate(params, batch) for batch in held_out]))
+
+    return run
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: the best learning rate of each row, its loss, its ratio to the best uncompressed."""
+    means: dict[str, dict[float, list[float]]] = {}
+    for result in results:
+        rates = means.setdefault(result["name"], {})
+        rates.setdefault(result["rate"], []).append(result["loss"])
+    best = {
+        name: min((float(np.mean(losses)), rate, len(losses)) for rate, losses in rates.items())
+        for name, rates in means.items()
+    }
+    goal = min(loss for name, (loss, _, _) in best.items() if name.startswith("uncompressed"))
+    lines = [
+        "| setting | best learning rate | seeds | validation loss | ratio to uncompressed |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (loss, rate, seeds) in best.items():
+        lines.append(f"| {name} | {rate:g} | {seeds} | {loss:.3f} | {loss / goal:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _scale_layers(factor: float) -> optax.GradientTransformation:
+    def is_inner(path, leaf) -> bool:
+        return leaf.ndim == 2 and "layer" in jax.tree_util.keystr(path)
+
+    def mask(tree):
+        return jax.tree_util.tree_map_with_path(is_inner, tree)
+
+    return optax.masked(optax.scale(factor), mask) if factor != 1 else optax.identity()
+
+
+def main(config: Config) -> None:
+    config.out.mkdir(parents=True, exist_ok=True)
+    log = config.out / "results.jsonl"
+    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    budget = {k: v for k, v in asdict(config).items() if k not in ("out", "rates", "seeds")}
+    results = [result for result in results if result["budget"] == budget]
+    done = {(result["name"], result["rate"], result["seed"]) for result in results}
+    for seed in config.seeds:
+        for setting in settings(config.width):
+            run = None
+            for rate in config.rates:
+                if (str(setting), rate, seed) in done:
+                    continue
+                run = run or train(config, setting, seed)
+                start = time.perf_counter()
+                loss = run(rate)
+                seconds = time.perf_counter() - start
+                result = {"name": str(setting), "rate": rate, "seed": seed, "loss": loss}
+                results.append({**result, "seconds": seconds, "budget": budget})
+                with log.open("a") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+                print(
+                    f"{setting}  lr {rate:g}  seed {seed}: {loss:.4f}  ({seconds:.0f} s)",
+                    flush=True,
+                )
+                if any(r["name"].startswith("uncompressed") for r in results):
+                    (config.out / "quality.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
