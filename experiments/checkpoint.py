@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 
@@ -34,25 +35,33 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return 0, state, history
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _without_empty(state))
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(shapes), history=ocp.args.JsonRestore()
             ),
         )
-        return step, restored["state"], restored["history"]
+        whole = jax.tree.map(
+            lambda given, kept: given if kept is None else kept, state, restored["state"]
+        )
+        return step, whole, restored["history"]
 
     def save(self, step: int, state: Any, history: dict[str, Any]) -> None:
         self.manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), history=ocp.args.JsonSave(history)
+                state=ocp.args.StandardSave(_without_empty(state)), history=ocp.args.JsonSave(history)
             ),
         )
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _without_empty(state: Any) -> Any:
+    """Orbax saves no array of size zero; GaLore's state has some."""
+    return jax.tree.map(lambda leaf: leaf if jnp.size(leaf) else None, state)
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:

@@ -306,7 +306,10 @@ def _broadcast(name: str, prefix: Any, tree: Any, is_leaf: Any, default: Any) ->
             is_leaf=is_leaf,
         )
     except ValueError as error:
-        raise ValueError(f"{name} must be a prefix of the params' tree: {error}") from error
+        found, expected = jax.tree.structure(prefix, is_leaf=is_leaf), jax.tree.structure(tree)
+        raise ValueError(
+            f"{name} must be a prefix of the params' tree {expected}, found {found}"
+        ) from error
     return result
 
 

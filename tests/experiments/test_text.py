@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+
+from experiments import text
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    for i in range(60):
+        (tmp_path / f"m{i}.py").write_bytes(f"x{i} = {i}\n".encode())
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "skipped.py").write_text("secret = 1\n")
+    return text.load(tmp_path)
+
+
+def test_no_file_is_on_both_sides_and_none_is_lost(corpus):
+    sides = [
+        set(bytes(side).strip(b"\0").split(b"\0")) for side in (corpus.train, corpus.validation)
+    ]
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {f"x{i} = {i}\n".encode() for i in range(60)}
+    assert corpus.files == (len(sides[0]), len(sides[1]))
+
+
+def test_standard_library_is_large_and_of_bytes():
+    corpus = text.load()
+    assert corpus.train.dtype == np.uint8
+    assert len(corpus.train) > 5_000_000
+    assert len(corpus.validation) > 300_000
+
+
+def test_batch_is_a_function_of_seed_and_step(corpus):
+    one, same, other = (text.batch(corpus.train, 0, step, 3, 8) for step in (5, 5, 6))
+    np.testing.assert_array_equal(one, same)
+    assert one.shape == (3, 9)
+    assert (one != other).any()
+
+
+def test_unigram_loss_of_even_bytes():
+    every = np.arange(256, dtype=np.uint8)
+    corpus = text.Corpus(every, every, (1, 1))
+    assert text.unigram_loss(corpus) == pytest.approx(np.log(256))
+
+
+def test_too_few_files(tmp_path):
+    with pytest.raises(ValueError, match=r"at least some ten \.py files"):
+        text.load(tmp_path)
