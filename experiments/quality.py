@@ -38,7 +38,7 @@ class Setting:
     def __str__(self) -> str:
         if self.method == "multisteps":
             return f"uncompressed x{self.factor:g}"
-        tail = " shrink rows" if self.shrink else f" x{self.factor:g}"
+        tail = " shrink" if self.shrink else f" x{self.factor:g}"
         return f"{self.distribution} r={self.rank}{tail}, embedding {self.embedding}"
 
 
@@ -53,7 +53,7 @@ class Config:
     length: int = 64
     width: int = 256
     layers: int = 3
-    rates: tuple[float, ...] = (0.03, 0.06, 0.015)
+    rates: tuple[float, ...] = (0.03, 0.06, 0.12)
     seeds: tuple[int, ...] = (0,)
 
 

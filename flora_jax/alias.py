@@ -112,9 +112,9 @@ def flora(
             weight_decay_mask=weight_decay_mask,
             eps=eps,
         )
-    if preset == "advised":
-        optimizer = transforms.shrink(optimizer, projection)
     links = [transforms.decompress(), optimizer]
+    if preset == "advised":
+        links.append(transforms.shrink(projection))
     if momentum is not None:
         links.insert(0, transforms.momentum(momentum, projection=projection, dtype=state_dtype))
     chain = optax.chain(*links)

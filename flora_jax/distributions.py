@@ -20,6 +20,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32, Key
 
 Distribution = Literal["gaussian", "rademacher", "orthonormal", "srht"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
@@ -55,8 +56,12 @@ def variance(distribution: Distribution, rank: int, size: int) -> float:
 
 
 def columns(
-    distribution: Distribution, key: jax.Array, rank: int, size: int, indices: jax.Array
-) -> jax.Array:
+    distribution: Distribution,
+    key: Key[Array, ""],
+    rank: int,
+    size: int,
+    indices: Int32[Array, "*indices"],
+) -> Float32[Array, "*indices {rank}"]:
     """Draws columns of `A`, before `scale`.
 
     Args:
@@ -67,7 +72,7 @@ def columns(
       indices: int32 array of any shape, entries below `size`: which columns.
 
     Returns:
-      float32 array of shape `indices.shape + (rank,)`.
+      Array of shape `indices.shape + (rank,)`.
     """
     return _RULES[distribution](key, rank, size, indices)
 

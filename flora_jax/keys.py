@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.typing import ArrayLike
+from jaxtyping import Array, Key
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -23,7 +24,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32") -> jax.Array:
+def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32") -> Key[Array, ""]:
     """Derives the typed key of one leaf in one cycle.
 
     Args:

@@ -17,11 +17,12 @@ import dataclasses
 import math
 import string
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from flora_jax import distributions, keys
 from flora_jax.sketch import Every, Spec
@@ -45,6 +46,7 @@ class DimensionNumbers(NamedTuple):
     output_axis: int | Sequence[int] = 1
 
 
+@no_type_check  # wrong values get a sentence of their own, below
 @dataclasses.dataclass(frozen=True, eq=False)
 class Projection:
     """Which leaves are compressed, on which side, to which rank, and how `A` is drawn.
@@ -107,7 +109,7 @@ class Projection:
             raise ValueError(f"seed must be an int, found {_describe(self.seed)}")
 
 
-def check_every(name: str, every: Every) -> None:
+def check_every(name: str, every: Any) -> None:
     """Raises ValueError unless `every` is an int of at least 1 or a schedule."""
     if callable(every):
         return
@@ -136,7 +138,9 @@ def sample(spec: Spec, cycle: ArrayLike) -> jax.Array:
     return draw(_keys(spec, cycle))
 
 
-def project(spec: Spec, cycle: ArrayLike, gradient: jax.Array) -> jax.Array:
+def project(
+    spec: Spec, cycle: ArrayLike, gradient: Float[Array, "*weight"]
+) -> Float[Array, "*data"]:
     """Compresses a gradient: `C = G Aᵀ`, Algorithm 1, line 7.
 
     Contracts in the gradient's dtype with float32 sums.
@@ -166,7 +170,9 @@ def project(spec: Spec, cycle: ArrayLike, gradient: jax.Array) -> jax.Array:
     return _over_batch(spec, one, _keys(spec, cycle), gradient, spec.batch, _data_batch(spec))
 
 
-def decompress(spec: Spec, cycle: ArrayLike, data: jax.Array) -> jax.Array:
+def decompress(
+    spec: Spec, cycle: ArrayLike, data: Float[Array, "*data"]
+) -> Float[Array, "*weight"]:
     """Estimates the gradient: `Ĝ = C A`, Algorithm 1, line 10.
 
     Args:
@@ -193,7 +199,9 @@ def decompress(spec: Spec, cycle: ArrayLike, data: jax.Array) -> jax.Array:
     return _over_batch(spec, one, _keys(spec, cycle), data, _data_batch(spec), spec.batch)
 
 
-def transfer(spec: Spec, old: ArrayLike, new: ArrayLike, data: jax.Array) -> jax.Array:
+def transfer(
+    spec: Spec, old: ArrayLike, new: ArrayLike, data: Float[Array, "*data"]
+) -> Float[Array, "*data"]:
     """Moves a sketch to another cycle's projection: `C (A A′ᵀ)`, Algorithm 2, line 9.
 
     The `r × r` product comes first, so that nothing of the weight's size exists.
