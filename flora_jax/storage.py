@@ -18,11 +18,11 @@ MIN_SIZE = 4096
 
 
 class Quantized(NamedTuple):
-    """Block-wise int8.
+    """Block-wise int8: of one array, or (in a state) a tree of values beside a tree of scales.
 
     Attributes:
-      values: int8, of the shape of the array.
-      scales: float32, the last axis divided by 128, rounded up.
+      values: int8, of the shape of the array; float32 for a small one.
+      scales: float32, the last axis divided by 128, rounded up; of shape (1,) for a small one.
     """
 
     values: Any
@@ -42,38 +42,65 @@ def check(name: str, dtype: Any) -> None:
 def nbytes(dtype: StateDtype, shape: tuple[int, ...]) -> int:
     """Bytes that an array of this shape takes."""
     size = math.prod(shape)
-    if _quantizes(dtype, shape):
-        return size + 4 * math.prod(shape[:-1]) * -(-shape[-1] // BLOCK)
-    return size * {"float64": 8, "bfloat16": 2}.get(dtype, 4)
+    if dtype == "int8":
+        width = 1 if _quantizes(shape) else 4
+        return width * size + 4 * math.prod(_scales_shape(shape))
+    return size * {"float64": 8, "bfloat16": 2, "float32": 4}[dtype]
 
 
 def zeros(dtype: StateDtype, shape: tuple[int, ...]) -> Any:
     """A kept zero of this shape."""
-    if _quantizes(dtype, shape):
-        scales = (*shape[:-1], -(-shape[-1] // BLOCK))
-        return Quantized(jnp.zeros(shape, jnp.int8), jnp.zeros(scales, jnp.float32))
-    return jnp.zeros(shape, jnp.float32 if dtype == "int8" else dtype)
+    if dtype != "int8":
+        return jnp.zeros(shape, dtype)
+    values = jnp.zeros(shape, jnp.int8 if _quantizes(shape) else jnp.float32)
+    return Quantized(values, jnp.zeros(_scales_shape(shape), jnp.float32))
 
 
 def load(kept: Any) -> jax.Array:
     """The numbers as float32 (float64 if kept so)."""
     if not is_quantized(kept):
         return kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
+    if kept.values.dtype != jnp.int8:
+        return kept.values
     scales = jnp.repeat(kept.scales, BLOCK, axis=-1)[..., : kept.values.shape[-1]]
     return kept.values.astype(jnp.float32) * scales
 
 
 def store(dtype: StateDtype, array: jax.Array, key: jax.Array) -> Any:
     """Keeps the numbers; `key` serves the stochastic rounding."""
-    if _quantizes(dtype, array.shape):
-        return _quantize(array, key)
+    if dtype == "int8":
+        if _quantizes(array.shape):
+            return _quantize(array, key)
+        return Quantized(array.astype(jnp.float32), jnp.zeros((1,), jnp.float32))
     if dtype == "bfloat16":
         return _round_bfloat16(array, key)
-    return array.astype(jnp.float32 if dtype == "int8" else dtype)
+    return array.astype(dtype)
 
 
-def _quantizes(dtype: StateDtype, shape: tuple[int, ...]) -> bool:
-    return dtype == "int8" and math.prod(shape) >= MIN_SIZE
+def transposed(kept: list[Any], structure: Any) -> Any:
+    """A tree of what is kept; of int8, a tree of values and a tree of scales.
+
+    So that each leaf of a state is an array where a parameter is one, as Flax NNX wants it.
+    """
+    if kept and is_quantized(kept[0]):
+        pairs = zip(*kept, strict=True)
+        return Quantized(*(jax.tree.unflatten(structure, part) for part in pairs))
+    return jax.tree.unflatten(structure, kept)
+
+
+def load_tree(kept: Any) -> Any:
+    """The numbers of a `transposed` tree."""
+    if is_quantized(kept):
+        return jax.tree.map(lambda values, scales: load(Quantized(values, scales)), *kept)
+    return jax.tree.map(load, kept)
+
+
+def _quantizes(shape: tuple[int, ...]) -> bool:
+    return bool(shape) and math.prod(shape) >= MIN_SIZE
+
+
+def _scales_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], -(-shape[-1] // BLOCK)) if _quantizes(shape) else (1,)
 
 
 def _quantize(array: jax.Array, key: jax.Array) -> Quantized:
@@ -82,6 +109,8 @@ def _quantize(array: jax.Array, key: jax.Array) -> Quantized:
     blocks = jnp.pad(array, [(0, 0)] * len(lead) + [(0, -last % BLOCK)])
     blocks = blocks.reshape(*lead, -1, BLOCK)
     scales = jnp.max(jnp.abs(blocks), axis=-1) / 127.0
+    # XLA's maximum may drop a NaN; a block that has one must not load as numbers
+    scales = jnp.where(jnp.all(jnp.isfinite(blocks), axis=-1), scales, jnp.nan)
     steps = blocks / jnp.where(scales > 0, scales, 1.0)[..., None]
     steps = steps.reshape(*lead, -1)[..., :last]
     up = jax.random.uniform(key, array.shape, jnp.float32)

@@ -204,10 +204,7 @@ def accumulate(
         sketches = _map_leaves(_expect("accumulate", projection), projection, updates)
         numbers = _numbers(sketches)
         sums = jax.tree.map(
-            lambda kept, new: storage.load(kept) + weight * new,
-            state.accumulated,
-            numbers,
-            is_leaf=storage.is_quantized,
+            lambda old, new: old + weight * new, storage.load_tree(state.accumulated), numbers
         )
 
         def boundary(sums, inner_state):
@@ -273,7 +270,7 @@ def momentum(
         sketches = _map_leaves(_expect("momentum", projection), projection, updates)
         cycles = [leaf.cycle for leaf in _leaves(sketches) if is_sketch(leaf)]
         cycle = cycles[0] if cycles else state.cycle
-        kept = jax.tree.map(storage.load, state.momentum, is_leaf=storage.is_quantized)
+        kept = storage.load_tree(state.momentum)
 
         def move(leaf, data):
             if not is_sketch(leaf):
@@ -453,7 +450,7 @@ def _zeros(tree: Any, projection: Projection | None, dtype: storage.StateDtype) 
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_sketch)
     plans = _plans(tree, projection)
     zeros = [storage.zeros(dtype, plan.data_shape) for plan, _ in zip(plans, leaves, strict=True)]
-    return jax.tree.unflatten(structure, zeros)
+    return storage.transposed(zeros, structure)
 
 
 def _store(
@@ -474,4 +471,4 @@ def _store(
         for count in counts[1:]:
             key = jax.random.fold_in(key, count)
         kept.append(storage.store(dtype, leaf, key))
-    return jax.tree.unflatten(structure, kept)
+    return storage.transposed(kept, structure)
