@@ -51,7 +51,8 @@ class Checkpoints:
         self.manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_without_empty(state)), history=ocp.args.JsonSave(history)
+                state=ocp.args.StandardSave(_without_empty(state)),
+                history=ocp.args.JsonSave(history),
             ),
         )
 

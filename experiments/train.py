@@ -1,6 +1,6 @@
 """Trains a byte-level language model on the standard library's source, with Flora by default.
 
-    python3 -m experiments                       # sets itself up; three minutes on two cores
+    python3 -m experiments                       # sets itself up; under three minutes on two cores
     python -m experiments.train --optimizer multisteps --out runs/multisteps
 
 The same command goes on from its last checkpoint. At the end: a table (loss, bytes of optimizer
