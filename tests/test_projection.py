@@ -279,3 +279,16 @@ def test_another_layer_changes_nothing():
     renamed = leaf_plans({"b": weight, "mid": weight, "yy": weight}, projection)
     assert renamed[1].spec == few[0].spec
     assert np.abs(sample(renamed[0].spec, 0) - sample(few[0].spec, 0)).max() > 0.1
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "srht"])
+def test_no_more_than_a_block_of_a_is_held(distribution):
+    """XLA's own count of temporaries, for 1/32 of `A` at a time and for all of it."""
+
+    def temporaries(block):
+        spec = make_spec((4096, 8), (0,), rank=64, distribution=distribution, block=block)
+        lowered = project.lower(spec, 0, np.zeros(spec.shape, np.float32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(64 * 4096) >= 64 * 4096 * 4
+    assert temporaries(64 * 128) < 64 * 4096 * 4 / 4
