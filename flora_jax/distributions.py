@@ -10,6 +10,11 @@ Each rule makes any set of columns of `A` without the others (`orthonormal` cann
 device draws what it owns and a loop holds no more than a block. The entry of column `j` depends
 on the key and on `j` alone. All are unbiased, `E[AᵀA] = I`.
 
+The entries are made in integers and turned into floating point by one exact step, for a compiler
+rounds floating-point formulas (an inverse error function, say) as it happens to fuse them: these
+come out the same to the last bit on every backend and in every layout. `orthonormal` cannot, its
+QR is in floating point.
+
 `srht` is the fast one. A sparse sign sketch would need scatters, which accelerators do badly;
 an entry of a subsampled randomised Hadamard transform is the parity of `popcount(row & column)`,
 integer arithmetic with no random bits but `r` row numbers and one sign a column, and the
@@ -78,8 +83,21 @@ def columns(
 
 
 def _gaussian(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array:
+    """One normal number from each random word, in integers.
+
+    The set bits of a word are a binomial number of variance 8; two fractions, taken from a product
+    of the word, fill the steps (variance 1/6); a cubic (Cornish and Fisher's) takes out the fourth
+    cumulant. Over all 2³² words: mean 1e-8, variance 1 − 2e-5, kurtosis 3.0001, and a distribution
+    function within 2.3e-4 of the normal one; no entry is beyond ±6.47.
+    """
     del size
-    return _by_column(key, indices, lambda k: jax.random.normal(k, (rank,), jnp.float32))
+    word = _by_column(key, indices, lambda k: jax.random.bits(k, (rank,), jnp.uint32))
+    mixed = word * jnp.uint32(0x9E3779B1)
+    fractions = (mixed >> 22) + ((mixed >> 12) & 1023)
+    total = (jax.lax.population_count(word) << 10) + fractions
+    total = total.astype(jnp.int32) - 17407  # the mean; a standard deviation is 2926
+    slope = 45502 + (121 * (total * total >> 15) >> 8)
+    return (total * slope + 32 >> 6).astype(jnp.float32) * 2.0**-21  # 24 bits: both steps exact
 
 
 def _rademacher(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array:

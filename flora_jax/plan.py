@@ -260,7 +260,7 @@ def _axes(path: str, shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
                 f"weight_dimension_numbers of {path!r}: axis {axis} is not among the {len(shape)} "
                 f"axes of shape {shape}"
             )
-    return tuple(axis % len(shape) for axis in axes)
+    return tuple(sorted({axis % len(shape) for axis in axes}))
 
 
 def _rank(path: str, shape: tuple[int, ...], smaller: int, projection: Projection) -> int:

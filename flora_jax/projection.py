@@ -131,8 +131,6 @@ def sample(spec: Spec, cycle: ArrayLike) -> jax.Array:
 
     def draw(key):
         drawn = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
-        # or XLA merges the scale with the rule's own constants, which rounds otherwise than eagerly
-        drawn = jax.lax.optimization_barrier(drawn)
         return jnp.moveaxis(drawn, -1, 0) * _scale(spec)
 
     for _ in spec.batch:

@@ -22,7 +22,7 @@ class Spec:
       path: the weight's name in the parameter tree.
       shape: of the weight.
       dtype: of the weight's gradient, which `decompress` gives back.
-      projected: axes of the weight that `A` contracts, in the order of its columns.
+      projected: axes of the weight that `A` contracts, ascending: the order of its columns.
       batch: axes along which each index has a projection of its own.
       rank: rows of `A`.
       distribution: which rule draws `A`.

@@ -108,7 +108,7 @@ def test_decompress_is_unbiased_with_the_stated_variance(distribution):
         return jax.vmap(one)(cycles)
 
     found = np.asarray(estimates(cycles), np.float64)
-    square = np.sum(gradient.astype(np.float64) ** 2)
+    square = np.sum(np.asarray(gradient, np.float64) ** 2)
     errors = np.sum((found - gradient) ** 2, axis=(1, 2)) / square
     bias = np.sqrt(np.sum((found.mean(0) - gradient) ** 2) / square)
     assert bias < 1.5 * np.sqrt(spec.variance / len(cycles))
@@ -165,15 +165,16 @@ def test_dtypes(dtype):
 
 def test_zero_rows_of_a_table_stay_zero():
     """The output side of a lookup table is projected: absent words have no gradient."""
-    spec = leaf_plans({"embed": np.zeros((40, 16))}, flora_jax.Projection(4, min_dim=8))[0].spec
+    spec = leaf_plans(
+        {"embed": np.zeros((40, 16), np.float32)}, flora_jax.Projection(4, min_dim=8)
+    )[0].spec
     gradient = normal(0, (40, 16))
     gradient[::2] = 0
     estimate = np.asarray(decompress(spec, 0, project(spec, 0, gradient)))
     assert (estimate[::2] == 0).all() and (np.abs(estimate[1::2]).max(axis=1) > 0).all()
 
 
-@pytest.mark.skip(reason="open: found a failing example that is not yet understood")
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=4),
     st.integers(1, 6),
@@ -183,7 +184,7 @@ def test_zero_rows_of_a_table_stay_zero():
 )
 def test_any_shape_is_that_of_numpy(shape, rank, distribution, block, data):
     order = data.draw(st.permutations(range(len(shape))))
-    projected = tuple(order[: data.draw(st.integers(1, len(shape) - 1))])
+    projected = tuple(sorted(order[: data.draw(st.integers(1, len(shape) - 1))]))
     batch = tuple(
         sorted(order[len(projected) : data.draw(st.integers(len(projected), len(shape)))])
     )
@@ -204,10 +205,14 @@ class TestBitEqual:
     def spec(self, distribution, shape=(64, 48), projected=(0,), batch=()):
         return make_spec(shape, projected, batch, 8, distribution)
 
-    @pytest.mark.xfail(reason="open: gaussian differed once between eager and jit", strict=False)
     def test_eager_and_jit(self, distribution):
         spec = self.spec(distribution)
         assert_tree_equal(sample(spec, 5), projections.sample(spec, 5))
+
+    def test_one_operation_at_a_time(self, distribution):
+        spec = self.spec(distribution)
+        with jax.disable_jit():
+            assert_tree_equal(sample(spec, 5), projections.sample(spec, 5))
 
     def test_traced_and_constant_cycle(self, distribution):
         spec = self.spec(distribution)
