@@ -1,6 +1,9 @@
 """Flora for JAX: sketches of gradients in place of gradients (arXiv 2402.03293)."""
 
 from flora_jax.alias import flora as flora
+from flora_jax.fused import ValueAndGrad as ValueAndGrad
+from flora_jax.fused import value_and_grad as value_and_grad
+from flora_jax.interpreter import Use as Use
 from flora_jax.plan import LeafPlan as LeafPlan
 from flora_jax.plan import Plan as Plan
 from flora_jax.plan import plan as plan

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax import storage
+from flora_jax.interpreter import Use
 from flora_jax.keys import path_name
 from flora_jax.projection import DimensionNumbers, Projection
 from flora_jax.sketch import Spec, is_sketch
@@ -52,11 +53,14 @@ class Plan:
       leaves: a `LeafPlan` for each leaf, in the order of the tree.
       sketch_bytes: bytes of one accumulator (or momentum) for each leaf, in the same order.
       state_bytes: bytes of all optimizer state, by method.
+      whole_uses: uses of compressed weights that make a whole gradient for want of a rule; filled
+        in by `ValueAndGrad.plan`.
     """
 
     leaves: tuple[LeafPlan, ...]
     sketch_bytes: tuple[int, ...]
     state_bytes: dict[str, int]
+    whole_uses: tuple[Use, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data, ready for JSON."""
@@ -74,7 +78,8 @@ class Plan:
             }
             for leaf, size in zip(self.leaves, self.sketch_bytes, strict=True)
         ]
-        return {"leaves": leaves, "state_bytes": dict(self.state_bytes)}
+        whole = [use._asdict() for use in self.whole_uses]
+        return {"leaves": leaves, "state_bytes": dict(self.state_bytes), "whole_uses": whole}
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict(), indent=2)
@@ -97,7 +102,11 @@ class Plan:
         whole = self.state_bytes["MultiSteps + Adafactor"]
         for name, size in self.state_bytes.items():
             totals.append((name, f"{size:,}", f"{size / whole:.3f}" if whole else "-"))
-        return _table(rows) + "\n\n" + _table(totals)
+        tables = [rows, totals]
+        if self.whole_uses:
+            uses = [(use.path, use.primitive, use.place) for use in self.whole_uses]
+            tables.append([("whole gradient of", "for want of a rule for", "at"), *uses])
+        return "\n\n".join(map(_table, tables))
 
 
 def plan(

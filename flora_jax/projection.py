@@ -135,7 +135,7 @@ def sample(spec: Spec, cycle: ArrayLike) -> jax.Array:
 
     for _ in spec.batch:
         draw = jax.vmap(draw)
-    return draw(_keys(spec, cycle))
+    return draw(matrix_keys(spec, cycle))
 
 
 def project(
@@ -167,7 +167,7 @@ def project(
 
         return axes.loop(add, jnp.zeros(axes.data_shape, accumulator)) * _scale(spec)
 
-    return _over_batch(spec, one, _keys(spec, cycle), gradient, spec.batch, _data_batch(spec))
+    return _over_batch(spec, one, matrix_keys(spec, cycle), gradient, spec.batch, _data_batch(spec))
 
 
 def decompress(
@@ -196,7 +196,7 @@ def decompress(
 
         return axes.loop(write, jnp.zeros(axes.shape, spec.dtype))
 
-    return _over_batch(spec, one, _keys(spec, cycle), data, _data_batch(spec), spec.batch)
+    return _over_batch(spec, one, matrix_keys(spec, cycle), data, _data_batch(spec), spec.batch)
 
 
 def transfer(
@@ -230,7 +230,7 @@ def transfer(
         moved = jnp.tensordot(sketch, product, ((axes.projected[0],), (0,)))
         return jnp.moveaxis(moved, -1, axes.projected[0])
 
-    pairs = (_keys(spec, old), _keys(spec, new))
+    pairs = (matrix_keys(spec, old), matrix_keys(spec, new))
     return _over_batch(spec, one, pairs, data, _data_batch(spec), _data_batch(spec))
 
 
@@ -312,7 +312,7 @@ def _data_batch(spec: Spec) -> tuple[int, ...]:
     return tuple(axis - sum(other < axis for other in gone) for axis in spec.batch)
 
 
-def _keys(spec: Spec, cycle: ArrayLike) -> jax.Array:
+def matrix_keys(spec: Spec, cycle: ArrayLike) -> jax.Array:
     """Typed keys of shape `B`: one for each matrix of the leaf."""
     _check_prng(spec)
     key = keys.leaf_key(spec.seed, spec.key_path, cycle, spec.impl)

@@ -1,0 +1,237 @@
+"""value_and_grad: gradients that are born compressed.
+
+| paper | here |
+|---|---|
+| `x Aᵀ`, LoRA's down projection of the input | what is kept for the backward pass |
+| `C = G Aᵀ = (x Aᵀ)ᵀ δ`, the gradient of LoRA's up factor at zero | the sketch |
+
+Source: arXiv 2402.03293, Section 2 and Algorithm 1.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.interpreter import Traced, Use, Walk, exposed
+from flora_jax.plan import LeafPlan, Plan, leaf_plans
+from flora_jax.plan import plan as make_plan
+from flora_jax.projection import Projection
+from flora_jax.rules import RULES
+from flora_jax.sketch import Sketch
+from flora_jax.weight import Weight
+
+
+def value_and_grad(
+    fun: Callable,
+    projection: Projection,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> "ValueAndGrad":
+    """As `jax.value_and_grad`, with `Sketch`es in place of the gradients that `projection` compresses.
+
+    Their data are what `project` makes of `jax.value_and_grad`'s, to rounding, but the whole
+    gradient never exists, and where the input side is projected (`side="input"`) the activations
+    that a weight meets are kept at width `r`. A use of a weight that has no rule falls back to the
+    whole gradient, which is projected at once; `ValueAndGrad.plan` names it.
+
+    Args:
+      fun: function of pytrees to a scalar (and auxiliary data).
+      projection: that of the optimizer's chain.
+      argnums: which positional arguments to differentiate.
+      has_aux: whether `fun` gives a pair of the scalar and auxiliary data.
+
+    Returns:
+      A function `(*args, cycle, **kwargs)` that gives the value and the gradients. `cycle` is
+      `flora_jax.cycle(opt_state)`. Leaves that are no floating-point arrays have the gradient None.
+
+    Raises:
+      ValueError: `argnums` out of range, a complex parameter.
+
+    Example:
+      >>> import flora_jax, jax, jax.numpy as jnp
+      >>> projection = flora_jax.Projection(4, min_dim=8)
+      >>> tx = flora_jax.flora(1e-2, projection=projection)
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> opt_state = tx.init(params)
+      >>> loss = lambda params, x: jnp.sum((x @ params["kernel"]) ** 2)
+      >>> grad_fn = flora_jax.value_and_grad(loss, projection)
+      >>> value, grads = grad_fn(params, jnp.ones((2, 16)), cycle=flora_jax.cycle(opt_state))
+      >>> grads["kernel"].data.shape
+      (4, 8)
+    """
+    return ValueAndGrad(fun, projection, argnums, has_aux)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueAndGrad:
+    """What `value_and_grad` gives; see there."""
+
+    fun: Callable
+    projection: Projection
+    argnums: int | Sequence[int]
+    has_aux: bool
+
+    def __call__(self, *args: Any, cycle: Any, **kwargs: Any) -> Any:
+        function = _Function(self, args, kwargs)
+        walk = Walk(RULES)
+        taps = [_tap(plan) for plan in function.plans]
+        wholes = [
+            None if plan.spec else leaf
+            for plan, leaf in zip(function.plans, function.differentiated, strict=True)
+        ]
+
+        def run(taps, wholes):
+            ins = []
+            zipped = zip(function.plans, function.differentiated, taps, wholes, strict=True)
+            for plan, leaf, tap, whole in zipped:
+                if plan.spec is None:
+                    ins.append(Traced(whole, True))
+                else:
+                    ins.append(Traced(Weight.start(plan.spec, cycle, leaf, tap), True))
+            ins += [Traced(leaf, False) for leaf in function.others]
+            closed = function.jaxpr
+            outs = exposed(walk.run(closed.jaxpr, closed.consts, ins))
+            return function.result([traced.value for traced in outs])
+
+        value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(taps, wholes)
+        leaves = [
+            grad if plan.spec is None else Sketch(data, None, plan.spec)
+            for plan, data, grad in zip(function.plans, *grads, strict=True)
+        ]
+        grads = function.gradients(leaves)
+        return (value if self.has_aux else value[0]), grads
+
+    def uses(self, *args: Any, **kwargs: Any) -> tuple[Use, ...]:
+        """Where the compressed weights are used, and how; the arguments may be shapes."""
+        walk = Walk(RULES)
+
+        def traced(args, kwargs):
+            function = _Function(self, args, kwargs)
+            ins = []
+            for plan, leaf in zip(function.plans, function.differentiated, strict=True):
+                weight = Weight.start(plan.spec, 0, leaf, _tap(plan)) if plan.spec else leaf
+                ins.append(Traced(weight, True))
+            ins += [Traced(leaf, False) for leaf in function.others]
+            outs = walk.run(function.jaxpr.jaxpr, function.jaxpr.consts, ins)
+            return [traced.value for traced in exposed(outs)]
+
+        arrays, rest = _partition((args, kwargs))
+        jax.eval_shape(lambda arrays: traced(*_combine(arrays, rest)), arrays)
+        return tuple(walk.uses)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """`flora_jax.plan` of the (first) differentiated argument, with the uses that have no rule."""
+        first = self.argnums if isinstance(self.argnums, int) else self.argnums[0]
+        params = jax.tree.map(lambda x: x if _is_differentiable(x) else None, args[first])
+        whole = tuple(use for use in self.uses(*args, **kwargs) if use.whole)
+        return dataclasses.replace(make_plan(params, self.projection), whole_uses=whole)
+
+
+class _Function:
+    """`fun` of some arguments as a jaxpr over flat leaves."""
+
+    def __init__(self, owner: ValueAndGrad, args: tuple, kwargs: dict):
+        argnums = owner.argnums
+        self.single = isinstance(argnums, int)
+        places = [argnums] if isinstance(argnums, int) else list(argnums)
+        for place in places:
+            if not -len(args) <= place < len(args):
+                raise ValueError(
+                    f"argnums must be below the number of positional arguments, found {place} "
+                    f"for {len(args)} of them"
+                )
+        places = [place % len(args) for place in places]
+        self.plans: list[LeafPlan] = []
+        self.differentiated: list[Any] = []
+        self.structures: list[Any] = []
+        self.aux_rest: Any = None
+        self.aux_structure: Any = None
+        for place in places:
+            arg = jax.tree.map(lambda x: x if _is_differentiable(x) else None, args[place])
+            leaves, structure = jax.tree.flatten(arg)
+            self.plans += leaf_plans(arg, owner.projection)
+            self.differentiated += leaves
+            self.structures.append(structure)
+        held = [
+            jax.tree.map(lambda x: None if _is_differentiable(x) else x, arg)
+            if place in places
+            else arg
+            for place, arg in enumerate(args)
+        ]
+        arrays, rest = _partition((held, kwargs))
+        self.others, structure = jax.tree.flatten(arrays)
+        count = len(self.differentiated)
+
+        def flat(*leaves):
+            trees = self._unflatten(leaves[:count])
+            held, kwargs = _combine(jax.tree.unflatten(structure, leaves[count:]), rest)
+            for place, tree in zip(places, trees, strict=True):
+                held[place] = _combine(tree, held[place])
+            result = owner.fun(*held, **kwargs)
+            if owner.has_aux and not (isinstance(result, tuple) and len(result) == 2):
+                raise TypeError(
+                    "fun must give a pair (value, aux) with has_aux=True, found "
+                    f"{type(result).__name__}"
+                )
+            value, aux = result if owner.has_aux else (result, None)
+            arrays, self.aux_rest = _partition(aux)
+            leaves, self.aux_structure = jax.tree.flatten(arrays)
+            return [value, *leaves]
+
+        self.jaxpr = jax.make_jaxpr(flat)(*self.differentiated, *self.others)
+
+    def result(self, outs: list[Any]) -> tuple[Any, Any]:
+        """`(value, (value, aux))`."""
+        aux = _combine(jax.tree.unflatten(self.aux_structure, outs[1:]), self.aux_rest)
+        return outs[0], aux
+
+    def gradients(self, leaves: list[Any]) -> Any:
+        trees = self._unflatten(leaves)
+        return trees[0] if self.single else tuple(trees)
+
+    def _unflatten(self, leaves: Sequence[Any]) -> list[Any]:
+        trees, start = [], 0
+        for structure in self.structures:
+            stop = start + structure.num_leaves
+            trees.append(jax.tree.unflatten(structure, leaves[start:stop]))
+            start = stop
+        return trees
+
+
+def _tap(plan: LeafPlan) -> jax.Array | None:
+    if plan.spec is None:
+        return None
+    return jnp.zeros(plan.spec.data_shape, jnp.promote_types(plan.spec.dtype, jnp.float32))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct) or hasattr(x, "__array__")
+
+
+def _is_differentiable(x: Any) -> bool:
+    if isinstance(x, float):
+        return True
+    if not _is_array(x):
+        return False
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"parameters must be real, found one of dtype {x.dtype}")
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _partition(tree: Any) -> tuple[Any, Any]:
+    """Arrays (and numbers), and all else, each with None in place of the other."""
+
+    def is_number(x):
+        return _is_array(x) or isinstance(x, int | float | complex)
+
+    arrays = jax.tree.map(lambda x: x if is_number(x) else None, tree)
+    return arrays, jax.tree.map(lambda x: None if is_number(x) else x, tree)
+
+
+def _combine(left: Any, right: Any) -> Any:
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None
+    )

@@ -1,0 +1,315 @@
+"""Weight: what stands for a weight inside a function whose gradients are born compressed.
+
+A linear layer `y = x W` may be written `y = x W + (x Aᵀ) B` with `B = 0`, LoRA at its start; the
+derivative by `B` is `(x Aᵀ)ᵀ δ`, the sketch of the gradient of `W`. `B` is the weight's *tap* here.
+It has no part in the forward computation: what uses a weight says in its own backward rule what
+its cotangent at the tap is. JAX's differentiation then sums the taps of all uses, over the steps
+of a `scan`, over micro-batches and over devices, and never sees the weight itself.
+
+In the shape descriptions `B` are the batch axes of a weight, `P` its projected ones.
+
+Source: arXiv 2402.03293, Section 2 and Algorithm 1.
+"""
+
+import dataclasses
+import math
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax import distributions
+from flora_jax import projection as projections
+from flora_jax.sketch import Spec
+
+Kind = Literal["projected", "batch", "kept"]
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight, or what came of it by operations that keep its projected axes to themselves.
+
+    Attributes:
+      value: the array.
+      tap: zeros, of the shape of `value` with the rank in place of the first projected axis and 1 in
+        place of the others.
+      keys: uint32 key data `(*B, words)`.
+      columns: int32 `(*P,)`, which column of `A` each index is; None where none was moved.
+      factors: float `(*P,)`, by what each column is multiplied; None for 1.
+      spec: of the weight.
+      kinds: what each axis of `value` is.
+      looked_up: whether it is rows of the weight, found by index, rather than (a part of) the weight.
+    """
+
+    value: Any
+    tap: Any
+    keys: Any
+    columns: Any
+    factors: Any
+    spec: Spec
+    kinds: tuple[Kind, ...]
+    looked_up: bool = False
+
+    def tree_flatten(self):
+        children = (self.value, self.tap, self.keys, self.columns, self.factors)
+        return children, (self.spec, self.kinds, self.looked_up)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        return cls(*children, *static)
+
+    @classmethod
+    def start(cls, spec: Spec, cycle: Any, value: Any, tap: Any) -> "Weight":
+        """The weight itself; `tap` is of shape `spec.data_shape`."""
+        kinds: list[Kind] = ["kept"] * len(spec.shape)
+        for axis in spec.projected:
+            kinds[axis] = "projected"
+        for axis in spec.batch:
+            kinds[axis] = "batch"
+        tap = jnp.expand_dims(tap, spec.projected[1:])
+        keys = jax.random.key_data(projections.matrix_keys(spec, cycle))
+        return cls(value, tap, keys, None, None, spec, tuple(kinds))
+
+    def axes(self, kind: Kind) -> tuple[int, ...]:
+        return tuple(axis for axis, other in enumerate(self.kinds) if other == kind)
+
+    @property
+    def slot(self) -> int:
+        """The axis of the tap that has the rank."""
+        return self.kinds.index("projected")
+
+    def indices(self) -> jax.Array:
+        """`columns`, or what None stands for."""
+        if self.columns is not None:
+            return self.columns
+        lengths = [self.value.shape[axis] for axis in self.axes("projected")]
+        return jnp.arange(math.prod(lengths), dtype=jnp.int32).reshape(lengths)
+
+    def replace(self, **changes) -> "Weight":
+        return dataclasses.replace(self, **changes)
+
+
+def tap_shape(shape: Sequence[int], kinds: Sequence[Kind], rank: int) -> tuple[int, ...]:
+    """The shape of the tap of a weight of these kinds."""
+    slot = tuple(kinds).index("projected")
+    return tuple(
+        rank if axis == slot else 1 if kinds[axis] == "projected" else length
+        for axis, length in enumerate(shape)
+    )
+
+
+def expose(weight: Weight) -> jax.Array:
+    """The value, for a use of any kind; its whole cotangent is projected as soon as it is there."""
+    labels = string.ascii_lowercase[: weight.value.ndim]
+
+    def back(kept, source, delta):
+        del kept
+        sketch = contract(weight, source, delta, labels, labels)
+        return _to_tap(weight, sketch, contracted_labels(weight, labels, labels), labels)
+
+    return use(weight, (), lambda value: value, lambda source: None, back)
+
+
+def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
+    """A contraction of `x` with a weight that sums over all projected axes or over none.
+
+    Where it sums over them the input is projected: `x Aᵀ` is kept for the backward pass, not `x`.
+
+    Args:
+      weight: the weight.
+      x: the other factor.
+      bind: the contraction itself, `(x, value) -> y`, linear in each.
+      labels: einsum's, of `x`, of the weight and of `y`.
+
+    Returns:
+      `y`; None where some of the projected axes are summed over and others are not.
+    """
+    of_x, of_weight, of_y = labels
+    projected = {of_weight[axis] for axis in weight.axes("projected")}
+    if projected <= set(of_x) - set(of_y):
+        of_kept = contracted_labels(weight, of_x, of_weight)
+
+        def save(source, x):
+            return contract(weight, source, x, of_x, of_weight).astype(x.dtype)
+
+        def back(kept, source, delta):
+            del source
+            return outer(weight, kept, of_kept, delta, of_y, of_weight)
+
+        return use(weight, (x,), bind, save, back)
+    if projected <= set(of_y) - set(of_x):
+        of_delta = contracted_labels(weight, of_y, of_weight)
+
+        def back_output(kept, source, delta):
+            delta = contract(weight, source, delta, of_y, of_weight).astype(delta.dtype)
+            return outer(weight, kept, of_x, delta, of_delta, of_weight)
+
+        return use(weight, (x,), bind, lambda source, x: x, back_output)
+    return None
+
+
+def use(weight: Weight, inputs: tuple[Any, ...], bind: Callable, save: Callable, back: Callable):
+    """Computes `bind(*inputs, value)`, with a backward rule of its own for the tap.
+
+    Args:
+      weight: the weight.
+      inputs: at most one array, differentiated in the ordinary way.
+      bind: the computation.
+      save: `(source, *inputs) -> kept`, what the rule needs beside the cotangent; `source` is
+        `(keys, columns, factors)`.
+      back: `(kept, source, cotangent) -> cotangent of the tap`.
+    """
+    source = (weight.keys, weight.columns, weight.factors)
+    tap_type = weight.tap.dtype
+
+    @jax.custom_vjp
+    def run(inputs, value, tap, source):
+        del tap, source
+        return bind(*inputs, value)
+
+    def forward(inputs, value, tap, source):
+        del tap
+        pull = None
+        if inputs:
+            result, pull = jax.vjp(lambda *inputs: bind(*inputs, value), *inputs)
+        else:
+            result = bind(value)
+        return result, (pull, save(source, *inputs), source)
+
+    def backward(residuals, delta):
+        pull, kept, source = residuals
+        return (pull(delta) if pull else ()), None, back(kept, source, delta).astype(tap_type), None
+
+    run.defvjp(forward, backward)
+    return run(*_varying_alike((inputs, weight.value, weight.tap, source)))
+
+
+def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weight: str):
+    """Sums an array with `Aᵀ` over the projected axes, no more than `spec.block` of `A` at a time.
+
+    Args:
+      weight: for its static parts.
+      source: `(keys, columns, factors)`.
+      array: to be contracted; its dtype is that of the products, sums are in float32 at least.
+      labels: einsum's, of `array`.
+      of_weight: einsum's, of the weight.
+
+    Returns:
+      The array, with the labels that `contracted_labels` gives.
+    """
+    keys, columns, factors = source
+    spec = weight.spec
+    projected = "".join(of_weight[axis] for axis in weight.axes("projected"))
+    batch = "".join(of_weight[axis] for axis in weight.axes("batch"))
+    result = contracted_labels(weight, labels, of_weight)
+    sums = jnp.promote_types(array.dtype, jnp.float32)
+    if columns is None:
+        lengths = [array.shape[labels.index(label)] for label in projected]
+        columns = jnp.arange(math.prod(lengths), dtype=jnp.int32).reshape(lengths)
+    scale = distributions.scale(spec.distribution, spec.rank, spec.size)
+    count = math.prod(keys.shape[:-1])
+    step = max(1, spec.block // (spec.rank * count))
+    if step >= columns.size or not distributions.is_columnwise(spec.distribution):
+        drawn = _draw(spec, keys, columns, factors).astype(array.dtype)
+        equation = f"{labels},{batch}{projected}Z->{result}"
+        return jnp.einsum(equation, array, drawn, preferred_element_type=sums) * scale
+    total = columns.size
+    columns = columns.reshape(-1)
+    factors = None if factors is None else factors.reshape(-1)
+    order = "".join(label for label in labels if label not in projected)
+    array = jnp.einsum(f"{labels}->{order}{projected}", array).reshape(
+        *(array.shape[labels.index(label)] for label in order), total
+    )
+    equation = f"{order}Y,{batch}YZ->{result}"
+
+    def add(i, sketch):
+        first = i * step
+        start = jnp.minimum(first, total - step)  # the last block is drawn back so that it fits
+        part = [
+            None if x is None else jax.lax.dynamic_slice_in_dim(x, start, step)
+            for x in (columns, factors)
+        ]
+        slab = jax.lax.dynamic_slice_in_dim(array, start, step, array.ndim - 1)
+        slab = jnp.where(start + jnp.arange(step) >= first, slab, 0)
+        drawn = _draw(spec, keys, *part).astype(array.dtype)
+        return sketch + jnp.einsum(equation, slab, drawn, preferred_element_type=sums)
+
+    shape = jax.eval_shape(lambda: add(0, jnp.zeros([], sums))).shape
+    zeros = _varying_alike((jnp.zeros(shape, sums), array))[0]
+    return jax.lax.fori_loop(0, -(-total // step), add, zeros) * scale
+
+
+def draw(weight: Weight, source: Any) -> jax.Array:
+    """`A` of the weight, `(*B, *P, r)`, scaled; whole. `source` is `(keys, columns, factors)`."""
+    keys, columns, factors = source
+    columns = weight.indices() if columns is None else columns
+    spec = weight.spec
+    scale = distributions.scale(spec.distribution, spec.rank, spec.size)
+    return _draw(spec, keys, columns, factors) * scale
+
+
+def _draw(spec: Spec, keys, columns, factors) -> jax.Array:
+    def one(words):
+        key = jax.random.wrap_key_data(words, impl=spec.impl)
+        return distributions.columns(spec.distribution, key, spec.rank, spec.size, columns)
+
+    for _ in keys.shape[:-1]:
+        one = jax.vmap(one)
+    drawn = one(keys)
+    return drawn if factors is None else drawn * factors[..., None]
+
+
+def contracted_labels(weight: Weight, labels: str, of_weight: str) -> str:
+    """`labels` less the projected ones, then those of batch axes that it lacked, then `Z`, the rank."""
+    projected = {of_weight[axis] for axis in weight.axes("projected")}
+    left = "".join(label for label in labels if label not in projected)
+    batch = (of_weight[axis] for axis in weight.axes("batch"))
+    return left + "".join(label for label in batch if label not in left) + "Z"
+
+
+def outer(weight: Weight, left, of_left: str, right, of_right: str, of_weight: str) -> jax.Array:
+    """The product of two factors of which one has the rank, as a tap."""
+    goal = _tap_labels(weight, of_weight)
+    sums = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
+    product = jnp.einsum(f"{of_left},{of_right}->{goal}", left, right, preferred_element_type=sums)
+    return _to_tap(weight, product, goal, of_weight)
+
+
+def _to_tap(weight: Weight, array: jax.Array, labels: str, of_weight: str) -> jax.Array:
+    array = jnp.einsum(f"{labels}->{_tap_labels(weight, of_weight)}", array)
+    return jnp.expand_dims(array, weight.axes("projected")[1:])
+
+
+def _tap_labels(weight: Weight, of_weight: str) -> str:
+    return "".join(
+        "Z" if axis == weight.slot else label
+        for axis, label in enumerate(of_weight)
+        if axis == weight.slot or weight.kinds[axis] != "projected"
+    )
+
+
+def _varying_alike(tree: Any) -> Any:
+    """Inside `shard_map`: marks every leaf as varying over the axes that any leaf varies over.
+
+    The transpose of this mark is the sum over devices that an ordinary gradient gets there.
+    """
+    every = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
+    if not every:
+        return tree
+
+    def mark(leaf):
+        missing = tuple(sorted(every - _varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree)
+
+
+def _varying(leaf: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array varies."""
+    kind = jax.typeof(leaf)
+    if hasattr(kind, "manual_axis_type"):  # as of jax 0.10
+        return kind.manual_axis_type.varying
+    return getattr(kind, "vma", frozenset())
