@@ -1,6 +1,7 @@
 """Flora for JAX: sketches of gradients in place of gradients (arXiv 2402.03293)."""
 
 from flora_jax.alias import flora as flora
+from flora_jax.boundary import apply_gradients as apply_gradients
 from flora_jax.fused import ValueAndGrad as ValueAndGrad
 from flora_jax.fused import value_and_grad as value_and_grad
 from flora_jax.interpreter import Use as Use
@@ -11,6 +12,7 @@ from flora_jax.projection import DimensionNumbers as DimensionNumbers
 from flora_jax.projection import Projection as Projection
 from flora_jax.sketch import Sketch as Sketch
 from flora_jax.sketch import Spec as Spec
+from flora_jax.train_step import make_train_step as make_train_step
 from flora_jax.transforms import accumulate as accumulate
 from flora_jax.transforms import cycle as cycle
 from flora_jax.transforms import decompress as decompress

@@ -119,13 +119,13 @@ class ValueAndGrad:
             return [traced.value for traced in exposed(outs)]
 
         arrays, rest = _partition((args, kwargs))
-        jax.eval_shape(lambda arrays: traced(*_combine(arrays, rest)), arrays)
+        jax.eval_shape(lambda arrays: traced(*combine(arrays, rest)), arrays)
         return tuple(walk.uses)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """`flora_jax.plan` of the (first) differentiated argument, with the uses that have no rule."""
         first = self.argnums if isinstance(self.argnums, int) else self.argnums[0]
-        params = jax.tree.map(lambda x: x if _is_differentiable(x) else None, args[first])
+        params = jax.tree.map(lambda x: x if is_differentiable(x) else None, args[first])
         whole = tuple(use for use in self.uses(*args, **kwargs) if use.whole)
         return dataclasses.replace(make_plan(params, self.projection), whole_uses=whole)
 
@@ -150,13 +150,13 @@ class _Function:
         self.aux_rest: Any = None
         self.aux_structure: Any = None
         for place in places:
-            arg = jax.tree.map(lambda x: x if _is_differentiable(x) else None, args[place])
+            arg = jax.tree.map(lambda x: x if is_differentiable(x) else None, args[place])
             leaves, structure = jax.tree.flatten(arg)
             self.plans += leaf_plans(arg, owner.projection)
             self.differentiated += leaves
             self.structures.append(structure)
         held = [
-            jax.tree.map(lambda x: None if _is_differentiable(x) else x, arg)
+            jax.tree.map(lambda x: None if is_differentiable(x) else x, arg)
             if place in places
             else arg
             for place, arg in enumerate(args)
@@ -167,9 +167,9 @@ class _Function:
 
         def flat(*leaves):
             trees = self._unflatten(leaves[:count])
-            held, kwargs = _combine(jax.tree.unflatten(structure, leaves[count:]), rest)
+            held, kwargs = combine(jax.tree.unflatten(structure, leaves[count:]), rest)
             for place, tree in zip(places, trees, strict=True):
-                held[place] = _combine(tree, held[place])
+                held[place] = combine(tree, held[place])
             result = owner.fun(*held, **kwargs)
             if owner.has_aux and not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(
@@ -185,7 +185,7 @@ class _Function:
 
     def result(self, outs: list[Any]) -> tuple[Any, Any]:
         """`(value, (value, aux))`."""
-        aux = _combine(jax.tree.unflatten(self.aux_structure, outs[1:]), self.aux_rest)
+        aux = combine(jax.tree.unflatten(self.aux_structure, outs[1:]), self.aux_rest)
         return outs[0], aux
 
     def gradients(self, leaves: list[Any]) -> Any:
@@ -211,7 +211,7 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | jax.ShapeDtypeStruct) or hasattr(x, "__array__")
 
 
-def _is_differentiable(x: Any) -> bool:
+def is_differentiable(x: Any) -> bool:
     if isinstance(x, float):
         return True
     if not _is_array(x):
@@ -231,7 +231,8 @@ def _partition(tree: Any) -> tuple[Any, Any]:
     return arrays, jax.tree.map(lambda x: None if is_number(x) else x, tree)
 
 
-def _combine(left: Any, right: Any) -> Any:
+def combine(left: Any, right: Any) -> Any:
+    """The leaves of the one, and where it has None those of the other."""
     return jax.tree.map(
         lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None
     )

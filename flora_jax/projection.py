@@ -167,7 +167,7 @@ def project(
 
         return axes.loop(add, jnp.zeros(axes.data_shape, accumulator)) * _scale(spec)
 
-    return _over_batch(spec, one, matrix_keys(spec, cycle), gradient, spec.batch, _data_batch(spec))
+    return _over_batch(spec, one, matrix_keys(spec, cycle), gradient, spec.batch, data_batch(spec))
 
 
 def decompress(
@@ -183,6 +183,11 @@ def decompress(
     Returns:
       Array of shape `spec.shape` and dtype `spec.dtype`.
     """
+    return decompress_with(spec, matrix_keys(spec, cycle), data)
+
+
+def decompress_with(spec: Spec, drawn_with: jax.Array, data: jax.Array) -> jax.Array:
+    """`decompress`, given the keys of the matrices, `B`."""
 
     def one(key, sketch):
         axes = _Axes(spec)
@@ -196,7 +201,7 @@ def decompress(
 
         return axes.loop(write, jnp.zeros(axes.shape, spec.dtype))
 
-    return _over_batch(spec, one, matrix_keys(spec, cycle), data, _data_batch(spec), spec.batch)
+    return _over_batch(spec, one, drawn_with, data, data_batch(spec), spec.batch)
 
 
 def transfer(
@@ -231,7 +236,7 @@ def transfer(
         return jnp.moveaxis(moved, -1, axes.projected[0])
 
     pairs = (matrix_keys(spec, old), matrix_keys(spec, new))
-    return _over_batch(spec, one, pairs, data, _data_batch(spec), _data_batch(spec))
+    return _over_batch(spec, one, pairs, data, data_batch(spec), data_batch(spec))
 
 
 class _Axes:
@@ -306,7 +311,7 @@ def _over_batch(spec: Spec, one: Callable, keys, array: jax.Array, axes_in, axes
     return jnp.moveaxis(result, leading, axes_out)
 
 
-def _data_batch(spec: Spec) -> tuple[int, ...]:
+def data_batch(spec: Spec) -> tuple[int, ...]:
     """Where the batch axes are in the sketch."""
     gone = spec.projected[1:]
     return tuple(axis - sum(other < axis for other in gone) for axis in spec.batch)

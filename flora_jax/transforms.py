@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import keys, storage
+from flora_jax import boundary, keys, storage
 from flora_jax import projection as projections
 from flora_jax.plan import LeafPlan, leaf_plans
 from flora_jax.projection import Projection, check_every
@@ -150,7 +150,7 @@ def decompress() -> optax.GradientTransformation:
                     f"{leaf.spec.path!r}: decompress found a sketch without a cycle, expected one "
                     "that flora_jax.project has passed on"
                 )
-            return projections.decompress(leaf.spec, leaf.cycle, leaf.data)
+            return boundary.decompress(leaf.spec, leaf.cycle, leaf.data)
 
         return jax.tree.map(expand, updates, is_leaf=is_sketch), state
 

@@ -302,7 +302,11 @@ def _varying_alike(tree: Any) -> Any:
 
     def mark(leaf):
         missing = tuple(sorted(every - _varying(leaf)))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+        if not missing:
+            return leaf
+        if pvary := getattr(jax.lax, "pvary", None):  # before jax 0.9
+            return pvary(leaf, missing)
+        return jax.lax.pcast(leaf, missing, to="varying")
 
     return jax.tree.map(mark, tree)
 

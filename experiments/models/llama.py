@@ -1,0 +1,155 @@
+"""LLaMA: RMS norm first, rotary positions, SwiGLU, grouped-query attention, an untied head.
+
+In the shape descriptions `B` is the batch, `T` the sequence, `D` the width. The layers are stacked
+along a first axis and run by `scan`, each one rematerialised in the backward pass.
+
+Source: Touvron et al., arXiv 2302.13971 and 2307.09288.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+CHUNK = 512
+"""Tokens whose logits, and whose attention scores, exist at a time."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model; the defaults are LLaMA-7B's."""
+
+    vocabulary: int = 32000
+    width: int = 4096
+    hidden: int = 11008
+    layers: int = 32
+    heads: int = 32
+    key_heads: int = 32
+    dtype: Any = jnp.bfloat16
+    remat: bool = True
+
+
+SHAPES = {
+    "LLaMA-7B": Shape(),
+    "LLaMA-13B": Shape(width=5120, hidden=13824, layers=40, heads=40, key_heads=40),
+    "LLaMA-60M": Shape(width=512, hidden=1376, layers=8, heads=8, key_heads=8),
+    "LLaMA-350M": Shape(width=1024, hidden=2736, layers=24, heads=16, key_heads=16),
+}
+
+
+class Llama(nn.Module):
+    """Tokens `(B, T)` to logits `(B, T, vocabulary)`; with targets `(B, T)`, to the mean loss.
+
+    The loss goes over a few hundred tokens at a time, so that not all logits exist at once.
+    """
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, targets: jax.Array | None = None) -> jax.Array:
+        shape = self.shape
+        x = nn.Embed(
+            shape.vocabulary,
+            shape.width,
+            dtype=shape.dtype,
+            param_dtype=shape.dtype,
+            name="embed",
+        )(tokens)
+        layer = nn.remat(Layer, prevent_cse=False) if shape.remat else Layer
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=shape.layers,
+        )
+        x, _ = layers(shape, name="layers")(x, None)
+        head = _dense(shape, shape.vocabulary, "head")
+        x = _norm(shape, "norm")(x)
+        return head(x) if targets is None else _losses(head, x, targets).mean()
+
+
+class Layer(nn.Module):
+    """`(B, T, D)` to the same, in the form that `nn.scan` takes."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        shape = self.shape
+        size = shape.width // shape.heads
+        y = _norm(shape, "attention_norm")(x)
+        q = _dense(shape, shape.width, "query")(y).reshape(*y.shape[:-1], shape.heads, size)
+        k, v = (
+            _dense(shape, shape.key_heads * size, name)(y).reshape(
+                *y.shape[:-1], shape.key_heads, size
+            )
+            for name in ("key", "value")
+        )
+        y = attention(rotate(q), rotate(k), v)
+        x = x + _dense(shape, shape.width, "out")(y.reshape(x.shape))
+        y = _norm(shape, "feed_forward_norm")(x)
+        gate, up = (_dense(shape, shape.hidden, name)(y) for name in ("gate", "up"))
+        return x + _dense(shape, shape.width, "down")(nn.silu(gate) * up), None
+
+
+def _dense(shape: Shape, features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=shape.dtype, param_dtype=shape.dtype, name=name)
+
+
+def _norm(shape: Shape, name: str) -> nn.RMSNorm:
+    return nn.RMSNorm(dtype=shape.dtype, param_dtype=shape.dtype, name=name)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention of `(B, T, heads, head_dim)`; the scores of `CHUNK` queries exist at a time."""
+    count = q.shape[1] // CHUNK
+    if count < 2 or q.shape[1] % CHUNK:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    @jax.checkpoint
+    def some(i, q):
+        mask = i * CHUNK + jnp.arange(CHUNK)[:, None] >= jnp.arange(k.shape[1])
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
+
+    queries = jnp.moveaxis(q.reshape(q.shape[0], count, CHUNK, *q.shape[2:]), 1, 0)
+    results = jax.lax.map(lambda pair: some(*pair), (jnp.arange(count), queries))
+    return jnp.moveaxis(results, 0, 1).reshape(q.shape)
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Rotary positions on `(B, T, heads, head_dim)` (Su et al., arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    frequencies = 10000.0 ** (-jnp.arange(half) / half)
+    angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
+    left, right = x[..., :half], x[..., half:]
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def _losses(head: nn.Dense, x: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy of each token, in rows of `CHUNK`."""
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    count = max(1, x.shape[0] // CHUNK)
+    if x.shape[0] % count:
+        count = 1
+
+    def some(head, _, chunk):
+        x, targets = chunk
+        logits = head(x).astype(jnp.float32)
+        return None, optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+    scan = nn.scan(
+        nn.remat(some, prevent_cse=False),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+    )
+    chunks = (x.reshape(count, -1, x.shape[-1]), targets.reshape(count, -1))
+    return scan(head, None, chunks)[1]
+
+
+def loss(model: Llama, params: Any, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy, nats per token, of `(B, T + 1)` windows."""
+    return jnp.asarray(model.apply({"params": params}, windows[:, :-1], windows[:, 1:]))

@@ -1,0 +1,161 @@
+"""make_train_step: the ordinary loop's result, for the frameworks that people have."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import flora_jax
+from tests.helpers import assert_tree_close, normal
+
+INPUTS = jnp.asarray(normal(0, (64, 32)))
+TARGETS = jnp.tanh(INPUTS @ normal(1, (32, 24)) / 6)
+PROJECTION = flora_jax.Projection(8, min_dim=16, side="input", resample_every=2)
+STEPS = 100
+
+
+def flora(**others):
+    return flora_jax.flora(
+        0.05, **{"projection": PROJECTION, "accumulation_steps": 2, **others}
+    )  # fmt: skip
+
+
+def squares(outputs, targets=TARGETS):
+    return jnp.mean((outputs - targets) ** 2)
+
+
+def falls(loss, params, *batch):
+    tx = flora()
+    trained = eqx.filter(params, eqx.is_inexact_array)
+    step = flora_jax.make_train_step(loss, tx, PROJECTION)
+    state = tx.init(trained)
+    losses = []
+    for _ in range(STEPS):
+        params, state, value = step(params, state, *batch)
+        losses.append(float(value))
+    assert losses[-1] < 0.4 * losses[0]
+    return params
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(24, name="out")(jnp.tanh(nn.Dense(48, name="hidden")(x)))
+
+
+def linen_loss(params, x, y):
+    return squares(jnp.asarray(Linen().apply({"params": params}, x)), y)
+
+
+def linen_params():
+    return Linen().init(jax.random.key(0), INPUTS)["params"]
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(32, 48, rngs=rngs)
+        self.out = nnx.Linear(48, 24, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(jnp.tanh(self.hidden(x)))
+
+
+def test_linen():
+    falls(linen_loss, linen_params(), INPUTS, TARGETS)
+
+
+def test_nnx():
+    graph, state = nnx.split(Nnx(nnx.Rngs(0)), nnx.Param)
+    state = falls(lambda state, x: squares(nnx.merge(graph, state)(x)), state, INPUTS)
+    assert squares(nnx.merge(graph, state)(INPUTS)) < 0.1
+
+
+def test_equinox():
+    model = eqx.nn.MLP(32, 24, 48, 1, activation=jnp.tanh, key=jax.random.key(0))
+    trained = falls(lambda model, x: squares(jax.vmap(model)(x)), model, INPUTS)
+    assert isinstance(trained, eqx.nn.MLP) and trained.activation is model.activation
+
+
+def test_plain_function_with_arrays_that_are_not_trained():
+    params = {"w": jnp.asarray(normal(2, (32, 24))), "steps": jnp.int32(7)}
+    trained = falls(lambda p, x: squares(x @ p["w"] * (p["steps"] / 7)), params, INPUTS)
+    assert trained["steps"] == 7 and trained["steps"].dtype == jnp.int32
+
+
+def ordinary(params, count):
+    tx = flora()
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(linen_loss)(params, INPUTS, TARGETS)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state = tx.init(params)
+    for _ in range(count):
+        params, state, value = step(params, state)
+    return params, state, value
+
+
+def test_equal_to_the_ordinary_loop():
+    tx = flora()
+    step = flora_jax.make_train_step(linen_loss, tx, PROJECTION)
+    params = linen_params()
+    state = tx.init(params)
+    for _ in range(5):
+        params, state, value = step(params, state, INPUTS, TARGETS)
+    found, expected = (params, state, value), ordinary(linen_params(), 5)
+    assert_tree_close(jax.tree.map(jnp.float32, found), jax.tree.map(jnp.float32, expected), 1e-4)
+
+
+def test_micro_batches_inside_are_micro_steps_outside():
+    """One step over two micro-batches, and two micro-steps of accumulation."""
+    inside = flora_jax.Projection(8, min_dim=16, side="input")
+    tx = flora(projection=inside, accumulation_steps=1)
+    step = flora_jax.make_train_step(linen_loss, tx, inside, micro_batches=2)
+    outer = flora()
+    plain = flora_jax.make_train_step(linen_loss, outer, PROJECTION)
+    params, other = linen_params(), linen_params()
+    state, other_state = tx.init(params), outer.init(other)
+    halves = INPUTS.reshape(2, 32, 32), TARGETS.reshape(2, 32, 24)
+    for _ in range(3):
+        params, state, value = step(params, state, *halves)
+        values = []
+        for x, y in zip(*halves, strict=True):
+            other, other_state, one = plain(other, other_state, x, y)
+            values.append(one)
+        assert jnp.allclose(value, jnp.stack(values).mean(), rtol=1e-5)
+    assert_tree_close(params, other, 1e-4)
+
+
+@pytest.mark.parametrize("micro_batches", [None, 2])
+def test_aux(micro_batches):
+    def loss(params, x):
+        y = x @ params["w"]
+        return jnp.mean(y**2), {"mean": y.mean()}
+
+    projection = flora_jax.Projection(4, min_dim=8)
+    tx = flora_jax.flora(1e-2, projection=projection)
+    step = flora_jax.make_train_step(
+        loss, tx, projection, has_aux=True, micro_batches=micro_batches
+    )
+    params = {"w": jnp.asarray(normal(2, (32, 24)))}
+    x = INPUTS if micro_batches is None else INPUTS.reshape(2, 32, 32)
+    expected = jnp.mean((x @ params["w"]) ** 2)
+    _, _, value, aux = step(params, tx.init(params), x)
+    assert jnp.allclose(value, expected, rtol=1e-5)
+    assert aux["mean"].shape == (() if micro_batches is None else (2,))
+
+
+def test_errors():
+    projection = flora_jax.Projection(4, min_dim=8)
+    tx = flora_jax.flora(1e-2, projection=projection)
+    with pytest.raises(ValueError, match="micro_batches must be at least 1, found 0"):
+        flora_jax.make_train_step(linen_loss, tx, projection, micro_batches=0)
+    step = flora_jax.make_train_step(linen_loss, tx, projection, micro_batches=4)
+    params = linen_params()
+    with pytest.raises(ValueError, match=r"batch\[1\] must have micro_batches=4 .* \(3, 2\)"):
+        step(params, tx.init(params), jnp.zeros((4, 2, 32)), jnp.zeros((3, 2)))
