@@ -58,7 +58,9 @@ def apply_gradients(
 ) -> tuple[Any, Any]:
     """`tx.update` and `optax.apply_updates` in one, without a tree of updates.
 
-    To be called under `jax.jit` with `params` and `opt_state` donated; the result is that of
+    To be called under `jax.jit` with `params` and `opt_state` donated, as arguments in this order:
+    JAX pairs donated buffers with results of the same shape as they come, and where it pairs a first
+    moment with the params XLA copies both. The result is that of
 
         updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
         params = optax.apply_updates(params, updates)
@@ -541,19 +543,30 @@ class _Slices:
             else:
                 start.append(jnp.zeros(goal.shape, goal.aval.dtype))
 
+        def put(i, arrays, parts):
+            return [
+                jax.lax.dynamic_update_slice_in_dim(array, part, i, self.axes[goal])
+                for goal, array, part in zip(sliced, arrays, parts, strict=True)
+            ]
+
         def body(i, carry):
+            """Writes slice `i − 1`, then computes slice `i` from what was written.
+
+            Were both of one slice, XLA would copy each buffer that is read after it was written.
+            """
+            arrays = put(jnp.maximum(i - 1, 0), *carry)
             sources = {
                 self.buffers[goal]: array
-                for goal, array in zip(sliced, carry, strict=True)
+                for goal, array in zip(sliced, arrays, strict=True)
                 if self.buffers.get(goal) in self.sources
             }
             value = self._slice_of(i, whole, sources)
-            # all reads before all writes, or XLA copies what is read after it was overwritten
-            new = jax.lax.optimization_barrier([value(goal) for goal in sliced])
-            return [
-                jax.lax.dynamic_update_slice_in_dim(array, part, i, self.axes[goal])
-                for goal, array, part in zip(sliced, carry, new, strict=True)
-            ]
+            return arrays, [value(goal) for goal in sliced]
 
-        written = dict(zip(sliced, jax.lax.fori_loop(0, self.length, body, start), strict=True))
+        first = [
+            jax.lax.slice_in_dim(array, 0, 1, axis=self.axes[goal])
+            for goal, array in zip(sliced, start, strict=True)
+        ]
+        arrays, last = jax.lax.fori_loop(0, self.length, body, (start, first))
+        written = dict(zip(sliced, put(self.length - 1, arrays, last), strict=True))
         return [written[g] if isinstance(g, Var) and g in written else whole(g) for g in self.goals]

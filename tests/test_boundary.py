@@ -133,15 +133,15 @@ def test_a_stacked_weight_is_never_whole(name):
     data = jax.ShapeDtypeStruct(plan.data_shape, jnp.float32)
     grads = {"w": flora_jax.Sketch(data, None, plan.spec)}
 
-    def chain(grads, state, params):
+    def chain(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    def light(grads, state, params):
+    def light(params, state, grads):
         return flora_jax.apply_gradients(tx, grads, state, params, slice_above=1)
 
     def temporaries(function):
-        compiled = jax.jit(function, donate_argnums=(1, 2)).lower(grads, state, params).compile()
+        compiled = jax.jit(function, donate_argnums=(0, 1)).lower(params, state, grads).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     size = 4 * np.prod(shape)
