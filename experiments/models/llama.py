@@ -1,7 +1,8 @@
 """LLaMA: RMS norm first, rotary positions, SwiGLU, grouped-query attention, an untied head.
 
 In the shape descriptions `B` is the batch, `T` the sequence, `D` the width. The layers are stacked
-along a first axis and run by `scan`, each one rematerialised in the backward pass.
+along a first axis and run by `scan`, each one rematerialised in the backward pass, unless the
+shape says otherwise.
 
 Source: Touvron et al., arXiv 2302.13971 and 2307.09288.
 """
@@ -30,6 +31,7 @@ class Shape:
     key_heads: int = 32
     dtype: Any = jnp.bfloat16
     remat: bool = True
+    scan: bool = True
 
 
 SHAPES = {
@@ -59,13 +61,17 @@ class Llama(nn.Module):
             name="embed",
         )(tokens)
         layer = nn.remat(Layer, prevent_cse=False) if shape.remat else Layer
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=shape.layers,
-        )
-        x, _ = layers(shape, name="layers")(x, None)
+        if shape.scan:
+            layers = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=shape.layers,
+            )
+            x, _ = layers(shape, name="layers")(x, None)
+        else:
+            for i in range(shape.layers):
+                x, _ = layer(shape, name=f"layer_{i}")(x, None)
         head = _dense(shape, shape.vocabulary, "head")
         x = _norm(shape, "norm")(x)
         return head(x) if targets is None else _losses(head, x, targets).mean()
