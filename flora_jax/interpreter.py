@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core
 
-from flora_jax.weight import Weight, expose
+from flora_jax.weight import Joined, Weight, expose
 
 
 class Use(NamedTuple):
@@ -34,7 +34,7 @@ class Traced(NamedTuple):
     """A value on the walk.
 
     Attributes:
-      value: an array or a `Weight`.
+      value: an array, a `Weight` or weights `Joined`.
       active: whether the gradient may pass through it.
       broadcast: operand and `broadcast_dimensions` where it is but a broadcast one.
     """
@@ -60,9 +60,10 @@ class Walk:
     def note(self, eqn: Any, inputs: Sequence[Traced], whole: bool) -> None:
         place = _place(eqn)
         for traced in inputs:
-            if isinstance(traced.value, Weight) and not traced.value.looked_up:
-                use = Use(traced.value.spec.path, eqn.primitive.name, place, whole)
-                self.uses.setdefault(use)
+            value = traced.value
+            for part in value.parts if isinstance(value, Joined) else (value,):
+                if isinstance(part, Weight) and not part.looked_up:
+                    self.uses.setdefault(Use(part.spec.path, eqn.primitive.name, place, whole))
 
     def run(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Traced]) -> list[Traced]:
         """Evaluates an open jaxpr; `consts` are not differentiated."""
@@ -75,8 +76,9 @@ class Walk:
         values.update(zip(jaxpr.invars, inputs, strict=True))
         for eqn in jaxpr.eqns:
             ins = [read(atom) for atom in eqn.invars]
-            if any(isinstance(traced.value, Weight) for traced in ins):
-                rule = self.rules.get(eqn.primitive.name)
+            if any(isinstance(traced.value, Weight | Joined) for traced in ins):
+                joined = any(isinstance(traced.value, Joined) for traced in ins)
+                rule = self.rules.get("joined" if joined else eqn.primitive.name)
                 outs = rule(self, eqn, ins) if rule else None
                 if outs is None:
                     self.note(eqn, ins, whole=True)
@@ -108,9 +110,17 @@ def bind(eqn: Any, ins: Sequence[Traced]) -> list[Traced]:
 def exposed(ins: Sequence[Traced]) -> list[Traced]:
     """The same with arrays in place of weights."""
     return [
-        Traced(expose(traced.value), True) if isinstance(traced.value, Weight) else traced
+        Traced(_exposed(traced.value), True)
+        if isinstance(traced.value, Weight | Joined)
+        else traced
         for traced in ins
     ]
+
+
+def _exposed(value: Any) -> Any:
+    if isinstance(value, Joined):
+        return jnp.concatenate([_exposed(part) for part in value.parts], value.axis)
+    return expose(value) if isinstance(value, Weight) else value
 
 
 def is_inexact(value: Any) -> bool:

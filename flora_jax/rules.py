@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from flora_jax import weight as weights
 from flora_jax.interpreter import Traced, Walk, apply, exposed, is_inexact
-from flora_jax.weight import Kind, Weight, tap_shape
+from flora_jax.weight import Joined, Kind, Weight, tap_shape
 
 
 def _values(ins: Sequence[Traced]) -> list[Any]:
@@ -290,15 +290,53 @@ def _stack(walk: Walk, eqn, ins):
 
 
 def _concatenate(walk: Walk, eqn, ins):
-    """Of axes of length 1, which is what stacking is."""
+    """Of axes of length 1, which is what stacking is; else the parts stay apart until they are used."""
     del walk
     axis = eqn.params["dimension"]
     kinds = _alike(ins)
-    if kinds is None or kinds[axis] != "kept":
+    if kinds and kinds[axis] == "kept" and ins[0].value.value.shape[axis] == 1:
+        batched = [*kinds[:axis], "batch", *kinds[axis + 1 :]]
+        return _together(eqn, ins, axis, batched, jnp.concatenate)
+    return [Traced(Joined(tuple(traced.value for traced in ins), axis), True)]
+
+
+def _joined(walk: Walk, eqn, ins):
+    """Casts, transposes and products of each part."""
+    place = next(i for i, traced in enumerate(ins) if isinstance(traced.value, Joined))
+    joined: Joined = ins[place].value
+    ins = [exposed([t])[0] if isinstance(t.value, Weight) and t.value.looked_up else t for t in ins]
+    others = [traced for i, traced in enumerate(ins) if i != place]
+    if any(isinstance(traced.value, Weight | Joined) for traced in others):
         return None
-    if any(traced.value.value.shape[axis] != 1 for traced in ins):
+    if eqn.primitive.name == "transpose":
+        axis = eqn.params["permutation"].index(joined.axis)
+    elif eqn.primitive.name == "convert_element_type":
+        axis = joined.axis
+    elif eqn.primitive.name == "dot_general":
+        contracting, batch = eqn.params["dimension_numbers"]
+        if joined.axis in (*contracting[place], *batch[place]):
+            return None
+        taken = {*contracting[place], *batch[place]}
+        before = sum(i not in taken for i in range(joined.axis))
+        other = others[0].value
+        axis = len(batch[0]) + before
+        if place == 1:
+            axis += other.ndim - len(contracting[0]) - len(batch[0])
+    else:
         return None
-    return _together(eqn, ins, axis, [*kinds[:axis], "batch", *kinds[axis + 1 :]], jnp.concatenate)
+    results = []
+    for part in joined.parts:
+        given = [Traced(part, True) if i == place else traced for i, traced in enumerate(ins)]
+        if isinstance(part, Weight):
+            outs = walk.rules[eqn.primitive.name](walk, eqn, given)
+            if outs is None:
+                return None
+            results.append(outs[0].value)
+        else:
+            results.append(apply(eqn, *(traced.value for traced in given)))
+    if eqn.primitive.name == "dot_general":
+        return [Traced(jnp.concatenate(results, axis), True)]
+    return [Traced(Joined(tuple(results), axis), True)]
 
 
 def _alike(ins: Sequence[Traced]) -> tuple[Kind, ...] | None:
@@ -742,6 +780,7 @@ def _shard_map(walk: Walk, eqn, ins):
 
 
 RULES = {
+    "joined": _joined,
     "transpose": _transpose,
     "reshape": _reshape,
     "squeeze": _squeeze,

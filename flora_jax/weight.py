@@ -92,6 +92,14 @@ class Weight:
         return dataclasses.replace(self, **changes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Weights (and arrays) laid one after another along an axis."""
+
+    parts: tuple[Any, ...]
+    axis: int
+
+
 def tap_shape(shape: Sequence[int], kinds: Sequence[Kind], rank: int) -> tuple[int, ...]:
     """The shape of the tap of a weight of these kinds."""
     slot = tuple(kinds).index("projected")

@@ -259,6 +259,16 @@ FUNCTIONS = {
         dict(a=(24, 24), b=(24, 24)),
         [X],
     ),
+    "concatenated_on_output": (
+        lambda p, x: square(x @ jnp.concatenate([p["a"], p["b"], p["c"]], axis=1)),
+        dict(a=(24, 16), b=(24, 12), c=(24, 3)),
+        [X],
+    ),
+    "concatenated_and_transposed": (
+        lambda p, x: square(jnp.concatenate([p["a"], p["b"]], axis=1).T @ x.T),
+        dict(a=(24, 16), b=(24, 12)),
+        [X],
+    ),
     "reshaped": (
         lambda p, x: square(x @ p["w"].reshape(24, 40)),
         dict(w=(24, 4, 10)),

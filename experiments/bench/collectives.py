@@ -1,0 +1,96 @@
+"""Bytes that a data-parallel step sums over devices, read from its compiled HLO.
+
+    python -m experiments.bench.collectives
+
+Parameters on every device, the batch cut over eight of them; the compiler puts in the all-reduces.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+import flora_jax
+from experiments import report
+from experiments.bench import topology
+from experiments.models import llama
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the model."""
+
+    width: int = 512
+    layers: int = 4
+    rank: int = 32
+    devices: int = 8
+
+
+def reduced(config: Config, gradient, params) -> list[tuple[str, int]]:
+    mesh = Mesh(np.array(jax.devices()[: config.devices]), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    windows = jax.ShapeDtypeStruct(
+        (config.devices, 129), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    params = topology.placed(params, everywhere)
+    compiled = jax.jit(gradient, out_shardings=everywhere).lower(params, windows).compile()
+    return topology.all_reduces(compiled.as_text() or "")
+
+
+def compare(config: Config):
+    """All-reduces of the ordinary and of the born-compressed gradient, and the plan."""
+    shape = llama.Shape(
+        vocabulary=256,
+        width=config.width,
+        hidden=4 * config.width,
+        layers=config.layers,
+        heads=8,
+        key_heads=8,
+        dtype=jnp.float32,
+        remat=False,
+        scan=False,
+    )
+    model = llama.Llama(shape)
+    loss = partial(llama.loss, model)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+    projection = flora_jax.Projection(config.rank, side="input")
+    fused = partial(flora_jax.value_and_grad(loss, projection), cycle=0)
+    plan = flora_jax.plan(params, projection)
+    return (
+        reduced(config, jax.value_and_grad(loss), params),
+        reduced(config, fused, params),
+        plan,
+    )
+
+
+def main(config: Config) -> None:
+    ordinary, ours, plan = compare(config)
+    console = Console(width=100)
+    for name, found in (("ordinary gradient", ordinary), ("born compressed", ours)):
+        rows = [
+            (shape, str(count), f"{count * size:,}")
+            for (shape, size), count in sorted(Counter(found).items(), key=lambda x: -x[0][1])
+        ]
+        console.print(report.table(f"All-reduces, {name}", ["array", "times", "bytes"], rows))
+    whole, small = (sum(size for _, size in found) for found in (ordinary, ours))
+    console.print(f"ordinary {whole:,} bytes, born compressed {small:,}: ratio {small / whole:.4f}")
+    least = sum(4 * int(np.prod(leaf.data_shape)) for leaf in plan.leaves)
+    console.print(f"sketches and leaves left whole have {least:,} bytes")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,135 @@
+"""Time and FLOPs of one micro-step: born-compressed gradients against MultiSteps over Adafactor.
+
+    python -m experiments.bench.step
+
+One process, the two steps in turn, medians. A LLaMA in float32; between boundaries, so that what is
+timed is the gradient and its accumulation. FLOPs are XLA's own count of the compiled gradient, of
+the unrolled model only (XLA counts the body of a loop once).
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+
+import flora_jax
+from experiments import report
+from experiments.models import llama
+
+VARIANTS = {
+    "unrolled": {"scan": False, "remat": False},
+    "scan": {"scan": True, "remat": False},
+    "scan and remat": {"scan": True, "remat": True},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the model and of a micro-step."""
+
+    width: int = 512
+    layers: int = 4
+    batch: int = 8
+    length: int = 128
+    rank: int = 32
+    """width / 16."""
+    rounds: int = 9
+    out: Path | None = None
+    """A file for the table."""
+
+
+def shape(config: Config, **variant) -> llama.Shape:
+    return llama.Shape(
+        vocabulary=256,
+        width=config.width,
+        hidden=4 * config.width,
+        layers=config.layers,
+        heads=8,
+        key_heads=8,
+        dtype=jnp.float32,
+        **variant,
+    )
+
+
+def steps(config: Config, model: llama.Llama, params, windows):
+    """Compiled micro-steps by name, each with its arguments."""
+    loss = partial(llama.loss, model)
+    multi = optax.MultiSteps(optax.adafactor(1e-3), 1000).gradient_transformation()
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def ordinary(params, state, windows):
+        value, grads = jax.value_and_grad(loss)(params, windows)
+        updates, state = multi.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    projection = flora_jax.Projection(
+        config.rank, distribution="srht", side="input", resample_every=1000
+    )
+    tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=1000)
+    step = flora_jax.make_train_step(loss, tx, projection)
+    fused = partial(flora_jax.value_and_grad(loss, projection), cycle=0)
+    return {
+        "MultiSteps": (ordinary, ordinary, jax.value_and_grad(loss), multi.init(params)),
+        "Flora, born compressed": (step, step, fused, tx.init(params)),
+    }
+
+
+def measure(config: Config, variant: dict) -> dict[str, tuple[float, float, float]]:
+    """Median seconds, FLOPs, bytes of temporaries, by name."""
+    model = llama.Llama(shape(config, **variant))
+    windows = jnp.asarray(
+        np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
+    )
+    params = jax.jit(model.init)(jax.random.key(0), windows[:, :8])["params"]
+    held, figures = {}, {}
+    for name, (step, lowering, gradient, state) in steps(config, model, params, windows).items():
+        compiled = lowering.lower(params, state, windows).compile()
+        costs = jax.jit(gradient).lower(params, windows).compile().cost_analysis()
+        assert costs is not None, "XLA gives no costs on this backend"
+        figures[name] = (costs["flops"], compiled.memory_analysis().temp_size_in_bytes)
+        held[name] = (step, jax.tree.map(jnp.copy, params), state)
+    seconds: dict[str, list[float]] = {name: [] for name in held}
+    for round_ in range(config.rounds + 1):
+        for name, (step, own, state) in held.items():
+            start = time.perf_counter()
+            own, state, _ = jax.block_until_ready(step(own, state, windows))
+            if round_:  # the first one compiles
+                seconds[name].append(time.perf_counter() - start)
+            held[name] = (step, own, state)
+    return {name: (median(seconds[name]), *figures[name]) for name in held}
+
+
+def main(config: Config) -> None:
+    rows = []
+    for variant, settings in VARIANTS.items():
+        figures = measure(config, settings)
+        base, ours = figures["MultiSteps"], figures["Flora, born compressed"]
+        rows.append(
+            (
+                variant,
+                f"{base[0]:.3f}",
+                f"{ours[0]:.3f}",
+                f"{ours[0] / base[0]:.3f}",
+                f"{ours[1] / base[1]:.3f}" if variant == "unrolled" else "-",
+                f"{ours[2] / base[2]:.3f}",
+            )
+        )
+    heads = ["model", "MultiSteps, s", "Flora, s", "ratio of time", "of FLOPs", "of temporaries"]
+    title = f"One micro-step: width {config.width}, {config.batch} x {config.length} tokens, rank {config.rank}"
+    table = report.table(title, heads, rows)
+    Console(width=100).print(table)
+    if config.out:
+        with config.out.open("w") as file:
+            Console(file=file, width=100).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,91 @@
+"""Compiling for TPUs without one, and what the compiled program says of itself.
+
+Needs the package `libtpu`; nothing runs.
+"""
+
+import os
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiling for a TPU is no reason to look for one
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+HBM = 15.75
+"""GiB of a TPU v5e chip that a program may use, as the compiler says."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Figures of one compiled program, per device.
+
+    Attributes:
+      gib: arguments, results and temporaries at the worst moment, GiB.
+      fits: whether a v5e chip holds it.
+      seconds: of compilation.
+      compiled: the program; its text is that of `compiled.as_text()`.
+    """
+
+    gib: float
+    fits: bool
+    seconds: float
+    compiled: Any
+
+
+def mesh(chip: str = "v5e", shape: tuple[int, ...] = (1,), axes: tuple[str, ...] = ("data",)):
+    """A mesh of described chips; the smallest topology that has enough of them."""
+    names = {"v5e": ("v5e:2x2", "v5e:4x4"), "v5p": ("v5p:2x2x1", "v5p:2x2x4")}[chip]
+    count = int(np.prod(shape))
+    for name in names:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        if len(devices) >= count:
+            return Mesh(np.array(devices[:count]).reshape(shape), axes)
+    raise ValueError(f"no topology of {chip} with {count} chips among {', '.join(names)}")
+
+
+def placed(tree: Any, sharding: Any) -> Any:
+    """Shapes with a sharding: one for all leaves, or a tree of them."""
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding
+    )
+
+
+def compile_(lowered: Any) -> Program | None:
+    """None where the compiler runs out of the chip's memory."""
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    gib = (held + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 2**30
+    return Program(gib, gib <= HBM, time.perf_counter() - start, compiled)
+
+
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_REDUCE = re.compile(r"= (.*?) all-reduce(?:-start)?\(")
+
+
+def all_reduces(text: str) -> list[tuple[str, int]]:
+    """Shape and bytes of every array that an all-reduce of the compiled HLO sums."""
+    found = []
+    for line in text.splitlines():
+        if match := _REDUCE.search(line):
+            for dtype, sizes in _ARRAY.findall(match[1]):
+                shape = [int(n) for n in sizes.split(",") if n]
+                width = jnp.dtype({"f32": "float32", "bf16": "bfloat16", "s32": "int32"}[dtype])
+                found.append((f"{dtype}[{sizes}]", int(np.prod(shape)) * width.itemsize))
+    return found
