@@ -53,7 +53,9 @@ def flora(rank: int, fused: bool = True):
         tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=STEPS)
         loss = partial(llama.loss, model)
         if fused:
-    XX, ordinary(loss, tx)
+            step: Any = flora_jax.make_train_step(loss, tx, projection)
+            return tx, step.lower
+        return tx, ordinary(loss, tx)
 
     return build
 
