@@ -9,6 +9,7 @@ much it needs. Exact: the figures are the compiler's. LoRA trains adapters of th
 weight of the layers with Adam; GaLore is `optax.contrib.galore` over 16 accumulated micro-steps.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ import flora_jax
 from experiments import report
 from experiments.bench import topology
 from experiments.models import llama
+from flora_jax.fused import combine
 
 STEPS = 16
 
@@ -79,59 +81,53 @@ def ordinary(loss, tx):
 
 
 def lora(rank: int):
-    """Adapters `(layers, m, r)` and `(layers, r, n)`, added to the frozen weights inside the step."""
+    """Adapters on every weight of the layers, trained by Adam; the weights are frozen."""
 
     def build(model: llama.Llama):
+        model = llama.Llama(dataclasses.replace(model.shape, lora=rank))
         tx = optax.adam(1e-3)
 
-        def merged(params, adapters):
-            layers = {}
-            for name, weight in params["layers"].items():
-                layers[name] = weight
-                if name in adapters:
-                    a, b = adapters[name]["a"], adapters[name]["b"]
-                    layers[name] = {"kernel": weight["kernel"] + jnp.matmul(a, b)}
-            return {**params, "layers": layers}
-
+        @partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, windows):
-            params, adapters = params["base"], params["adapters"]
-            loss = lambda own: llama.loss(model, merged(params, own), windows)  # noqa: E731
-            value, grads = jax.value_and_grad(loss)(adapters)
-            updates, state = tx.update(grads, state, adapters)
-            own = optax.apply_updates(adapters, updates)
-            return {"base": params, "adapters": own}, state, value
+            frozen, own = params
 
-        def extend(params):
-            def factors(kernel):
-                layers, m, n = kernel.shape
-                return {
-                    "a": jax.ShapeDtypeStruct((layers, m, rank), kernel.dtype),
-                    "b": jax.ShapeDtypeStruct((layers, rank, n), kernel.dtype),
-                }
+            def loss(own):
+                return llama.loss(model, combine(own, frozen), windows)
 
-            adapters = {
-                name: factors(weight["kernel"])
-                for name, weight in params["layers"].items()
-                if "kernel" in weight
-            }
-            return {"base": params, "adapters": adapters}
+            value, grads = jax.value_and_grad(loss)(own)
+            updates, state = tx.update(grads, state, own)
+            return (frozen, optax.apply_updates(own, updates)), state, value
 
         def init(params: Any):
-            return tx.init(params["adapters"])
+            return tx.init(params[1])
 
-        on_adapters = optax.GradientTransformation(init, tx.update)
-        return on_adapters, jax.jit(step, donate_argnums=(0, 1)).lower, extend
+        return optax.GradientTransformation(init, tx.update), step.lower
 
     return build
 
 
+def adapters_apart(params: Any) -> tuple[Any, Any]:
+    """Frozen weights and LoRA's factors, each with None in the places of the other."""
+
+    def is_factor(path) -> bool:
+        return path[-1].key in ("a", "b")
+
+    visit = jax.tree_util.tree_map_with_path
+    return (
+        visit(lambda path, x: None if is_factor(path) else x, params),
+        visit(lambda path, x: x if is_factor(path) else None, params),
+    )
+
+
+LORA = lora(128)
+METHODS_WITH_ADAPTERS = {LORA: 128}
 METHODS = {
     "Flora, born compressed, rank 128": flora(128),
     "Flora, born compressed, rank 256": flora(256),
     "Flora, ordinary gradients, rank 128": flora(128, fused=False),
     "MultiSteps + Adafactor": multisteps(optax.adafactor(1e-3)),
     "MultiSteps + GaLore, rank 128": multisteps(galore(1e-3, rank=128)),
-    "LoRA + Adam, rank 128": lora(128),
+    "LoRA + Adam, rank 128": LORA,
 }
 
 
@@ -154,10 +150,12 @@ def measure(config: Config, build, chip: str) -> topology.Program | None:
         return topology.placed(tree, shardings)
 
     tokens = jnp.zeros((1, 8), jnp.int32)
+    tx, lower = build(model)
+    if rank := METHODS_WITH_ADAPTERS.get(build):
+        model = llama.Llama(dataclasses.replace(model.shape, lora=rank))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
-    tx, lower, *rest = build(model)
-    if rest:
-        params = rest[0](params)
+    if rank:
+        params = adapters_apart(params)
     state = jax.eval_shape(tx.init, params)
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -32,6 +32,7 @@ class Shape:
     dtype: Any = jnp.bfloat16
     remat: bool = True
     scan: bool = True
+    lora: int = 0
 
 
 SHAPES = {
@@ -72,7 +73,7 @@ class Llama(nn.Module):
         else:
             for i in range(shape.layers):
                 x, _ = layer(shape, name=f"layer_{i}")(x, None)
-        head = _dense(shape, shape.vocabulary, "head")
+        head = Dense(shape, shape.vocabulary, name="head")
         x = _norm(shape, "norm")(x)
         return head(x) if targets is None else _losses(head, x, targets).mean()
 
@@ -101,8 +102,26 @@ class Layer(nn.Module):
         return x + _dense(shape, shape.width, "down")(nn.silu(gate) * up), None
 
 
-def _dense(shape: Shape, features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=shape.dtype, param_dtype=shape.dtype, name=name)
+class Dense(nn.Module):
+    """`x W`; with a rank, LoRA's `x W + (x a) b` (Hu et al., arXiv 2106.09685)."""
+
+    shape: Shape
+    features: int
+    rank: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, rank = self.shape.dtype, self.rank
+        make, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
+        y = x @ self.param("kernel", make, (x.shape[-1], self.features), dtype)
+        if not rank:
+            return y
+        a = self.param("a", make, (x.shape[-1], rank), dtype)
+        return y + (x @ a) @ self.param("b", zeros, (rank, self.features), dtype)
+
+
+def _dense(shape: Shape, features: int, name: str) -> Dense:
+    return Dense(shape, features, shape.lora, name=name)
 
 
 def _norm(shape: Shape, name: str) -> nn.RMSNorm:
@@ -135,7 +154,7 @@ def rotate(x: jax.Array) -> jax.Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-def _losses(head: nn.Dense, x: jax.Array, targets: jax.Array) -> jax.Array:
+def _losses(head: Dense, x: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy of each token, in rows of `CHUNK`."""
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     count = max(1, x.shape[0] // CHUNK)
