@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax
-from experiments.models import llama
+from experiments.models import gpt2, layers, llama, t5
 from flora_jax.sketch import is_sketch
 from tests.helpers import Naive, assert_close, matrix_of_a, normal
 
@@ -55,56 +55,9 @@ def test_llama(scan, remat, side):
 
 
 def test_llama_in_chunks(monkeypatch):
-    monkeypatch.setattr(llama, "CHUNK", 4)
+    monkeypatch.setattr(layers, "CHUNK", 4)
     model = llama.Llama(llama.Shape(48, 32, 56, 2, 4, 2, jnp.float32))
     compare(lambda p: llama.loss(model, p, TOKENS), init(model, TOKENS))
-
-
-class Gpt2(nn.Module):
-    """Learned positions, fused query-key-value, the head tied to the embedding."""
-
-    @nn.compact
-    def __call__(self, tokens):
-        wte = nn.Embed(48, 32, name="wte")
-        x = wte(tokens) + nn.Embed(16, 32, name="wpe")(jnp.arange(tokens.shape[1]))
-        for i in range(2):
-            y = nn.LayerNorm()(x)
-            q, k, v = jnp.split(nn.Dense(96, name=f"qkv_{i}")(y), 3, axis=-1)
-            q, k, v = (z.reshape(*z.shape[:-1], 4, 8) for z in (q, k, v))
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
-            x = x + nn.Dense(32, name=f"out_{i}")(y)
-            y = nn.gelu(nn.Dense(128, name=f"up_{i}")(nn.LayerNorm()(x)))
-            x = x + nn.Dense(32, name=f"down_{i}")(y)
-        return wte.attend(nn.LayerNorm()(x))
-
-
-class T5(nn.Module):
-    """Encoder and decoder with relative position bias; one table for all, as in T5's first version."""
-
-    @nn.compact
-    def __call__(self, source, target):
-        embed = nn.Embed(48, 32, name="shared_embed")
-        x, y = embed(source), embed(target)
-        x = self.block("encoder", x, x, False)
-        y = self.block("decoder", y, y, True)
-        y = self.block("cross", y, x, False)
-        return embed.attend(y * 32**-0.5)
-
-    def block(self, name, x, memory, causal):
-        heads, size = 4, 8
-        q = nn.DenseGeneral((heads, size), use_bias=False, name=f"{name}_q")(x)
-        k = nn.DenseGeneral((heads, size), use_bias=False, name=f"{name}_k")(memory)
-        v = nn.DenseGeneral((heads, size), use_bias=False, name=f"{name}_v")(memory)
-        distance = jnp.arange(memory.shape[1]) - jnp.arange(x.shape[1])[:, None]
-        bucket = jnp.clip(distance + 16, 0, 31)
-        bias = nn.Embed(32, heads, name=f"{name}_relative_embed")(bucket)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) + bias.transpose(2, 0, 1)
-        scores = jnp.where((distance > 0) & causal, -1e9, scores)
-        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
-        y = nn.DenseGeneral(32, axis=(-2, -1), use_bias=False, name=f"{name}_o")(y)
-        x = nn.RMSNorm(name=f"{name}_norm")(x + y)
-        up = nn.relu(nn.Dense(64, use_bias=False, name=f"{name}_up")(x))
-        return x + nn.Dense(32, use_bias=False, name=f"{name}_down")(up)
 
 
 class Experts(nn.Module):
@@ -145,7 +98,7 @@ class Lstm(nn.Module):
         return nn.Dense(48, name="head")(nn.RNN(nn.OptimizedLSTMCell(32), name="rnn")(x))
 
 
-LANGUAGE = {"gpt2": Gpt2, "experts": Experts, "lstm": Lstm}
+LANGUAGE = {"experts": Experts, "lstm": Lstm}
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -161,14 +114,29 @@ def test_language_models(name, side):
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
+def test_gpt2(side):
+    """Learned positions, fused query, key and value, the head tied to the embedding."""
+    model = gpt2.Gpt2(gpt2.Shape(48, 16, 32, 2, 4))
+    compare(lambda p: gpt2.loss(model, p, TOKENS), init(model, TOKENS), side)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
 def test_t5(side):
-    model, source, target = T5(), TOKENS[:, :7], TOKENS[:, 7:]
+    """Encoder and decoder, relative position bias, cross-attention, tied embedding."""
+    model = t5.T5(t5.Shape(48, 32, 64, 2, 4, 8))
+    compare(lambda p: t5.loss(model, p, TOKENS), init(model, TOKENS, TOKENS), side)
 
-    def loss(params):
-        logits = model.apply({"params": params}, source, target[:, :-1])
-        return cross_entropy(logits, target[:, 1:])
 
-    compare(loss, init(model, source, target), side)
+def test_t5_buckets():
+    """From the paper's description: a bucket each below 8 (of 16 a side), then log-spaced to 128."""
+    distance = jnp.arange(-200, 201)
+    found = np.asarray(t5.bucket(distance, True, 32, 128))
+    past, future = found[:200][::-1], found[201:]
+    assert past[:7].tolist() == [1, 2, 3, 4, 5, 6, 7] and (np.diff(past) >= 0).all()
+    assert past[-1] == 15 and past[126] == 15 and past[30] < 15
+    np.testing.assert_array_equal(future, past + 16)
+    one_way = np.asarray(t5.bucket(distance, False, 32, 128))
+    assert (one_way[200:] == 0).all() and one_way[0] == 31 and one_way[199] == 1
 
 
 @pytest.mark.parametrize("side", ["input", "output"])

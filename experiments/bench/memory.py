@@ -2,6 +2,8 @@
 
     python -m experiments.bench.memory                  # LLaMA-7B, some ten minutes on two cores
     python -m experiments.bench.memory --model LLaMA-13B --chips 2
+    python -m experiments.bench.memory --model T5-3B --length 512
+    python -m experiments.bench.memory --model GPT-2-XL --length 1024
 
 One program does the micro-step and, every 16th time, the boundary. bfloat16 parameters, layers
 under `scan` with remat. What does not fit a v5e chip is compiled for a v5p one (95 GiB), to say how
@@ -10,10 +12,11 @@ weight of the layers with Adam; GaLore is `optax.contrib.galore` over 16 accumul
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +29,22 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import topology
-from experiments.models import llama
+from experiments.models import gpt2, llama, t5
 from flora_jax.fused import combine
 
 STEPS = 16
+FAMILIES = {
+    name: (family, shape, module.loss)
+    for module, family in ((llama, llama.Llama), (gpt2, gpt2.Gpt2), (t5, t5.T5))
+    for name, shape in module.SHAPES.items()
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """What to compile."""
 
-    model: str = "LLaMA-7B"
+    model: Literal[tuple(FAMILIES)] = "LLaMA-7B"  # type: ignore[valid-type]
     length: int = 2048
     batch: int = 1
     chips: int = 1
@@ -50,10 +58,10 @@ class Config:
 def flora(rank: int, fused: bool = True):
     """The step of Flora on the fused route, or on the ordinary one."""
 
-    def build(model: llama.Llama):
+    def build(model: Any, loss_of: Callable):
         projection = flora_jax.Projection(rank, distribution="srht", resample_every=STEPS)
         tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=STEPS)
-        loss = partial(llama.loss, model)
+        loss = partial(loss_of, model)
         if fused:
             step: Any = flora_jax.make_train_step(loss, tx, projection)
             return tx, step.lower
@@ -63,9 +71,9 @@ def flora(rank: int, fused: bool = True):
 
 
 def multisteps(inner: optax.GradientTransformation):
-    def build(model: llama.Llama):
+    def build(model: Any, loss_of: Callable):
         tx = optax.MultiSteps(inner, STEPS).gradient_transformation()
-        return tx, ordinary(partial(llama.loss, model), tx)
+        return tx, ordinary(partial(loss_of, model), tx)
 
     return build
 
@@ -83,8 +91,8 @@ def ordinary(loss, tx):
 def lora(rank: int):
     """Adapters on every weight of the layers, trained by Adam; the weights are frozen."""
 
-    def build(model: llama.Llama):
-        model = llama.Llama(dataclasses.replace(model.shape, lora=rank))
+    def build(model: Any, loss_of: Callable):
+        model = type(model)(dataclasses.replace(model.shape, lora=rank))
         tx = optax.adam(1e-3)
 
         @partial(jax.jit, donate_argnums=(0, 1))
@@ -92,7 +100,7 @@ def lora(rank: int):
             frozen, own = params
 
             def loss(own):
-                return llama.loss(model, combine(own, frozen), windows)
+                return loss_of(model, combine(own, frozen), windows)
 
             value, grads = jax.value_and_grad(loss)(own)
             updates, state = tx.update(grads, state, own)
@@ -140,7 +148,8 @@ def largest_axis(shape: tuple[int, ...], chips: int) -> PartitionSpec:
 
 
 def measure(config: Config, build, chip: str) -> topology.Program | None:
-    model = llama.Llama(llama.SHAPES[config.model])
+    family, shape, loss = FAMILIES[config.model]
+    model = family(shape)
     mesh = topology.mesh(chip, (config.chips,))
 
     def cut(tree):
@@ -150,10 +159,11 @@ def measure(config: Config, build, chip: str) -> topology.Program | None:
         return topology.placed(tree, shardings)
 
     tokens = jnp.zeros((1, 8), jnp.int32)
-    tx, lower = build(model)
+    tx, lower = build(model, loss)
     if rank := METHODS_WITH_ADAPTERS.get(build):
-        model = llama.Llama(dataclasses.replace(model.shape, lora=rank))
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+        model = family(dataclasses.replace(shape, lora=rank))
+    given = (tokens, tokens) if family is t5.T5 else (tokens,)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), *given)["params"])
     if rank:
         params = adapters_apart(params)
     state = jax.eval_shape(tx.init, params)

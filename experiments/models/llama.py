@@ -13,10 +13,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
-CHUNK = 512
-"""Tokens whose logits, and whose attention scores, exist at a time."""
+from experiments.models.layers import Dense, attention, losses
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,9 @@ class Llama(nn.Module):
         else:
             for i in range(shape.layers):
                 x, _ = layer(shape, name=f"layer_{i}")(x, None)
-        head = Dense(shape, shape.vocabulary, name="head")
+        head = Dense(shape.vocabulary, shape.dtype, name="head")
         x = _norm(shape, "norm")(x)
-        return head(x) if targets is None else _losses(head, x, targets).mean()
+        return head(x) if targets is None else losses(head, x, targets).mean()
 
 
 class Layer(nn.Module):
@@ -102,46 +100,12 @@ class Layer(nn.Module):
         return x + _dense(shape, shape.width, "down")(nn.silu(gate) * up), None
 
 
-class Dense(nn.Module):
-    """`x W`; with a rank, LoRA's `x W + (x a) b` (Hu et al., arXiv 2106.09685)."""
-
-    shape: Shape
-    features: int
-    rank: int = 0
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtype, rank = self.shape.dtype, self.rank
-        make, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
-        y = x @ self.param("kernel", make, (x.shape[-1], self.features), dtype)
-        if not rank:
-            return y
-        a = self.param("a", make, (x.shape[-1], rank), dtype)
-        return y + (x @ a) @ self.param("b", zeros, (rank, self.features), dtype)
-
-
 def _dense(shape: Shape, features: int, name: str) -> Dense:
-    return Dense(shape, features, shape.lora, name=name)
+    return Dense(features, shape.dtype, shape.lora, name=name)
 
 
 def _norm(shape: Shape, name: str) -> nn.RMSNorm:
     return nn.RMSNorm(dtype=shape.dtype, param_dtype=shape.dtype, name=name)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention of `(B, T, heads, head_dim)`; the scores of `CHUNK` queries exist at a time."""
-    count = q.shape[1] // CHUNK
-    if count < 2 or q.shape[1] % CHUNK:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-
-    @jax.checkpoint
-    def some(i, q):
-        mask = i * CHUNK + jnp.arange(CHUNK)[:, None] >= jnp.arange(k.shape[1])
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
-
-    queries = jnp.moveaxis(q.reshape(q.shape[0], count, CHUNK, *q.shape[2:]), 1, 0)
-    results = jax.lax.map(lambda pair: some(*pair), (jnp.arange(count), queries))
-    return jnp.moveaxis(results, 0, 1).reshape(q.shape)
 
 
 def rotate(x: jax.Array) -> jax.Array:
@@ -152,27 +116,6 @@ def rotate(x: jax.Array) -> jax.Array:
     left, right = x[..., :half], x[..., half:]
     cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-
-
-def _losses(head: Dense, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy of each token, in rows of `CHUNK`."""
-    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    count = max(1, x.shape[0] // CHUNK)
-    if x.shape[0] % count:
-        count = 1
-
-    def some(head, _, chunk):
-        x, targets = chunk
-        logits = head(x).astype(jnp.float32)
-        return None, optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-
-    scan = nn.scan(
-        nn.remat(some, prevent_cse=False),
-        variable_broadcast="params",
-        split_rngs={"params": False},
-    )
-    chunks = (x.reshape(count, -1, x.shape[-1]), targets.reshape(count, -1))
-    return scan(head, None, chunks)[1]
 
 
 def loss(model: Llama, params: Any, windows: jax.Array) -> jax.Array:

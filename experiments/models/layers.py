@@ -1,0 +1,77 @@
+"""What the models share: a product with room for an adapter; attention and loss in parts.
+
+In the shape descriptions `B` is the batch, `T` the sequence, `D` the width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+CHUNK = 512
+"""Tokens whose logits, and whose attention scores, exist at a time."""
+
+
+class Dense(nn.Module):
+    """`x W (+ bias)`; with a rank, LoRA's `x W + (x a) b` (Hu et al., arXiv 2106.09685)."""
+
+    features: int
+    dtype: Any
+    rank: int = 0
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        make, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
+        y = x @ self.param("kernel", make, (x.shape[-1], self.features), self.dtype)
+        if self.rank:
+            a = self.param("a", make, (x.shape[-1], self.rank), self.dtype)
+            y = y + (x @ a) @ self.param("b", zeros, (self.rank, self.features), self.dtype)
+        if self.bias:
+            y = y + self.param("bias", zeros, (self.features,), self.dtype)
+        return y
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention of `(B, T, heads, head_dim)`; the scores of `CHUNK` queries exist at a time."""
+    count = q.shape[1] // CHUNK
+    if count < 2 or q.shape[1] % CHUNK:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    @jax.checkpoint
+    def some(i, q):
+        mask = i * CHUNK + jnp.arange(CHUNK)[:, None] >= jnp.arange(k.shape[1])
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
+
+    queries = jnp.moveaxis(q.reshape(q.shape[0], count, CHUNK, *q.shape[2:]), 1, 0)
+    results = jax.lax.map(lambda pair: some(*pair), (jnp.arange(count), queries))
+    return jnp.moveaxis(results, 0, 1).reshape(q.shape)
+
+
+def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy of `head(x)` for each token, of `CHUNK` tokens at a time.
+
+    Args:
+      head: module from `(tokens, D)` to logits.
+      x: `(B, T, D)`.
+      targets: `(B, T)`.
+    """
+    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    count = max(1, x.shape[0] // CHUNK)
+    if x.shape[0] % count:
+        count = 1
+
+    def some(head, _, chunk):
+        x, targets = chunk
+        logits = head(x).astype(jnp.float32)
+        return None, optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+    scan = nn.scan(
+        nn.remat(some, prevent_cse=False),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+    )
+    chunks = (x.reshape(count, -1, x.shape[-1]), targets.reshape(count, -1))
+    return scan(head, None, chunks)[1]
