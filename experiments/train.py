@@ -102,17 +102,6 @@ def compile_step(config: Config, state: TrainState):
     return step.lower(state, windows).compile()
 
 
-def compiled_bytes(compiled) -> int:
-    """Bytes that XLA holds at the worst moment of a compiled step."""
-    memory = compiled.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-
-
 def train(config: Config, console: Console) -> dict[str, Any]:
     """Runs, or goes on; returns the figures of the final table."""
     corpus = text.load()
@@ -182,7 +171,7 @@ def train(config: Config, console: Console) -> dict[str, Any]:
         "final": history["validation"][-1][1],
         "seconds": history["seconds"],
         "state": tree_bytes(state.opt_state),
-        "peak": compiled_bytes(compiled),
+        "peak": report.compiled_bytes(compiled),
         "params": tree_bytes(state.params),
         "history": history,
         "sample": write(config, state.params),
@@ -210,7 +199,10 @@ def show(config: Config, figures: dict[str, Any], console: Console) -> None:
     other: optimizers.Method = "multisteps" if config.optimizer != "multisteps" else "flora"
     state = initial_state(config, other)
     alone = tree_bytes(jax.eval_shape(optax.adafactor(1.0).init, state.params))
-    peaks = {config.optimizer: figures["peak"], other: compiled_bytes(compile_step(config, state))}
+    peaks = {
+        config.optimizer: figures["peak"],
+        other: report.compiled_bytes(compile_step(config, state)),
+    }
     states = {config.optimizer: figures["state"], other: tree_bytes(state.opt_state)}
     rows = [
         (

@@ -226,7 +226,7 @@ def _by_leaf(program: _Program, values: Values) -> list[Any]:
     """Evaluates the outputs, those of one leaf after those of another."""
     places = {name: i for i, name in enumerate(program.names)}
     owners: dict[Var, frozenset[int]] = {
-        var: frozenset([i]) for i, var in enumerate(program.params) if isinstance(var, Var)
+        var: frozenset([i]) for i, var in enumerate(program.params)
     }
     numbers: list[Var] = []  # single numbers of one leaf that several leaves need
     for node in program.nodes:
@@ -370,7 +370,7 @@ class _Slices:
         self.length = param.shape[self.axis]
         self.buffers = dict(zip(program.outs, program.buffers, strict=True))
         self.maker = {out: node for node in nodes for out in node.outs}
-        before = needed(self.maker, mark.ins, values.known)
+        before = set(needed(self.maker, mark.ins, values.known))
         after = [node for node in nodes if node not in before]
         alike = {
             var

@@ -76,7 +76,6 @@ class ValueAndGrad:
 
     def __call__(self, *args: Any, cycle: Any, **kwargs: Any) -> Any:
         function = _Function(self, args, kwargs)
-        walk = Walk(RULES)
         taps = [_tap(plan) for plan in function.plans]
         wholes = [
             None if plan.spec else leaf
@@ -84,17 +83,7 @@ class ValueAndGrad:
         ]
 
         def run(taps, wholes):
-            ins = []
-            zipped = zip(function.plans, function.differentiated, taps, wholes, strict=True)
-            for plan, leaf, tap, whole in zipped:
-                if plan.spec is None:
-                    ins.append(Traced(whole, True))
-                else:
-                    ins.append(Traced(Weight.start(plan.spec, cycle, leaf, tap), True))
-            ins += [Traced(leaf, False) for leaf in function.others]
-            closed = function.jaxpr
-            outs = exposed(walk.run(closed.jaxpr, closed.consts, ins))
-            return function.result([traced.value for traced in outs])
+            return function.result(function.walk(Walk(RULES), cycle, taps, wholes))
 
         value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(taps, wholes)
         leaves = [
@@ -110,13 +99,8 @@ class ValueAndGrad:
 
         def traced(args, kwargs):
             function = _Function(self, args, kwargs)
-            ins = []
-            for plan, leaf in zip(function.plans, function.differentiated, strict=True):
-                weight = Weight.start(plan.spec, 0, leaf, _tap(plan)) if plan.spec else leaf
-                ins.append(Traced(weight, True))
-            ins += [Traced(leaf, False) for leaf in function.others]
-            outs = walk.run(function.jaxpr.jaxpr, function.jaxpr.consts, ins)
-            return [traced.value for traced in exposed(outs)]
+            taps = [_tap(plan) for plan in function.plans]
+            return function.walk(walk, 0, taps, function.differentiated)
 
         arrays, rest = _partition((args, kwargs))
         jax.eval_shape(lambda arrays: traced(*combine(arrays, rest)), arrays)
@@ -183,6 +167,18 @@ class _Function:
 
         self.jaxpr = jax.make_jaxpr(flat)(*self.differentiated, *self.others)
 
+    def walk(self, walk: Walk, cycle: Any, taps: list[Any], wholes: list[Any]) -> list[Any]:
+        """Evaluates it with weights in place of the leaves that have a tap."""
+        ins = []
+        for plan, leaf, tap, whole in zip(
+            self.plans, self.differentiated, taps, wholes, strict=True
+        ):
+            value = Weight.start(plan.spec, cycle, leaf, tap) if plan.spec else whole
+            ins.append(Traced(value, True))
+        ins += [Traced(leaf, False) for leaf in self.others]
+        outs = exposed(walk.run(self.jaxpr.jaxpr, self.jaxpr.consts, ins))
+        return [traced.value for traced in outs]
+
     def result(self, outs: list[Any]) -> tuple[Any, Any]:
         """`(value, (value, aux))`."""
         aux = combine(jax.tree.unflatten(self.aux_structure, outs[1:]), self.aux_rest)
@@ -207,14 +203,14 @@ def _tap(plan: LeafPlan) -> jax.Array | None:
     return jnp.zeros(plan.spec.data_shape, jnp.promote_types(plan.spec.dtype, jnp.float32))
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | jax.ShapeDtypeStruct) or hasattr(x, "__array__")
 
 
 def is_differentiable(x: Any) -> bool:
     if isinstance(x, float):
         return True
-    if not _is_array(x):
+    if not is_array(x):
         return False
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise ValueError(f"parameters must be real, found one of dtype {x.dtype}")
@@ -225,7 +221,7 @@ def _partition(tree: Any) -> tuple[Any, Any]:
     """Arrays (and numbers), and all else, each with None in place of the other."""
 
     def is_number(x):
-        return _is_array(x) or isinstance(x, int | float | complex)
+        return is_array(x) or isinstance(x, int | float | complex)
 
     arrays = jax.tree.map(lambda x: x if is_number(x) else None, tree)
     return arrays, jax.tree.map(lambda x: None if is_number(x) else x, tree)

@@ -2,7 +2,7 @@
 
 - Movers (transpose, reshape, slice, gather of rows, …) act on the value and on the tap alike, so
   long as they leave the projected axes together or say which of their indices are left.
-- Uses (dot_general, convolution, ragged_dot_general) end the way of a weight in a plain array.
+- Uses (dot_general, convolution) end the way of a weight in a plain array.
 - Control flow is entered.
 
 A rule gives None where it does not fit; the weight is then exposed.
@@ -367,26 +367,19 @@ def _together(eqn, ins, axis: int, kinds, join):
 
 
 def _mul(walk: Walk, eqn, ins):
+    """A product, or a quotient with the weight above."""
     del walk
+    inverse = eqn.primitive.name == "div"
     place = 0 if isinstance(ins[0].value, Weight) else 1
-    weight, other = ins[place].value, ins[1 - place]
-    scaled = _scaled(weight, other)
+    if inverse and place == 1:
+        return None
+    scaled = _scaled(ins[place].value, ins[1 - place], inverse)
     if scaled is None:
         return None
     return _active(scaled.replace(value=apply(eqn, *_values(ins))))
 
 
-def _div(walk: Walk, eqn, ins):
-    del walk
-    if not _only_first(ins):
-        return None
-    scaled = _scaled(ins[0].value, ins[1], inverse=True)
-    if scaled is None:
-        return None
-    return _active(scaled.replace(value=apply(eqn, *_values(ins))))
-
-
-def _scaled(weight: Weight, other: Traced, inverse: bool = False) -> Weight | None:
+def _scaled(weight: Weight, other: Traced, inverse: bool) -> Weight | None:
     """Tap and factors under a product with numbers that vary along the one or the other's axes."""
     if other.active or isinstance(other.value, Weight):
         return None
@@ -794,7 +787,7 @@ RULES = {
     "stack": _stack,
     "concatenate": _concatenate,
     "mul": _mul,
-    "div": _div,
+    "div": _mul,
     "add": _add,
     "sub": _add,
     "neg": _neg,

@@ -10,7 +10,7 @@ import optax
 
 from flora_jax import transforms
 from flora_jax.boundary import apply_gradients
-from flora_jax.fused import combine, is_differentiable, value_and_grad
+from flora_jax.fused import combine, is_array, is_differentiable, value_and_grad
 from flora_jax.projection import Projection
 
 
@@ -135,10 +135,6 @@ class _Static:
 
 def _parts(params: Any) -> tuple[Any, Any, _Static]:
     """What is trained, other arrays, and what is no array, each with None for the others."""
-
-    def is_array(x):
-        return hasattr(x, "shape") and hasattr(x, "dtype")
-
     own = jax.tree.map(lambda x: x if is_differentiable(x) else None, params)
     held = jax.tree.map(lambda x: x if is_array(x) and not is_differentiable(x) else None, params)
     rest = jax.tree.map(lambda x: None if is_array(x) or is_differentiable(x) else x, params)

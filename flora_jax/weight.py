@@ -215,8 +215,7 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
     result = contracted_labels(weight, labels, of_weight)
     sums = jnp.promote_types(array.dtype, jnp.float32)
     if columns is None:
-        lengths = [array.shape[labels.index(label)] for label in projected]
-        columns = jnp.arange(math.prod(lengths), dtype=jnp.int32).reshape(lengths)
+        columns = weight.indices()
     scale = distributions.scale(spec.distribution, spec.rank, spec.size)
     count = math.prod(keys.shape[:-1])
     step = max(1, spec.block // (spec.rank * count))

@@ -25,7 +25,7 @@ from rich.console import Console
 
 import flora_jax
 from experiments import report
-from experiments.bench import topology
+from experiments.bench import setting, topology
 from experiments.models import llama
 
 
@@ -52,18 +52,7 @@ def reduced(config: Config, gradient, params) -> list[tuple[str, int]]:
 
 def compare(config: Config):
     """All-reduces of the ordinary and of the born-compressed gradient, and the plan."""
-    shape = llama.Shape(
-        vocabulary=256,
-        width=config.width,
-        hidden=4 * config.width,
-        layers=config.layers,
-        heads=8,
-        key_heads=8,
-        dtype=jnp.float32,
-        remat=False,
-        scan=False,
-    )
-    model = llama.Llama(shape)
+    model = setting.small(config.width, config.layers, dtype=jnp.float32, remat=False, scan=False)
     loss = partial(llama.loss, model)
     tokens = jnp.zeros((1, 8), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])

@@ -28,7 +28,7 @@ from rich.console import Console
 
 import flora_jax
 from experiments import report
-from experiments.bench import topology
+from experiments.bench import setting, topology
 from experiments.models import gpt2, llama, t5
 from flora_jax.fused import combine
 
@@ -65,7 +65,7 @@ def flora(rank: int, fused: bool = True):
         if fused:
             step: Any = flora_jax.make_train_step(loss, tx, projection)
             return tx, step.lower
-        return tx, ordinary(loss, tx)
+        return tx, setting.ordinary_step(loss, tx).lower
 
     return build
 
@@ -73,19 +73,9 @@ def flora(rank: int, fused: bool = True):
 def multisteps(inner: optax.GradientTransformation):
     def build(model: Any, loss_of: Callable):
         tx = optax.MultiSteps(inner, STEPS).gradient_transformation()
-        return tx, ordinary(partial(loss_of, model), tx)
+        return tx, setting.ordinary_step(partial(loss_of, model), tx).lower
 
     return build
-
-
-def ordinary(loss, tx):
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, windows):
-        value, grads = jax.value_and_grad(loss)(params, windows)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    return step.lower
 
 
 def lora(rank: int):

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import flora_jax
 from experiments import report
-from experiments.bench import topology
+from experiments.bench import setting, topology
 from experiments.models import llama
 
 
@@ -34,16 +34,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    shape = llama.Shape(
-        vocabulary=256,
-        width=config.width,
-        hidden=4 * config.width,
-        layers=config.layers,
-        heads=8,
-        key_heads=8,
-        remat=False,
-    )
-    model = llama.Llama(shape)
+    model = setting.small(config.width, config.layers, remat=False)
     loss = partial(llama.loss, model)
     place = NamedSharding(topology.mesh(), PartitionSpec())
     tokens = jnp.zeros((1, 8), jnp.int32)

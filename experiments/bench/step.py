@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from rich.console import Console
 
 import flora_jax
 from experiments import report
+from experiments.bench import setting
 from experiments.models import llama
 
 VARIANTS = {
@@ -46,52 +48,34 @@ class Config:
     """A file for the table."""
 
 
-def shape(config: Config, **variant) -> llama.Shape:
-    return llama.Shape(
-        vocabulary=256,
-        width=config.width,
-        hidden=4 * config.width,
-        layers=config.layers,
-        heads=8,
-        key_heads=8,
-        dtype=jnp.float32,
-        **variant,
-    )
-
-
 def steps(config: Config, model: llama.Llama, params, windows):
     """Compiled micro-steps by name, each with its arguments."""
     loss = partial(llama.loss, model)
     multi = optax.MultiSteps(optax.adafactor(1e-3), 1000).gradient_transformation()
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def ordinary(params, state, windows):
-        value, grads = jax.value_and_grad(loss)(params, windows)
-        updates, state = multi.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
+    ordinary = setting.ordinary_step(loss, multi)
     projection = flora_jax.Projection(
         config.rank, distribution="srht", side="input", resample_every=1000
     )
     tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=1000)
-    step = flora_jax.make_train_step(loss, tx, projection)
+    step: Any = flora_jax.make_train_step(loss, tx, projection)
     fused = partial(flora_jax.value_and_grad(loss, projection), cycle=0)
     return {
-        "MultiSteps": (ordinary, ordinary, jax.value_and_grad(loss), multi.init(params)),
-        "Flora, born compressed": (step, step, fused, tx.init(params)),
+        "MultiSteps": (ordinary, jax.value_and_grad(loss), multi.init(params)),
+        "Flora, born compressed": (step, fused, tx.init(params)),
     }
 
 
 def measure(config: Config, variant: dict) -> dict[str, tuple[float, float, float]]:
     """Median seconds, FLOPs, bytes of temporaries, by name."""
-    model = llama.Llama(shape(config, **variant))
+    model = setting.small(config.width, config.layers, dtype=jnp.float32, **variant)
     windows = jnp.asarray(
         np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
     )
     params = jax.jit(model.init)(jax.random.key(0), windows[:, :8])["params"]
     held, figures = {}, {}
-    for name, (step, lowering, gradient, state) in steps(config, model, params, windows).items():
-        compiled = lowering.lower(params, state, windows).compile()
+    for name, (step, gradient, state) in steps(config, model, params, windows).items():
+        compiled = step.lower(params, state, windows).compile()
         costs = jax.jit(gradient).lower(params, windows).compile().cost_analysis()
         assert costs is not None, "XLA gives no costs on this backend"
         figures[name] = (costs["flops"], compiled.memory_analysis().temp_size_in_bytes)

@@ -19,6 +19,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from experiments import report
+
 HBM = 15.75
 """GiB of a TPU v5e chip that a program may use, as the compiler says."""
 
@@ -69,9 +71,7 @@ def compile_(lowered: Any) -> Program | None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    gib = (held + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 2**30
+    gib = report.compiled_bytes(compiled) / 2**30
     return Program(gib, gib <= HBM, time.perf_counter() - start, compiled)
 
 

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.layers import rotate
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -52,7 +54,7 @@ class Block(nn.Module):
             _dense(width, name)(y).reshape(*y.shape[:-1], heads, -1)
             for name in ("query", "key", "value")
         )
-        y = jax.nn.dot_product_attention(_rotate(q), _rotate(k), v, is_causal=True)
+        y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         x = x + _dense(width, "out")(y.reshape(x.shape))
         y = nn.RMSNorm(name="feed_forward_norm")(x)
         return x + _dense(width, "down")(nn.gelu(_dense(4 * width, "up")(y)))
@@ -60,16 +62,6 @@ class Block(nn.Module):
 
 def _dense(features: int, name: str) -> nn.Dense:
     return nn.Dense(features, use_bias=False, name=name)
-
-
-def _rotate(x: jax.Array) -> jax.Array:
-    """Rotary positions on `(B, T, heads, head_dim)` (Su et al., arXiv 2104.09864)."""
-    half = x.shape[-1] // 2
-    frequencies = 10000.0 ** (-jnp.arange(half) / half)
-    angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
-    left, right = x[..., :half], x[..., half:]
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
 def _logits(model: Decoder, params, tokens: jax.Array) -> jax.Array:

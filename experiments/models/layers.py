@@ -34,6 +34,16 @@ class Dense(nn.Module):
         return y
 
 
+def rotate(x: jax.Array) -> jax.Array:
+    """Rotary positions on `(B, T, heads, head_dim)` (Su et al., arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    frequencies = 10000.0 ** (-jnp.arange(half) / half)
+    angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
+    left, right = x[..., :half], x[..., half:]
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Causal attention of `(B, T, heads, head_dim)`; the scores of `CHUNK` queries exist at a time."""
     count = q.shape[1] // CHUNK

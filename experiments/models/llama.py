@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import Dense, attention, losses
+from experiments.models.layers import Dense, attention, losses, rotate
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,6 @@ def _dense(shape: Shape, features: int, name: str) -> Dense:
 
 def _norm(shape: Shape, name: str) -> nn.RMSNorm:
     return nn.RMSNorm(dtype=shape.dtype, param_dtype=shape.dtype, name=name)
-
-
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary positions on `(B, T, heads, head_dim)` (Su et al., arXiv 2104.09864)."""
-    half = x.shape[-1] // 2
-    frequencies = 10000.0 ** (-jnp.arange(half) / half)
-    angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
-    left, right = x[..., :half], x[..., half:]
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
 def loss(model: Llama, params: Any, windows: jax.Array) -> jax.Array:
