@@ -1,11 +1,13 @@
 """Optimizers: Flora, and what it is compared with, over the same accumulation."""
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import optax
 
 import flora_jax
 from flora_jax.distributions import Distribution
+from flora_jax.projection import Side
 
 Method = Literal["flora", "multisteps", "galore"]
 
@@ -15,32 +17,45 @@ def build(
     learning_rate: optax.ScalarOrSchedule,
     *,
     accumulation: int,
-    rank: int,
+    rank: Any,
     distribution: Distribution = "srht",
     shrink: bool = True,
     embedding: Literal["output", "whole", "matrix"] = "output",
+    side: Side = "larger",
+    resample: int | None = None,
     momentum: float | None = None,
+    clipping: float | None = 1.0,
+    decay: float = 0.8,
     seed: int = 0,
 ) -> optax.GradientTransformation:
-    """The transformation of one method; `rank` and what follows serve those that have a rank."""
+    """The transformation of one method; `rank` and what follows serve those that have a rank.
+
+    `resample` is the number of boundaries that share a projection: 1, or 1000 under momentum.
+    `clipping` and `decay` are Adafactor's.
+    """
+    base = partial(optax.adafactor, clipping_threshold=clipping, decay_rate=decay)
     if method == "multisteps":
-        steps = optax.MultiSteps(optax.adafactor(learning_rate), accumulation)
+        steps = optax.MultiSteps(base(learning_rate), accumulation)
         return steps.gradient_transformation()
     if method == "galore":
         galore = optax.contrib.galore(learning_rate, rank=rank)
         return optax.MultiSteps(galore, accumulation).gradient_transformation()
-    cycle = accumulation * (1 if momentum is None else 1000)
+    if resample is None:
+        resample = 1 if momentum is None else 1000
     return flora_jax.flora(
         learning_rate,
         projection=flora_jax.Projection(
             rank,
             distribution=distribution,
+            side=side,
             embedding=embedding,
-            resample_every=cycle,
+            resample_every=accumulation * resample,
             seed=seed,
         ),
         accumulation_steps=accumulation,
         momentum=momentum,
+        clipping_threshold=clipping,
+        decay_rate=decay,
         preset="advised" if shrink else "paper",
     )
 

@@ -9,9 +9,11 @@ loss there, and its ratio to the best uncompressed run.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ import tyro
 from experiments import optimizers, text
 from experiments.models import decoder
 from flora_jax.distributions import Distribution
+from flora_jax.projection import Side
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,26 @@ class Setting:
     shrink: bool = False
     embedding: str = "whole"
     factor: float = 1.0
+    side: Side = "larger"
+    balanced: bool = False
+    """Ranks in proportion to the root of (projected side / kept side), for the same memory."""
+    resample: int = 1
+    """Boundaries between two projections."""
+    momentum: float | None = None
+    clipping: float | None = 1.0
+    """Of Adafactor: largest root mean square of an update."""
+    decay: float = 0.8
+    """Of Adafactor: exponent of its second moments' decay."""
 
     def __str__(self) -> str:
+        default = Setting()
+        fields = ("side", "balanced", "resample", "momentum", "clipping", "decay")
+        changed = [name for name in fields if getattr(self, name) != getattr(default, name)]
+        tail = "".join(f", {name} {getattr(self, name)}" for name in changed)
         if self.method == "multisteps":
-            return f"uncompressed x{self.factor:g}"
-        tail = " shrink" if self.shrink else f" x{self.factor:g}"
-        return f"{self.distribution} r={self.rank}{tail}, embedding {self.embedding}"
+            return f"uncompressed x{self.factor:g}{tail}"
+        scale = " shrink" if self.shrink else f" x{self.factor:g}"
+        return f"{self.distribution} r={self.rank}{scale}, embedding {self.embedding}{tail}"
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,8 @@ class Config:
     layers: int = 3
     rates: tuple[float, ...] = (0.03, 0.06, 0.12)
     seeds: tuple[int, ...] = (0,)
+    study: Literal["ranks", "settings"] = "ranks"
+    """What is varied: rank and distribution, or all else at rank d/4."""
 
 
 def settings(width: int) -> list[Setting]:
@@ -80,6 +99,46 @@ def settings(width: int) -> list[Setting]:
     ]
 
 
+def other_settings(width: int) -> list[Setting]:
+    """All that costs no memory, varied one by one from the advised setting at rank d/4."""
+    advised = Setting(rank=width // 4, distribution="srht", shrink=True)
+    uncompressed = Setting(method="multisteps")
+    return [
+        uncompressed,
+        advised,
+        replace(advised, balanced=True),
+        replace(advised, side="input"),
+        replace(advised, side="output"),
+        replace(advised, resample=4),
+        replace(advised, resample=16),
+        replace(advised, clipping=None),
+        replace(advised, clipping=0.5),
+        replace(advised, decay=0.9),
+        replace(advised, decay=0.95),
+        replace(uncompressed, decay=0.95),
+        replace(advised, momentum=0.9),
+    ]
+
+
+def balanced_ranks(shapes: Any, rank: int) -> Callable[[str, tuple[int, ...]], int]:
+    """Ranks for matrices `(m, n)`, larger side projected, that make the noise least for its memory.
+
+    A sketch takes `r · min(m, n)` numbers, and its estimate has a relative variance near
+    `max(m, n) / r`. The sum of the variances is least, where the sum of the numbers is that of one
+    `rank` for all, at `r` in proportion to the root of `max / min`.
+    """
+    sides = [sorted(shape) for shape in shapes if min(shape) >= 128]
+    total = sum(small for small, _ in sides)
+    root = sum(small * (large / small) ** 0.5 for small, large in sides)
+
+    def of(path: str, shape: tuple[int, ...]) -> int:
+        del path
+        small, large = sorted(shape)
+        return min(small, round(rank * total / root * (large / small) ** 0.5))
+
+    return of
+
+
 def train(config: Config, setting: Setting, seed: int):
     """A function of the peak learning rate that gives the validation loss of a whole run."""
     corpus = text.load()
@@ -87,16 +146,28 @@ def train(config: Config, setting: Setting, seed: int):
     model = decoder.Decoder(shape)
     steps = config.boundaries * config.accumulation
     windows = partial(text.batch, size=config.batch, length=config.length)
+    rank: Any = setting.rank
+    if setting.balanced:
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+        layers = {k: v for k, v in shapes.items() if k.startswith("layer")}
+        matrices = [leaf.shape for leaf in jax.tree.leaves(layers) if leaf.ndim == 2]
+        rank = balanced_ranks(matrices, setting.rank)
 
     def transformation(peak):
         tx = optimizers.build(
             setting.method,
             optimizers.cosine(peak, config.boundaries),
             accumulation=config.accumulation,
-            rank=setting.rank,
+            rank=rank,
             distribution=setting.distribution,
             shrink=setting.shrink,
             embedding=setting.embedding,  # type: ignore[arg-type]
+            side=setting.side,
+            resample=setting.resample if setting.momentum is None else None,
+            momentum=setting.momentum,
+            clipping=setting.clipping,
+            decay=setting.decay,
             seed=seed,
         )
         return optax.chain(tx, _scale_layers(setting.factor))
@@ -165,11 +236,14 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     log = config.out / "results.jsonl"
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    budget = {k: v for k, v in asdict(config).items() if k not in ("out", "rates", "seeds")}
+    budget = {
+        k: v for k, v in asdict(config).items() if k not in ("out", "rates", "seeds", "study")
+    }
     results = [result for result in results if result["budget"] == budget]
     done = {(result["name"], result["rate"], result["seed"]) for result in results}
+    rows = settings if config.study == "ranks" else other_settings
     for seed in config.seeds:
-        for setting in settings(config.width):
+        for setting in rows(config.width):
             run = None
             for rate in config.rates:
                 if (str(setting), rate, seed) in done:
