@@ -262,8 +262,8 @@ def momentum(
     storage.check("dtype", dtype)
 
     def init_fn(params):
-        zero = jnp.zeros([], jnp.int32)
-        return MomentumState(zero, zero, _zeros(params, projection, dtype))
+        count, cycle = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)  # two, to be donated
+        return MomentumState(count, cycle, _zeros(params, projection, dtype))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
