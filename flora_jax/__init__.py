@@ -10,6 +10,7 @@ from flora_jax.plan import Plan as Plan
 from flora_jax.plan import plan as plan
 from flora_jax.projection import DimensionNumbers as DimensionNumbers
 from flora_jax.projection import Projection as Projection
+from flora_jax.sharding import state_shardings as state_shardings
 from flora_jax.sketch import Sketch as Sketch
 from flora_jax.sketch import Spec as Spec
 from flora_jax.train_step import make_train_step as make_train_step

@@ -1,0 +1,134 @@
+"""Shardings: where the state of an optimizer lies, given where the params lie.
+
+A sketch has the axes of its weight, with the rank in place of the projected ones, and so have
+second moments and momenta; so each axis of a state takes the mesh axes of the axis that it came
+from. What is lost with a projected axis goes to the rank: where a weight is cut along the axis that
+`A` contracts, the sums over devices are then scattered over the rank.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flora_jax.keys import path_name
+
+Entry = tuple[str, ...]
+"""The mesh axes along which one axis of an array is cut."""
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
+    """Shardings for the state of any transformation, made from those of the params.
+
+    For `jax.jit(tx.init, out_shardings=...)`, for a train step's arguments, and for restoring a
+    checkpoint onto another mesh. Nothing is computed.
+
+    Args:
+      tx: `flora_jax.flora`, or any optax transformation.
+      params: tree of arrays, or of `jax.ShapeDtypeStruct`, each with a `NamedSharding` on one mesh.
+
+    Returns:
+      A tree of `NamedSharding`, of the structure of `tx.init(params)`. A leaf of the state belongs to
+      the param whose path ends its own; what belongs to none (counts) is on every device.
+
+    Raises:
+      ValueError: a param without a `NamedSharding`, or params on several meshes; no params.
+
+    Example:
+      >>> import flora_jax, jax, jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> kernel = jax.device_put(jnp.ones((256, 512)), NamedSharding(mesh, P(None, "model")))
+      >>> params = {"kernel": kernel}
+      >>> tx = flora_jax.flora(1e-2, rank=16, accumulation_steps=4)
+      >>> shardings = flora_jax.state_shardings(tx, params)
+      >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+    """
+    mesh, owners = None, {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            found = type(sharding).__name__ if sharding is not None else type(leaf).__name__
+            raise ValueError(f"{path_name(path)!r}: found {found}, expected a NamedSharding")
+        if mesh is not None and sharding.mesh != mesh:
+            raise ValueError(
+                f"{path_name(path)!r}: found a mesh {sharding.mesh}, expected that of the params "
+                f"before it, {mesh}"
+            )
+        mesh = sharding.mesh
+        owners[path] = (leaf.shape, entries(sharding.spec, len(leaf.shape)))
+    if mesh is None:
+        raise ValueError("params must have at least one array, found none")
+    sizes = dict(mesh.shape)
+
+    def of(path, leaf):
+        owner = next((owners[path[i:]] for i in range(len(path) + 1) if path[i:] in owners), None)
+        if owner is None or leaf.shape == ():
+            return NamedSharding(mesh, PartitionSpec())
+        last = any(getattr(key, "name", None) == "v_col" for key in path)
+        shape, cut = owner
+        return NamedSharding(mesh, partition(shape, cut, leaf.shape, sizes, last=last))
+
+    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
+
+
+def partition(
+    shape: Sequence[int],
+    cut: Sequence[Entry],
+    state: Sequence[int],
+    sizes: dict[str, int],
+    last: bool = False,
+) -> PartitionSpec:
+    """How a part of the state is cut that came of a weight by replacing or dropping axes.
+
+    Args:
+      shape: of the weight.
+      cut: mesh axes of each of its axes.
+      state: shape of the part.
+      sizes: of the mesh axes.
+      last: which of two equal axes has been dropped, the first (as in Adafactor's `v_col`) or the last.
+
+    Returns:
+      For each axis of the part the mesh axes of the weight's axis that it came from, if they divide
+      it. Those of axes that are not there any more go to the axis that was replaced.
+    """
+    if len(state) > len(shape):
+        return PartitionSpec()
+    choices = list(itertools.combinations(range(len(shape)), len(state)))
+    if last:
+        choices.reverse()
+    origin = max(
+        choices, key=lambda axes: sum(shape[a] == n for a, n in zip(axes, state, strict=True))
+    )
+    same = [shape[axis] == length for axis, length in zip(origin, state, strict=True)]
+    result = [cut[axis] if same[i] else () for i, axis in enumerate(origin)]
+    kept = {axis for axis, stays in zip(origin, same, strict=True) if stays}
+    lost = [name for axis, names in enumerate(cut) if axis not in kept for name in names]
+    if False in same:
+        slot = same.index(False)
+        for name in lost:
+            together = (*result[slot], name)
+            if state[slot] % math.prod(sizes[n] for n in together) == 0:
+                result[slot] = together
+    return spec_of(result)
+
+
+def entries(spec: PartitionSpec, rank: int) -> tuple[Entry, ...]:
+    """A partition spec as one tuple of mesh axes for each of `rank` axes."""
+    listed = [
+        (entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else ()
+        for entry in spec
+    ]
+    return (*listed, *[()] * (rank - len(listed)))
+
+
+def spec_of(cut: Sequence[Entry]) -> PartitionSpec:
+    """The inverse of `entries`."""
+    names = [None if not entry else entry[0] if len(entry) == 1 else entry for entry in cut]
+    while names and names[-1] is None:
+        names.pop()
+    return PartitionSpec(*names)
