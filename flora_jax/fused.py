@@ -20,6 +20,7 @@ from flora_jax.plan import LeafPlan, Plan, leaf_plans
 from flora_jax.plan import plan as make_plan
 from flora_jax.projection import Projection
 from flora_jax.rules import RULES
+from flora_jax.sharding import constrain, of_sketch
 from flora_jax.sketch import Sketch
 from flora_jax.weight import Weight
 
@@ -29,6 +30,7 @@ def value_and_grad(
     projection: Projection,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    shardings: Any = None,
 ) -> "ValueAndGrad":
     """As `jax.value_and_grad`, with `Sketch`es in place of the gradients that `projection` compresses.
 
@@ -42,6 +44,9 @@ def value_and_grad(
       projection: that of the optimizer's chain.
       argnums: which positional arguments to differentiate.
       has_aux: whether `fun` gives a pair of the scalar and auxiliary data.
+      shardings: tree of `NamedSharding` of the differentiated argument(s), None in it where a leaf's is
+        unknown. Each sketch is then summed over devices to where `state_shardings` says that it
+        lies, and no further.
 
     Returns:
       A function `(*args, cycle, **kwargs)` that gives the value and the gradients. `cycle` is
@@ -62,7 +67,7 @@ def value_and_grad(
       >>> grads["kernel"].data.shape
       (4, 8)
     """
-    return ValueAndGrad(fun, projection, argnums, has_aux)
+    return ValueAndGrad(fun, projection, argnums, has_aux, shardings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,7 @@ class ValueAndGrad:
     projection: Projection
     argnums: int | Sequence[int]
     has_aux: bool
+    shardings: Any = None
 
     def __call__(self, *args: Any, cycle: Any, **kwargs: Any) -> Any:
         function = _Function(self, args, kwargs)
@@ -82,7 +88,17 @@ class ValueAndGrad:
             for plan, leaf in zip(function.plans, function.differentiated, strict=True)
         ]
 
+        places = self._places(function)
+
         def run(taps, wholes):
+            taps = [
+                tap if tap is None else constrain(tap, place)
+                for tap, place in zip(taps, places, strict=True)
+            ]
+            wholes = [
+                whole if whole is None else constrain(whole, place)
+                for whole, place in zip(wholes, places, strict=True)
+            ]
             return function.result(function.walk(Walk(RULES), cycle, taps, wholes))
 
         value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(taps, wholes)
@@ -92,6 +108,21 @@ class ValueAndGrad:
         ]
         grads = function.gradients(leaves)
         return (value if self.has_aux else value[0]), grads
+
+    def _places(self, function: "_Function") -> list[Any]:
+        """Where each gradient shall lie."""
+        if self.shardings is None:
+            return [None] * len(function.plans)
+        leaves = jax.tree.leaves(self.shardings, is_leaf=lambda x: x is None)
+        if len(leaves) != len(function.plans):
+            raise ValueError(
+                f"shardings must have a leaf for each differentiated array, found {len(leaves)} for "
+                f"{len(function.plans)}"
+            )
+        return [
+            of_sketch(plan.spec, sharding) if plan.spec else sharding
+            for plan, sharding in zip(function.plans, leaves, strict=True)
+        ]
 
     def uses(self, *args: Any, **kwargs: Any) -> tuple[Use, ...]:
         """Where the compressed weights are used, and how; the arguments may be shapes."""

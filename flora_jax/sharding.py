@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.keys import path_name
+from flora_jax.sketch import Spec
 
 Entry = tuple[str, ...]
 """The mesh axes along which one axis of an array is cut."""
@@ -115,6 +117,26 @@ def partition(
             if state[slot] % math.prod(sizes[n] for n in together) == 0:
                 result[slot] = together
     return spec_of(result)
+
+
+def of_sketch(spec: Spec, sharding: Any) -> NamedSharding | None:
+    """Where the sketch of a weight lies that has this sharding; None where that is unknown."""
+    if not isinstance(sharding, NamedSharding):
+        return None
+    cut = entries(sharding.spec, len(spec.shape))
+    sizes = dict(sharding.mesh.shape)
+    return NamedSharding(sharding.mesh, partition(spec.shape, cut, spec.data_shape, sizes))
+
+
+def known(leaf: Any) -> NamedSharding | None:
+    """The sharding of an array or of a shape; None for a tracer, and for what is on one device."""
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def constrain(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """`jax.lax.with_sharding_constraint`, where there is one to hold to."""
+    return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
 
 
 def entries(spec: PartitionSpec, rank: int) -> tuple[Entry, ...]:

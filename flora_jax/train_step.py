@@ -12,6 +12,7 @@ from flora_jax import transforms
 from flora_jax.boundary import apply_gradients
 from flora_jax.fused import combine, is_array, is_differentiable, value_and_grad
 from flora_jax.projection import Projection
+from flora_jax.sharding import constrain, known
 
 
 def make_train_step(
@@ -35,6 +36,9 @@ def make_train_step(
         axis; their sketches are averaged inside of the step, by `lax.scan`.
       donate: whether the step may overwrite the params and the state that it gets.
 
+    The step keeps to the shardings of the params and of the state that it is given (see
+    `state_shardings`).
+
     Returns:
       `step(params, opt_state, *batch)`, which gives `(params, opt_state, loss)`, and the auxiliary
       data after them with `has_aux` (stacked where there are micro-batches). `step.lower` is that of
@@ -56,31 +60,32 @@ def make_train_step(
     if micro_batches is not None and micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, found {micro_batches}")
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=(1, 3) if donate else ())
-    def compiled(rest, params, held, opt_state, *batch):
+    @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 4) if donate else ())
+    def compiled(rest, places, params, held, opt_state, *batch):
         def of(params, *batch):
             return loss(combine(params, combine(held, rest.tree())), *batch)
 
-        grad_fn = partial(
-            value_and_grad(of, projection, has_aux=has_aux), cycle=transforms.cycle(opt_state)
-        )
+        of_params, of_state = places
+        gradient = value_and_grad(of, projection, has_aux=has_aux, shardings=of_params)
+        grad_fn = partial(gradient, cycle=transforms.cycle(opt_state))
         if micro_batches is None:
             value, grads = grad_fn(params, *batch)
         else:
             value, grads = _mean(grad_fn, params, batch, micro_batches, has_aux)
         params, opt_state = apply_gradients(tx, grads, opt_state, params)
-        return params, opt_state, value
+        return _put(params, of_params), _put(opt_state, of_state), value
 
     def prepared(params, opt_state, *batch):
         if micro_batches is not None:
             _check_batch(batch, micro_batches)
         own, held, rest = _parts(params)
-        return (rest, own, held, opt_state, *batch)
+        places = tuple(tuple(map(known, jax.tree.leaves(tree))) for tree in (own, opt_state))
+        return (rest, places, own, held, opt_state, *batch)
 
     def step(params, opt_state, *batch):
         args = prepared(params, opt_state, *batch)
         own, opt_state, value = compiled(*args)
-        params = combine(own, combine(args[2], args[0].tree()))
+        params = combine(own, combine(args[3], args[0].tree()))
         return (params, opt_state, *value) if has_aux else (params, opt_state, value)
 
     step.lower = lambda *args: compiled.lower(*prepared(*args))  # type: ignore[attr-defined]
@@ -111,6 +116,11 @@ def _check_batch(batch: Any, count: int) -> None:
                 f"batch{name} must have micro_batches={count} as its first axis, found shape "
                 f"{jnp.shape(leaf)}"
             )
+
+
+def _put(tree: Any, places: tuple[Any, ...]) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, map(constrain, leaves, places))
 
 
 class _Static:

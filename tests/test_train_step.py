@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import flora_jax
-from tests.helpers import assert_tree_close, normal
+from tests.helpers import assert_close, assert_tree_close, make_params, normal
 
 INPUTS = jnp.asarray(normal(0, (64, 32)))
 TARGETS = jnp.tanh(INPUTS @ normal(1, (32, 24)) / 6)
@@ -159,3 +160,35 @@ def test_errors():
     params = linen_params()
     with pytest.raises(ValueError, match=r"batch\[1\] must have micro_batches=4 .* \(3, 2\)"):
         step(params, tx.init(params), jnp.zeros((4, 2, 32)), jnp.zeros((3, 2)))
+
+
+def test_a_step_on_a_mesh_keeps_to_the_layout_and_equals_that_on_one_device():
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+    projection = flora_jax.Projection(8, min_dim=16, resample_every=2)
+    tx = flora_jax.flora(1e-2, projection=projection, accumulation_steps=2)
+    params = make_params()
+    batch = jnp.asarray(normal(7, (8, 32)))
+
+    def loss(params, x):
+        y = jnp.tanh(x @ params["dense"]["kernel"] + params["dense"]["bias"])
+        return jnp.mean((y @ params["out"]["kernel"]) ** 2)
+
+    def place(path, x):
+        spec = PartitionSpec("data", "model") if x.ndim == 2 else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    cut = jax.tree_util.tree_map_with_path(place, params)
+    state = jax.jit(tx.init, out_shardings=flora_jax.state_shardings(tx, cut))(cut)
+    single, plain = tx.init(params), params
+    step = flora_jax.make_train_step(loss, tx, projection, donate=False)
+    given = jax.tree.map(lambda x: x.sharding, (cut, state))
+    for _ in range(4):
+        cut, state, value = step(
+            cut, state, jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        )
+        plain, single, expected = step(plain, single, batch)
+    assert_close(value, expected, 1e-5)
+    assert_tree_close((cut, state[1].accumulated), (plain, single[1].accumulated), 1e-5)
+    for leaf, sharding in zip(jax.tree.leaves((cut, state)), jax.tree.leaves(given), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)

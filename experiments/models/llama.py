@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from experiments.models.layers import Dense, attention, losses, rotate
 
@@ -31,11 +32,14 @@ class Shape:
     remat: bool = True
     scan: bool = True
     lora: int = 0
+    cut: tuple[Any, ...] = ()
+    """Mesh axes of `B`, `T` and `D` of the activations between layers; needs a mesh in context."""
 
 
 SHAPES = {
     "LLaMA-7B": Shape(),
     "LLaMA-13B": Shape(width=5120, hidden=13824, layers=40, heads=40, key_heads=40),
+    "LLaMA-70B": Shape(width=8192, hidden=28672, layers=80, heads=64, key_heads=8),
     "LLaMA-60M": Shape(width=512, hidden=1376, layers=8, heads=8, key_heads=8),
     "LLaMA-350M": Shape(width=1024, hidden=2736, layers=24, heads=16, key_heads=16),
 }
@@ -59,6 +63,7 @@ class Llama(nn.Module):
             param_dtype=shape.dtype,
             name="embed",
         )(tokens)
+        x = _placed(shape, x)
         layer = nn.remat(Layer, prevent_cse=False) if shape.remat else Layer
         if shape.scan:
             layers = nn.scan(
@@ -72,7 +77,7 @@ class Llama(nn.Module):
             for i in range(shape.layers):
                 x, _ = layer(shape, name=f"layer_{i}")(x, None)
         head = Dense(shape.vocabulary, shape.dtype, name="head")
-        x = _norm(shape, "norm")(x)
+        x = _placed(shape, _norm(shape, "norm")(x))
         return head(x) if targets is None else losses(head, x, targets).mean()
 
 
@@ -97,7 +102,14 @@ class Layer(nn.Module):
         x = x + _dense(shape, shape.width, "out")(y.reshape(x.shape))
         y = _norm(shape, "feed_forward_norm")(x)
         gate, up = (_dense(shape, shape.hidden, name)(y) for name in ("gate", "up"))
-        return x + _dense(shape, shape.width, "down")(nn.silu(gate) * up), None
+        x = x + _dense(shape, shape.width, "down")(nn.silu(gate) * up)
+        return _placed(shape, x), None
+
+
+def _placed(shape: Shape, x: jax.Array) -> jax.Array:
+    if not shape.cut:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*shape.cut))
 
 
 def _dense(shape: Shape, features: int, name: str) -> Dense:
