@@ -99,7 +99,7 @@ class ValueAndGrad:
                 whole if whole is None else constrain(whole, place)
                 for whole, place in zip(wholes, places, strict=True)
             ]
-            return function.result(function.walk(Walk(RULES), cycle, taps, wholes))
+            return function.result(function.walk(Walk(RULES), cycle, taps, wholes, places))
 
         value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(taps, wholes)
         leaves = [
@@ -131,7 +131,8 @@ class ValueAndGrad:
         def traced(args, kwargs):
             function = _Function(self, args, kwargs)
             taps = [_tap(plan) for plan in function.plans]
-            return function.walk(walk, 0, taps, function.differentiated)
+            places = [None] * len(taps)
+            return function.walk(walk, 0, taps, function.differentiated, places)
 
         arrays, rest = _partition((args, kwargs))
         jax.eval_shape(lambda arrays: traced(*combine(arrays, rest)), arrays)
@@ -198,13 +199,15 @@ class _Function:
 
         self.jaxpr = jax.make_jaxpr(flat)(*self.differentiated, *self.others)
 
-    def walk(self, walk: Walk, cycle: Any, taps: list[Any], wholes: list[Any]) -> list[Any]:
+    def walk(
+        self, walk: Walk, cycle: Any, taps: list[Any], wholes: list[Any], places: list[Any]
+    ) -> list[Any]:
         """Evaluates it with weights in place of the leaves that have a tap."""
         ins = []
-        for plan, leaf, tap, whole in zip(
-            self.plans, self.differentiated, taps, wholes, strict=True
+        for plan, leaf, tap, whole, place in zip(
+            self.plans, self.differentiated, taps, wholes, places, strict=True
         ):
-            value = Weight.start(plan.spec, cycle, leaf, tap) if plan.spec else whole
+            value = Weight.start(plan.spec, cycle, leaf, tap, place) if plan.spec else whole
             ins.append(Traced(value, True))
         ins += [Traced(leaf, False) for leaf in self.others]
         outs = exposed(walk.run(self.jaxpr.jaxpr, self.jaxpr.consts, ins))

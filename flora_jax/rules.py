@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from flora_jax import weight as weights
 from flora_jax.interpreter import Traced, Walk, apply, exposed, is_inexact
+from flora_jax.sharding import first_axis_dropped
 from flora_jax.weight import Joined, Kind, Weight, tap_shape
 
 
@@ -717,7 +718,8 @@ def _first_index_taken(cut: Any, stacked: Any) -> Any:
         return cut
     value, tap, keys = cut
     keys = stacked.keys if keys is None else keys
-    return stacked.replace(value=value, tap=tap, keys=keys, kinds=stacked.kinds[1:])
+    kinds, place = stacked.kinds[1:], first_axis_dropped(stacked.place)
+    return stacked.replace(value=value, tap=tap, keys=keys, kinds=kinds, place=place)
 
 
 def _cond(walk: Walk, eqn, ins):
@@ -756,7 +758,7 @@ def _shard_map(walk: Walk, eqn, ins):
         )
 
     values = [
-        traced.value.replace(columns=traced.value.indices())
+        traced.value.replace(columns=traced.value.indices(), place=None)
         if isinstance(traced.value, Weight)
         else traced.value
         for traced in ins

@@ -139,6 +139,13 @@ def constrain(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
 
 
+def first_axis_dropped(sharding: NamedSharding | None) -> NamedSharding | None:
+    """That of one index along the first axis."""
+    if sharding is None:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
 def entries(spec: PartitionSpec, rank: int) -> tuple[Entry, ...]:
     """A partition spec as one tuple of mesh axes for each of `rank` axes."""
     listed = [

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from flora_jax import distributions
+from flora_jax import distributions, sharding
 from flora_jax import projection as projections
 from flora_jax.sketch import Spec
 
@@ -42,6 +43,7 @@ class Weight:
       spec: of the weight.
       kinds: what each axis of `value` is.
       looked_up: whether it is rows of the weight, found by index, rather than (a part of) the weight.
+      place: the `NamedSharding` of the tap's cotangent; None where it is not known.
     """
 
     value: Any
@@ -52,26 +54,32 @@ class Weight:
     spec: Spec
     kinds: tuple[Kind, ...]
     looked_up: bool = False
+    place: NamedSharding | None = None
 
     def tree_flatten(self):
         children = (self.value, self.tap, self.keys, self.columns, self.factors)
-        return children, (self.spec, self.kinds, self.looked_up)
+        return children, (self.spec, self.kinds, self.looked_up, self.place)
 
     @classmethod
     def tree_unflatten(cls, static, children):
         return cls(*children, *static)
 
     @classmethod
-    def start(cls, spec: Spec, cycle: Any, value: Any, tap: Any) -> "Weight":
-        """The weight itself; `tap` is of shape `spec.data_shape`."""
+    def start(cls, spec: Spec, cycle: Any, value: Any, tap: Any, place: Any = None) -> "Weight":
+        """The weight itself; `tap` is of shape `spec.data_shape`, and `place` of that shape."""
         kinds: list[Kind] = ["kept"] * len(spec.shape)
         for axis in spec.projected:
             kinds[axis] = "projected"
         for axis in spec.batch:
             kinds[axis] = "batch"
+        if place is not None:
+            cut = list(sharding.entries(place.spec, tap.ndim))
+            for axis in spec.projected[1:]:
+                cut.insert(axis, ())
+            place = NamedSharding(place.mesh, sharding.spec_of(cut))
         tap = jnp.expand_dims(tap, spec.projected[1:])
         keys = jax.random.key_data(projections.matrix_keys(spec, cycle))
-        return cls(value, tap, keys, None, None, spec, tuple(kinds))
+        return cls(value, tap, keys, None, None, spec, tuple(kinds), place=place)
 
     def axes(self, kind: Kind) -> tuple[int, ...]:
         return tuple(axis for axis, other in enumerate(self.kinds) if other == kind)
@@ -89,6 +97,9 @@ class Weight:
         return jnp.arange(math.prod(lengths), dtype=jnp.int32).reshape(lengths)
 
     def replace(self, **changes) -> "Weight":
+        """The same with changes; a new tap has no known place unless one comes with it."""
+        if "tap" in changes:
+            changes.setdefault("place", None)
         return dataclasses.replace(self, **changes)
 
 
@@ -189,7 +200,8 @@ def use(weight: Weight, inputs: tuple[Any, ...], bind: Callable, save: Callable,
 
     def backward(residuals, delta):
         pull, kept, source = residuals
-        return (pull(delta) if pull else ()), None, back(kept, source, delta).astype(tap_type), None
+        of_tap = sharding.constrain(back(kept, source, delta).astype(tap_type), weight.place)
+        return (pull(delta) if pull else ()), None, of_tap, None
 
     run.defvjp(forward, backward)
     return run(*_varying_alike((inputs, weight.value, weight.tap, source)))
