@@ -42,14 +42,20 @@ class Program:
     compiled: Any
 
 
+TOPOLOGIES = {
+    "v5e": ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
+    "v5p": ("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4"),
+}
+
+
 def mesh(chip: str = "v5e", shape: tuple[int, ...] = (1,), axes: tuple[str, ...] = ("data",)):
     """A mesh of described chips; the smallest topology that has enough of them."""
-    names = {"v5e": ("v5e:2x2", "v5e:4x4"), "v5p": ("v5p:2x2x1", "v5p:2x2x4")}[chip]
-    count = int(np.prod(shape))
+    names, count = TOPOLOGIES[chip], int(np.prod(shape))
+    kinds = (jax.sharding.AxisType.Auto,) * len(shape)
     for name in names:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         if len(devices) >= count:
-            return Mesh(np.array(devices[:count]).reshape(shape), axes)
+            return Mesh(np.array(devices[:count]).reshape(shape), axes, axis_types=kinds)
     raise ValueError(f"no topology of {chip} with {count} chips among {', '.join(names)}")
 
 
