@@ -61,17 +61,22 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy of `head(x)` for each token, of `CHUNK` tokens at a time.
+    """Cross-entropy of `head(x)` for each token, of `CHUNK` tokens of each sequence at a time.
+
+    So that a batch which is cut over devices stays cut.
 
     Args:
-      head: module from `(tokens, D)` to logits.
+      head: module from `(B, tokens, D)` to logits.
       x: `(B, T, D)`.
       targets: `(B, T)`.
     """
-    x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    count = max(1, x.shape[0] // CHUNK)
-    if x.shape[0] % count:
+    count = max(1, x.shape[1] // CHUNK)
+    if x.shape[1] % count:
         count = 1
+
+    def parts(array):
+        cut = array.reshape(array.shape[0], count, -1, *array.shape[2:])
+        return jnp.moveaxis(cut, 1, 0)
 
     def some(head, _, chunk):
         x, targets = chunk
@@ -83,5 +88,4 @@ def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
         variable_broadcast="params",
         split_rngs={"params": False},
     )
-    chunks = (x.reshape(count, -1, x.shape[-1]), targets.reshape(count, -1))
-    return scan(head, None, chunks)[1]
+    return scan(head, None, (parts(x), parts(targets)))[1]
