@@ -1,6 +1,14 @@
-"""Checkpoints of a run, by orbax: written beside and renamed, so that none is ever half there."""
+"""Checkpoints of a run, by orbax: asynchronous, and each sealed by checksums of its files.
 
+A step counts only once its seal is there: a file with the BLAKE2 sum of each of the step's files,
+written after orbax has finished the step, beside, flushed and renamed. So neither a step that was
+being written when the process was killed, nor one that was damaged later, is ever picked up.
+"""
+
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,33 +16,90 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+FORMAT = 2
+"""Of the checkpoints. Another one draws other projections, or lays out its files in another way."""
+
 
 class Checkpoints:
-    """The newest two states of one run, and the settings they were made with.
+    """The newest states of one run, and the settings they were made with.
+
+    Args:
+      folder: of the run.
+      settings: what must be the same when the run goes on.
+      keep: number of states.
 
     Raises:
-      ValueError: `folder` holds a run of other settings.
+      ValueError: `folder` holds a run of other settings, or of another format.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path, settings: dict[str, Any], keep: int = 3):
         self.folder = folder.absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seals = self.folder / "seals"
+        self.seals.mkdir(parents=True, exist_ok=True)
+        self.passed_over: list[str] = []
         file = self.folder / "settings.json"
-        settings = json.loads(json.dumps(settings, default=str))
+        settings = json.loads(json.dumps({"format": FORMAT, **settings}, default=str))
         if file.exists():
             _check_same(json.loads(file.read_text()), settings, folder)
-        else:
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(settings, indent=2))
-            partial.rename(file)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        elif jax.process_index() == 0:
+            _write(file, settings)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self.manager = ocp.CheckpointManager(self.folder / "states", options=options)
 
     def restore(self, state: Any, history: dict[str, Any]) -> tuple[int, Any, dict[str, Any]]:
-        """The newest step, state and history; 0 and what was given where there is none."""
-        step = self.manager.latest_step()
-        if step is None:
-            return 0, state, history
+        """The newest sound step, state and history; 0 and what was given where there is none.
+
+        Args:
+          state: tree of arrays; what is restored takes their places over devices.
+          history: of JSON values.
+
+        `passed_over` names each newer step that was not sound, and what is wrong with it.
+        """
+        sound = None
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            sealed = (self.seals / f"{step}.json").exists()
+            if sound is not None and sealed:
+                continue
+            if wrong := self._wrong(step):
+                self.passed_over.append(f"step {step}: {wrong}")
+                self._set_aside(step)
+            else:
+                sound = step
+        return (0, state, history) if sound is None else (sound, *self._read(sound, state))
+
+    def save(self, step: int, state: Any, history: dict[str, Any]) -> None:
+        """Begins to save; the arrays may be overwritten as soon as this returns."""
+        self.manager.wait_until_finished()
+        self.seal()
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_without_empty(state)),
+                history=ocp.args.JsonSave(json.loads(json.dumps(history))),  # as it is now
+            ),
+        )
+
+    def seal(self) -> None:
+        """Seals the steps that have been finished; to be called now and then."""
+        if jax.process_index() or self.manager.is_saving_in_progress():
+            return
+        steps = set(self.manager.all_steps())
+        sealed = {int(file.stem) for file in self.seals.glob("*.json")}
+        for step in steps - sealed:
+            _write(self.seals / f"{step}.json", _sums(self._path(step)))
+        for step in sealed - steps:
+            (self.seals / f"{step}.json").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Waits for what is being saved, and seals it."""
+        self.manager.wait_until_finished()
+        self.seal()
+        self.manager.close()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / "states" / str(step)
+
+    def _read(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _without_empty(state))
         restored = self.manager.restore(
             step,
@@ -45,24 +110,62 @@ class Checkpoints:
         whole = jax.tree.map(
             lambda given, kept: given if kept is None else kept, state, restored["state"]
         )
-        return step, whole, restored["history"]
+        return whole, restored["history"]
 
-    def save(self, step: int, state: Any, history: dict[str, Any]) -> None:
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_without_empty(state)),
-                history=ocp.args.JsonSave(history),
-            ),
-        )
+    def _wrong(self, step: int) -> str | None:
+        """What is wrong with the files of a step; None where they are as they were sealed."""
+        seal = self.seals / f"{step}.json"
+        if not seal.exists():
+            return "it was not finished"
+        expected, found = json.loads(seal.read_text()), _sums(self._path(step))
+        for name in sorted(expected.keys() | found.keys()):
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != expected.get(name):
+                return f"{name} is not as it was written"
+        return None
 
-    def close(self) -> None:
-        self.manager.close()
+    def _set_aside(self, step: int) -> None:
+        """Out of the way of the same step, which the run will come to again; nothing is deleted."""
+        if jax.process_index() == 0:
+            aside = self.folder / "damaged"
+            aside.mkdir(exist_ok=True)
+            goal = aside / f"{step}-{len(list(aside.iterdir()))}"
+            shutil.move(self._path(step), goal)
+            (self.seals / f"{step}.json").unlink(missing_ok=True)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self.manager.reload()
 
 
 def _without_empty(state: Any) -> Any:
     """Orbax saves no array of size zero; GaLore's state has some."""
     return jax.tree.map(lambda leaf: leaf if jnp.size(leaf) else None, state)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): hashlib.blake2b(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all, also when the machine fails."""
+    partial = file.with_suffix(".partial")
+    with partial.open("w") as stream:
+        json.dump(content, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:

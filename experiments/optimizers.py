@@ -27,8 +27,8 @@ def build(
     clipping: float | None = 1.0,
     decay: float = 0.8,
     seed: int = 0,
-) -> optax.GradientTransformation:
-    """The transformation of one method; `rank` and what follows serve those that have a rank.
+) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
+    """The transformation of one method, and Flora's projection; `rank` and what follows serve those that have a rank.
 
     `resample` is the number of boundaries that share a projection: 1, or 1000 under momentum.
     `clipping` and `decay` are Adafactor's.
@@ -36,28 +36,30 @@ def build(
     base = partial(optax.adafactor, clipping_threshold=clipping, decay_rate=decay)
     if method == "multisteps":
         steps = optax.MultiSteps(base(learning_rate), accumulation)
-        return steps.gradient_transformation()
+        return steps.gradient_transformation(), None
     if method == "galore":
         galore = optax.contrib.galore(learning_rate, rank=rank)
-        return optax.MultiSteps(galore, accumulation).gradient_transformation()
+        return optax.MultiSteps(galore, accumulation).gradient_transformation(), None
     if resample is None:
         resample = 1 if momentum is None else 1000
-    return flora_jax.flora(
+    projection = flora_jax.Projection(
+        rank,
+        distribution=distribution,
+        side=side,
+        embedding=embedding,
+        resample_every=accumulation * resample,
+        seed=seed,
+    )
+    chain = flora_jax.flora(
         learning_rate,
-        projection=flora_jax.Projection(
-            rank,
-            distribution=distribution,
-            side=side,
-            embedding=embedding,
-            resample_every=accumulation * resample,
-            seed=seed,
-        ),
+        projection=projection,
         accumulation_steps=accumulation,
         momentum=momentum,
         clipping_threshold=clipping,
         decay_rate=decay,
         preset="advised" if shrink else "paper",
     )
+    return chain, projection
 
 
 def cosine(peak, steps: int, warmup: int = 10) -> optax.Schedule:

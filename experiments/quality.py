@@ -161,7 +161,7 @@ def train(config: Config, setting: Setting, seed: int):
         rank = balanced_ranks(matrices, setting.rank)
 
     def transformation(peak):
-        tx = optimizers.build(
+        tx, _ = optimizers.build(
             setting.method,
             optimizers.cosine(peak, config.boundaries),
             accumulation=config.accumulation,

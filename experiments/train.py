@@ -8,8 +8,12 @@ state, peak memory, seconds) beside what accumulation without compression would 
 the curves, and text that the model wrote.
 """
 
+import contextlib
+import signal
+import threading
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +24,33 @@ import numpy as np
 import optax
 import psutil
 import tyro
-from flax.training.train_state import TrainState
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import optimizers, report, text
+from experiments import layout, optimizers, report, text
+from experiments.bench.setting import ordinary_step
 from experiments.checkpoint import Checkpoints
 from experiments.models import decoder
+from flora_jax import make_train_step, state_shardings
 from flora_jax.distributions import Distribution
 from flora_jax.plan import tree_bytes
+from flora_jax.projection import Side
 
 PROMPT = "def read(self, "
+HELD_OUT = 64
+FREE = [
+    "out",
+    "checkpoint",
+    "evaluate_every",
+    "checkpoint_every",
+    "mesh",
+    "distributed",
+    "coordinator",
+    "processes",
+    "process",
+]
+"""Settings that may differ when a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,10 @@ class Config:
     """Of Flora's and GaLore's projections."""
     distribution: Distribution = "srht"
     """Of Flora's projections."""
+    side: Side = "larger"
+    """Of each matrix that is projected away."""
+    resample: int | None = None
+    """Boundaries that share a projection: by default 1, or 1000 under momentum."""
     shrink: bool = True
     """Scale the updates of compressed leaves by 1/sqrt(1 + variance), as advised."""
     momentum: float | None = None
@@ -61,73 +85,164 @@ class Config:
     seed: int = 0
     out: Path = Path("runs/train")
     """Folder of checkpoints, table, curves and sample."""
+    checkpoint: Path | None = None
+    """Folder of the checkpoints, where it is another one; one that all hosts of a pod see."""
     evaluate_every: int = 25
-    """Boundaries between validations; each is followed by a checkpoint."""
+    """Boundaries between validations."""
+    checkpoint_every: int = 100
+    """Micro-steps between checkpoints, written in the background."""
+    mesh: str = ""
+    """Such as data=4,model=2 or data=2,fsdp=4: how batch and weights are cut over all devices."""
+    distributed: bool = False
+    """One of several processes; on TPU pods and under SLURM they find each other."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process, where they cannot find each other."""
+    processes: int | None = None
+    process: int | None = None
 
     def __post_init__(self):
-        for name in ("rank", "boundaries", "accumulation", "batch", "length", "evaluate_every"):
+        for name in (
+            "rank",
+            "boundaries",
+            "accumulation",
+            "batch",
+            "length",
+            "evaluate_every",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
-def transformation(config: Config, method: optimizers.Method) -> optax.GradientTransformation:
+def transformation(config: Config, method: optimizers.Method):
+    """The optax transformation, and Flora's projection or None."""
     return optimizers.build(
         method,
         optimizers.cosine(config.learning_rate, config.boundaries),
         accumulation=config.accumulation,
         rank=config.rank,
         distribution=config.distribution,
+        side=config.side,
+        resample=config.resample,
         shrink=config.shrink,
         momentum=config.momentum,
         seed=config.seed,
     )
 
 
-def initial_state(config: Config, method: optimizers.Method) -> TrainState:
-    model = decoder.Decoder(config.model)
-    params = model.init(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
-    return TrainState.create(apply_fn=model.apply, params=params, tx=transformation(config, method))
-
-
-def compile_step(config: Config, state: TrainState):
-    """The compiled micro-step: `(state, windows) -> (state, loss)`, the state donated."""
+def initial_state(config: Config, method: optimizers.Method, mesh: Mesh) -> tuple[Any, Any]:
+    """Params and the optimizer's state, made where they shall lie."""
     model = decoder.Decoder(config.model)
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state, windows):
-        loss, grads = jax.value_and_grad(lambda p: decoder.loss(model, p, windows))(state.params)
-        return state.apply_gradients(grads=grads), loss
+    def make() -> Any:
+        return model.init(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
 
-    windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
-    return step.lower(state, windows).compile()
+    shapes = jax.eval_shape(make)
+    params = jax.jit(make, out_shardings=layout.of_params(mesh, shapes))()
+    tx, _ = transformation(config, method)
+    return params, jax.jit(tx.init, out_shardings=state_shardings(tx, params))(params)
+
+
+def cut_model(config: Config) -> decoder.Decoder:
+    """The model, told how its activations lie; to be run with the mesh in context.
+
+    Left to itself, XLA (of jax 0.10.2, on CPUs) computes rotary positions of heads that are cut over
+    a mesh of three axes wrongly.
+    """
+    return decoder.Decoder(replace(config.model, cut=(layout.BATCH, "model")))
+
+
+def make_step(config: Config, method: optimizers.Method):
+    """`(params, opt_state, windows) -> (params, opt_state, loss)`, the first two donated."""
+    loss = partial(decoder.loss, cut_model(config))
+    tx, projection = transformation(config, method)
+    if projection is not None:
+        return make_train_step(loss, tx, projection)
+    return ordinary_step(loss, tx)
+
+
+def peak(config: Config, method: optimizers.Method, mesh: Mesh, state: tuple[Any, Any]) -> int:
+    """Bytes of the compiled micro-step at its worst moment, on one device."""
+    windows = jax.ShapeDtypeStruct(
+        (config.batch, config.length + 1), jnp.int32, sharding=layout.of_batch(mesh)
+    )
+    step: Any = make_step(config, method)
+    with jax.set_mesh(mesh):
+        return report.compiled_bytes(step.lower(*state, windows).compile())
+
+
+class Preempted(Exception):
+    """The run has been told to stop, and has saved its state."""
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[list[int]]:
+    """A list to which SIGTERM, the notice before a preemption, and Ctrl-C add themselves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield []
+        return
+    told: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: told.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(config: Config, console: Console) -> dict[str, Any]:
-    """Runs, or goes on; returns the figures of the final table."""
+    """Runs, or goes on; returns the figures of the final table.
+
+    Raises:
+      Preempted: told to stop by SIGTERM or Ctrl-C; the state is saved.
+      ValueError: a mesh that does not fit, a folder with a run of other settings.
+    """
     corpus = text.load()
     console.print(
         f"Python's standard library: {len(corpus.train):,} bytes of {corpus.files[0]} files to "
         f"train on, {len(corpus.validation):,} bytes of {corpus.files[1]} others to validate."
     )
-    model = decoder.Decoder(config.model)
-    settings = {k: v for k, v in asdict(config).items() if k not in ("out", "evaluate_every")}
-    checkpoints = Checkpoints(config.out, settings)
-    state = initial_state(config, config.optimizer)
-    compiled = compile_step(config, state)
+    mesh = layout.make_mesh(config.mesh)
+    cut = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch % cut:
+        raise ValueError(f"batch must be a multiple of data x fsdp, {cut}, found {config.batch}")
+    if config.model.heads % mesh.shape["model"]:
+        raise ValueError(
+            f"heads must be a multiple of the mesh's model={mesh.shape['model']}, found "
+            f"{config.model.heads}"
+        )
+    model = cut_model(config)
+    settings = {k: v for k, v in asdict(config).items() if k not in FREE}
+    checkpoints = Checkpoints(config.checkpoint or config.out, settings)
+    params, opt_state = initial_state(config, config.optimizer, mesh)
+    step_of = make_step(config, config.optimizer)
     loss_of = jax.jit(lambda params, windows: decoder.loss(model, params, windows))
-    held_out = [text.batch(corpus.validation, 1, i, 64, config.length) for i in range(8)]
+    place = layout.of_batch(mesh)
+    held_out = [
+        layout.put(
+            layout.of_batch(mesh, HELD_OUT),
+            text.batch(corpus.validation, 1, i, HELD_OUT, config.length),
+        )
+        for i in range(8)
+    ]
 
     def evaluate(params) -> float:
-        return float(np.mean([loss_of(params, windows) for windows in held_out]))
+        with jax.set_mesh(mesh):
+            return float(np.mean([float(loss_of(params, windows)) for windows in held_out]))
 
-    history: dict[str, Any] = {"train": [], "validation": [], "seconds": 0.0}
-    dynamic = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-    first, dynamic, history = checkpoints.restore(dynamic, history)
-    state = state.replace(**dynamic)
+    history: dict[str, Any] = {"train": [], "validation": [], "seconds": 0.0, "losses": []}
+    state = {"params": params, "opt_state": opt_state}
+    first, state, history = checkpoints.restore(state, history)
+    params, opt_state = state["params"], state["opt_state"]
+    for sentence in checkpoints.passed_over:
+        console.print(f"Passed over {sentence}.", markup=False)
     if first:
         console.print(f"Going on from micro-step {first}.")
     else:
-        history["validation"].append((0, evaluate(state.params)))
+        history["validation"].append((0, evaluate(params)))
     total = config.boundaries * config.accumulation
     tokens = config.batch * config.length
     columns = (
@@ -136,45 +251,53 @@ def train(config: Config, console: Console) -> dict[str, Any]:
         TextColumn("{task.completed}/{task.total} {task.fields[figures]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    quiet = jax.process_index() > 0
+    bar = Progress(*columns, console=console, disable=quiet)
+    with (
+        contextlib.closing(checkpoints),
+        jax.set_mesh(mesh),
+        bar as progress,
+        told_to_stop() as told,
+    ):
         task = progress.add_task(config.optimizer, total=total, completed=first, figures="")
-        start, losses = time.perf_counter(), []
+        start, losses, before = time.perf_counter(), history["losses"], history["seconds"]
         for step in range(first, total):
             windows = text.batch(corpus.train, config.seed, step, config.batch, config.length)
-            state, loss = compiled(state, windows)
+            params, opt_state, loss = step_of(params, opt_state, layout.put(place, windows))
             losses.append(loss)
-            if (step + 1) % config.accumulation:
-                continue
-            mean = float(np.mean(losses))
-            losses.clear()
-            history["train"].append(((step + 1) * tokens, mean))
-            seconds = history["seconds"] + time.perf_counter() - start
-            resident = report.mebibytes(psutil.Process().memory_info().rss)
-            speed = (step + 1) * tokens / seconds
-            figures = f"loss {mean:.3f}  {speed:,.0f} tokens/s  {resident}"
-            progress.update(task, completed=step + 1, figures=figures)
-            boundary = (step + 1) // config.accumulation
-            if boundary % config.evaluate_every == 0 or step + 1 == total:
-                history["seconds"] = seconds
-                history["validation"].append(((step + 1) * tokens, evaluate(state.params)))
-                dynamic = {
-                    "step": jnp.asarray(state.step),
-                    "params": state.params,
-                    "opt_state": state.opt_state,
-                }
-                checkpoints.save(step + 1, dynamic, history)
-                start = time.perf_counter()
-    checkpoints.close()
+            checkpoints.seal()
+            history["seconds"] = seconds = before + time.perf_counter() - start
+            done = step + 1
+            if done % config.accumulation == 0:
+                mean = float(np.mean([float(loss) for loss in losses]))
+                losses.clear()
+                history["train"].append((done * tokens, mean))
+                resident = report.mebibytes(psutil.Process().memory_info().rss)
+                figures = f"loss {mean:.3f}  {done * tokens / seconds:,.0f} tokens/s  {resident}"
+                progress.update(task, completed=done, figures=figures)
+            if done % (config.evaluate_every * config.accumulation) == 0 or done == total:
+                history["validation"].append((done * tokens, evaluate(params)))
+                start, before = time.perf_counter(), seconds
+            if (
+                done % (config.checkpoint_every or config.accumulation) == 0
+                or done == total
+                or told
+            ):
+                losses[:] = [float(loss) for loss in losses]
+                state = {"params": params, "opt_state": opt_state}
+                checkpoints.save(done, state, history)
+            if told and done < total:
+                raise Preempted(f"Stopped at micro-step {done}, saved; the same command goes on.")
     return {
         "unigram": text.unigram_loss(corpus),
         "initial": history["validation"][0][1],
         "final": history["validation"][-1][1],
         "seconds": history["seconds"],
-        "state": tree_bytes(state.opt_state),
-        "peak": report.compiled_bytes(compiled),
-        "params": tree_bytes(state.params),
+        "state": tree_bytes(opt_state),
+        "peak": peak(config, config.optimizer, mesh, (params, opt_state)),
+        "params": tree_bytes(params),
         "history": history,
-        "sample": write(config, state.params),
+        "sample": write(config, params) if jax.process_count() == 1 else "",
     }
 
 
@@ -184,7 +307,7 @@ def write(config: Config, params) -> str:
     prompt = ("\n" * config.length + PROMPT).encode()[-config.length :]
     tokens = jnp.asarray(np.frombuffer(prompt, np.uint8).astype(np.int32))[None]
     draw = jax.jit(partial(decoder.sample, model, count=240, heat=0.7))
-    drawn = draw(params, tokens, key=jax.random.key(config.seed))
+    drawn = draw(jax.tree.map(np.asarray, params), tokens, key=jax.random.key(config.seed))
     return bytes(np.asarray(drawn[0], np.uint8)).decode(errors="replace").lstrip("\n")
 
 
@@ -197,13 +320,14 @@ def show(config: Config, figures: dict[str, Any], console: Console) -> None:
     ]
     losses = report.table("Validation loss, nats per byte", ["", "loss"], rows)
     other: optimizers.Method = "multisteps" if config.optimizer != "multisteps" else "flora"
-    state = initial_state(config, other)
-    alone = tree_bytes(jax.eval_shape(optax.adafactor(1.0).init, state.params))
+    mesh = layout.make_mesh(config.mesh)
+    state = initial_state(config, other, mesh)
+    alone = tree_bytes(jax.eval_shape(optax.adafactor(1.0).init, state[0]))
     peaks = {
         config.optimizer: figures["peak"],
-        other: report.compiled_bytes(compile_step(config, state)),
+        other: peak(config, other, mesh, state),
     }
-    states = {config.optimizer: figures["state"], other: tree_bytes(state.opt_state)}
+    states = {config.optimizer: figures["state"], other: tree_bytes(state[1])}
     rows = [
         (
             name,
@@ -245,12 +369,18 @@ def _ratio(states: dict[str, int], peaks: dict[str, int], alone: int) -> tuple[s
 
 
 def main(config: Config) -> None:
-    console = Console()
+    if config.distributed:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(config.coordinator, config.processes, config.process)
+    console = Console(quiet=jax.process_index() > 0)
     try:
         figures = train(config, console)
-    except ValueError as error:
+    except (ValueError, Preempted) as error:
         raise SystemExit(str(error)) from error
-    show(config, figures, console)
+    if jax.process_count() == 1:
+        show(config, figures, console)
+    else:
+        console.print(f"Validation loss {figures['initial']:.3f}, then {figures['final']:.3f}.")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def shapes(config: Config, mesh: Any) -> tuple[Any, Any, Any]:
     shape = llama.SHAPES[config.shape]
     shape = dataclasses.replace(shape, layers=config.layers or shape.layers)
     plain = llama.Llama(shape)
-    cut = llama.Llama(dataclasses.replace(shape, cut=(("data", "fsdp"), None, None)))
+    cut = llama.Llama(dataclasses.replace(shape, cut=(("data", "fsdp"),)))
     tokens = jnp.zeros((1, 8), jnp.int32)
     params = jax.eval_shape(lambda: plain.init(jax.random.key(0), tokens)["params"])
     places = jax.tree_util.tree_map_with_path(

@@ -4,12 +4,13 @@ In the shape descriptions `B` is the batch, `T` the sequence, `D` the width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import rotate
+from experiments.models.layers import placed, rotate
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Shape:
     width: int = 256
     layers: int = 3
     heads: int = 4
+    cut: tuple[Any, ...] = ()
+    """Mesh axes of `B` and of the heads, between and inside the layers; needs a mesh in context."""
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
@@ -36,6 +39,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = nn.Embed(self.shape.vocabulary, self.shape.width, name="embed")(tokens)
+        x = placed(x, *self.shape.cut[:1])
         for i in range(self.shape.layers):
             x = Block(self.shape, name=f"layer_{i}")(x)
         return _dense(self.shape.vocabulary, "head")(nn.RMSNorm(name="norm")(x))
@@ -51,13 +55,14 @@ class Block(nn.Module):
         width, heads = self.shape.width, self.shape.heads
         y = nn.RMSNorm(name="attention_norm")(x)
         q, k, v = (
-            _dense(width, name)(y).reshape(*y.shape[:-1], heads, -1)
+            placed(_dense(width, name)(y).reshape(*y.shape[:-1], heads, -1), *self.shape.cut)
             for name in ("query", "key", "value")
         )
         y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
         x = x + _dense(width, "out")(y.reshape(x.shape))
         y = nn.RMSNorm(name="feed_forward_norm")(x)
-        return x + _dense(width, "down")(nn.gelu(_dense(4 * width, "up")(y)))
+        x = x + _dense(width, "down")(nn.gelu(_dense(4 * width, "up")(y)))
+        return placed(x, *self.shape.cut[:1])
 
 
 def _dense(features: int, name: str) -> nn.Dense:

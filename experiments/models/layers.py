@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 CHUNK = 512
 """Tokens whose logits, and whose attention scores, exist at a time."""
@@ -32,6 +33,16 @@ class Dense(nn.Module):
         if self.bias:
             y = y + self.param("bias", zeros, (self.features,), self.dtype)
         return y
+
+
+def placed(x: jax.Array, first: Any = None, heads: Any = None) -> jax.Array:
+    """Cuts the first axis and the last but one over these mesh axes; nothing without any."""
+    if first is None:
+        return x
+    inner: list[Any] = [None] * (x.ndim - 2)
+    if heads is not None:
+        inner[-1] = heads
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(first, *inner))
 
 
 def rotate(x: jax.Array) -> jax.Array:

@@ -13,9 +13,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from experiments.models.layers import Dense, attention, losses, rotate
+from experiments.models.layers import Dense, attention, losses, placed, rotate
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Shape:
     scan: bool = True
     lora: int = 0
     cut: tuple[Any, ...] = ()
-    """Mesh axes of `B`, `T` and `D` of the activations between layers; needs a mesh in context."""
+    """Mesh axes of `B` of the activations between layers; needs a mesh in context."""
 
 
 SHAPES = {
@@ -63,7 +62,7 @@ class Llama(nn.Module):
             param_dtype=shape.dtype,
             name="embed",
         )(tokens)
-        x = _placed(shape, x)
+        x = placed(x, *shape.cut)
         layer = nn.remat(Layer, prevent_cse=False) if shape.remat else Layer
         if shape.scan:
             layers = nn.scan(
@@ -77,7 +76,7 @@ class Llama(nn.Module):
             for i in range(shape.layers):
                 x, _ = layer(shape, name=f"layer_{i}")(x, None)
         head = Dense(shape.vocabulary, shape.dtype, name="head")
-        x = _placed(shape, _norm(shape, "norm")(x))
+        x = placed(_norm(shape, "norm")(x), *shape.cut)
         return head(x) if targets is None else losses(head, x, targets).mean()
 
 
@@ -103,13 +102,7 @@ class Layer(nn.Module):
         y = _norm(shape, "feed_forward_norm")(x)
         gate, up = (_dense(shape, shape.hidden, name)(y) for name in ("gate", "up"))
         x = x + _dense(shape, shape.width, "down")(nn.silu(gate) * up)
-        return _placed(shape, x), None
-
-
-def _placed(shape: Shape, x: jax.Array) -> jax.Array:
-    if not shape.cut:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*shape.cut))
+        return placed(x, *shape.cut), None
 
 
 def _dense(shape: Shape, features: int, name: str) -> Dense:

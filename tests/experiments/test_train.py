@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import signal
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from experiments import text, train
 from experiments.models.decoder import Shape
+from tests.helpers import assert_tree_close, assert_tree_equal
 
 SMALL = train.Config(
     rank=16,
@@ -18,6 +20,7 @@ SMALL = train.Config(
     length=16,
     model=Shape(width=128, layers=1, heads=2),
     evaluate_every=2,
+    checkpoint_every=3,
 )
 
 
@@ -35,10 +38,26 @@ def run(config):
     return figures, console.file.getvalue()
 
 
-def final_params(folder, step):
+def final_state(folder, step):
+    """Every array of a checkpoint, read without this package."""
     with ocp.CheckpointManager((folder / "states").absolute()) as manager:
         args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        return manager.restore(step, args=args)["state"]["params"]
+        return jax.tree.map(np.asarray, manager.restore(step, args=args)["state"])
+
+
+def cut_off(config, at, monkeypatch):
+    """A run that dies before micro-step `at`."""
+    batch = text.batch
+
+    def dying(side, seed, step, size, length):
+        if seed == config.seed and step == at:
+            raise KeyboardInterrupt
+        return batch(side, seed, step, size, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "batch", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
 
 
 @pytest.mark.slow
@@ -46,24 +65,48 @@ def test_a_run_that_was_cut_off_ends_bit_equal(tmp_path, monkeypatch):
     whole = dataclasses.replace(SMALL, out=tmp_path / "whole")
     cut = dataclasses.replace(SMALL, out=tmp_path / "cut")
     figures, _ = run(whole)
-    batch, calls = text.batch, []
+    cut_off(cut, 11, monkeypatch)
+    resumed, output = run(cut)
+    assert "Going on from micro-step 9." in output  # in the middle of a cycle
+    left, right = final_state(whole.out, 12), final_state(cut.out, 12)
+    assert_tree_equal(left, right)
+    assert resumed["final"] == figures["final"]
+    pairs = [tuple(pair) for pair in resumed["history"]["train"]]
+    assert pairs == figures["history"]["train"]
+    assert figures["final"] < figures["initial"]
 
-    def cut_off(side, seed, step, size, length):
-        calls.append(step)
-        if seed == cut.seed and step == 9:
-            raise KeyboardInterrupt
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [("", "data=8"), ("data=8", "fsdp=2,model=2,data=2")])
+def test_a_run_goes_on_in_another_layout(tmp_path, monkeypatch, before, after):
+    base = dataclasses.replace(SMALL, batch=8)
+    alone = dataclasses.replace(base, out=tmp_path / "alone")
+    figures, _ = run(alone)
+    first = dataclasses.replace(base, out=tmp_path / "moved", mesh=before)
+    cut_off(first, 7, monkeypatch)
+    resumed, output = run(dataclasses.replace(first, mesh=after))
+    assert "Going on from micro-step 6." in output
+    left, right = (final_state(c.out, 12)["params"] for c in (alone, first))
+    assert_tree_close(left, right, 2e-3)
+    assert resumed["final"] == pytest.approx(figures["final"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_notice_to_stop_saves_at_once(tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, out=tmp_path, checkpoint_every=100)
+    batch = text.batch
+
+    def with_notice(side, seed, step, size, length):
+        if seed == config.seed and step == 4:
+            signal.raise_signal(signal.SIGTERM)
         return batch(side, seed, step, size, length)
 
     with monkeypatch.context() as patch:
-        patch.setattr(text, "batch", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            run(cut)
-    resumed, output = run(cut)
-    assert "Going on from micro-step 8." in output
-    left, right = final_params(whole.out, 12), final_params(cut.out, 12)
-    jax.tree.map(np.testing.assert_array_equal, left, right)
-    assert resumed["final"] == figures["final"]
-    assert figures["final"] < figures["initial"]
+        patch.setattr(text, "batch", with_notice)
+        with pytest.raises(train.Preempted, match="Stopped at micro-step 5, saved"):
+            run(config)
+    _, output = run(config)
+    assert "Going on from micro-step 5." in output
 
 
 @pytest.mark.slow
@@ -79,15 +122,12 @@ def test_the_other_optimizers_train_and_report(tmp_path, method):
         assert (tmp_path / name).stat().st_size > 0
 
 
-def test_another_setting_in_the_same_folder_is_refused(tmp_path):
-    first = dataclasses.replace(SMALL, out=tmp_path)
-    train.Checkpoints(tmp_path, {"rank": first.rank}).close()
-    with pytest.raises(
-        ValueError, match=r"rank: the run in .* was started with 16, this one has 8"
-    ):
-        train.Checkpoints(tmp_path, {"rank": 8})
-
-
 def test_numbers_below_one_are_refused():
     with pytest.raises(ValueError, match="batch must be at least 1, found 0"):
         dataclasses.replace(SMALL, batch=0)
+
+
+def test_a_batch_that_does_not_go_over_the_devices_is_refused(tmp_path):
+    config = dataclasses.replace(SMALL, batch=6, mesh="data=4,model=2", out=tmp_path)
+    with pytest.raises(ValueError, match="batch must be a multiple of data x fsdp, 4, found 6"):
+        run(config)

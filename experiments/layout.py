@@ -1,0 +1,81 @@
+"""Layout: the mesh of a run, and where its params and batches lie on it."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES: tuple[str, ...] = ("data", "fsdp", "model")
+BATCH = ("data", "fsdp")
+"""Axes over which a batch is cut."""
+BY_ROWS = ("out", "down")
+"""Layers whose input comes cut over `model`."""
+
+
+def parse(text: str) -> dict[str, int]:
+    """`data=4,model=2` as a dict of all three axes.
+
+    Raises:
+      ValueError: an axis of another name, or a size that is no number of at least 1.
+    """
+    sizes: dict[str, int] = {name: 1 for name in AXES}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES:
+            raise ValueError(f"mesh must name axes among {', '.join(AXES)}, found {name!r}")
+        if not size.isdigit() or int(size) < 1:
+            raise ValueError(f"mesh: {name} must be a number of at least 1, found {size!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(text: str) -> Mesh:
+    """A mesh of all devices, or of one where `text` is empty and there is one process.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = parse(text)
+    devices = jax.devices()
+    if not text:
+        sizes["data"] = len(devices) if jax.process_count() > 1 else 1
+        devices = devices[: sizes["data"]]
+    shape = tuple(sizes.values())
+    if np.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh {text!r} has {np.prod(shape)} devices, found {len(devices)}; on a CPU "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight"
+        )
+    kinds = (jax.sharding.AxisType.Auto,) * len(shape)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=kinds)
+
+
+def of_params(mesh: Mesh, params: Any) -> Any:
+    """Shardings of the decoder's params: `model` cuts heads and hidden units, `fsdp` the other side."""
+
+    def of(path, leaf):
+        if leaf.ndim != 2:
+            return NamedSharding(mesh, PartitionSpec())
+        names = ["fsdp", "model"]
+        if any(getattr(key, "key", None) in BY_ROWS for key in path):
+            names.reverse()
+        cut = [
+            name if length % mesh.shape[name] == 0 else None
+            for name, length in zip(names, leaf.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*cut))
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def of_batch(mesh: Mesh, size: int = 0) -> NamedSharding:
+    """Cut over `data` and `fsdp`, unless they do not divide a batch of this size."""
+    count = math.prod(mesh.shape[name] for name in BATCH)
+    return NamedSharding(mesh, PartitionSpec() if size % count else PartitionSpec(BATCH))
+
+
+def put(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
+    """A global array of which every process has the whole, each device taking its part."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,0 +1,179 @@
+"""Kills a training run with SIGKILL again and again, and compares what comes out with a run left alone.
+
+    python -m experiments.soak --kills 50
+
+Some kills come at a random moment, others as soon as a checkpoint is being written. Each run is
+started again until it ends; then the next begins, until there were enough kills. The params and the
+state in the end must be those of the run left alone, to the last bit.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tyro
+from rich.console import Console
+
+from experiments import report
+
+RUN = [
+    "--boundaries",
+    "40",
+    "--accumulation",
+    "3",
+    "--batch",
+    "2",
+    "--length",
+    "32",
+    "--rank",
+    "16",
+    "--evaluate-every",
+    "40",
+    "--checkpoint-every",
+    "4",
+    "--model.width",
+    "128",
+    "--model.layers",
+    "1",
+    "--model.heads",
+    "2",
+]
+STEPS = 120
+
+
+@dataclass(frozen=True)
+class Config:
+    """How often to kill."""
+
+    kills: int = 50
+    folder: Path | None = None
+    """Where the runs go; a temporary folder by default."""
+    seed: int = 0
+
+
+@dataclass
+class Tally:
+    """What has happened.
+
+    Attributes:
+      kills: in all.
+      saving: of them while a checkpoint was being written.
+      runs: that came to their end.
+      differing: of them with another result than the run left alone.
+      resumed: micro-steps at which a run went on.
+    """
+
+    kills: int = 0
+    saving: int = 0
+    runs: int = 0
+    differing: int = 0
+    resumed: list[int] = field(default_factory=list)
+
+
+def start(out: Path, cache: Path, log: Path) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "experiments.train", "--out", str(out), *RUN]
+    return subprocess.Popen(command, env=environment, stdout=log.open("a"), stderr=log.open("a"))
+
+
+def result(out: Path) -> list[np.ndarray]:
+    """Params and state at the end of a run."""
+    with ocp.CheckpointManager((out / "states").absolute()) as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return [np.asarray(x) for x in jax.tree.leaves(manager.restore(STEPS, args=args)["state"])]
+
+
+def is_saving(out: Path, since: float) -> bool:
+    """Whether there is a half-written step that was begun after this time."""
+    try:
+        states = (out / "states").iterdir()
+        return any("tmp" in path.name and path.stat().st_mtime > since for path in states)
+    except FileNotFoundError:  # not begun, or finished while we looked
+        return False
+
+
+def kill(process: subprocess.Popen, out: Path, tally: Tally, chance: random.Random) -> bool:
+    """Kills the process, half of the times while it saves; False where it has ended before."""
+    since = time.time()
+    while process.poll() is None and not is_saving(out, since):  # until it trains
+        time.sleep(0.002)
+    until, aimed = time.time() + chance.uniform(0, 3), chance.random() < 0.5
+    while process.poll() is None and time.time() < until:
+        time.sleep(0.002)
+    while aimed and process.poll() is None and not is_saving(out, until):
+        time.sleep(0.002)
+    if process.poll() is not None:
+        return False
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    tally.kills += 1
+    tally.saving += is_saving(out, since)
+    return True
+
+
+def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
+    return len(left) == len(right) and all(
+        a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in zip(left, right, strict=True)
+    )
+
+
+def soak(config: Config, folder: Path, console: Console) -> Tally:
+    """Raises RuntimeError where a run ends with an error of its own."""
+    cache, chance, tally = folder / "cache", random.Random(config.seed), Tally()
+    alone = folder / "alone"
+    log = folder / "alone.log"
+    if start(alone, cache, log).wait():
+        raise RuntimeError(log.read_text())
+    expected = result(alone)
+    while tally.kills < config.kills:
+        out, log = folder / f"run-{tally.runs}", folder / f"run-{tally.runs}.log"
+        while True:
+            process = start(out, cache, log)
+            if tally.kills < config.kills and kill(process, out, tally, chance):
+                console.print(f"killed {tally.kills}, of which saving {tally.saving}")
+            elif process.wait():
+                raise RuntimeError(log.read_text())
+            else:
+                break
+        lines = [line for line in log.read_text().splitlines() if line.startswith("Going on")]
+        tally.resumed += [int(line.split()[-1].rstrip(".")) for line in lines]
+        tally.runs += 1
+        tally.differing += not same(result(out), expected)
+    return tally
+
+
+def main(config: Config) -> None:
+    console = Console()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = config.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        tally = soak(config, folder, console)
+    resumed = tally.resumed
+    rows = [
+        ("kills", str(tally.kills)),
+        ("of them while saving", str(tally.saving)),
+        ("resumed from a checkpoint", str(len(resumed))),
+        ("of them in the middle of a cycle", str(sum(step % 3 > 0 for step in resumed))),
+        ("runs to the end", str(tally.runs)),
+        ("of them not bit-equal", str(tally.differing)),
+    ]
+    console.print(report.table("Soak", ["", "times"], rows))
+    if tally.differing or not resumed:
+        raise SystemExit("A resumed run differs from the run left alone, or none was resumed.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
