@@ -68,7 +68,7 @@ class Config:
     side: Side = "larger"
     """Of each matrix that is projected away."""
     resample: int | None = None
-    """Boundaries that share a projection: by default 1, or 1000 under momentum."""
+    """Boundaries that share a projection: by default 64, or 1000 under momentum."""
     shrink: bool = True
     """Scale the updates of compressed leaves by 1/sqrt(1 + variance), as advised."""
     momentum: float | None = None
@@ -123,7 +123,7 @@ def transformation(config: Config, method: optimizers.Method):
         rank=config.rank,
         distribution=config.distribution,
         side=config.side,
-        resample=config.resample,
+        resample=config.resample or (64 if config.momentum is None else 1000),
         shrink=config.shrink,
         momentum=config.momentum,
         seed=config.seed,

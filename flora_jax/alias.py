@@ -13,6 +13,8 @@ from flora_jax.sketch import Every
 Preset = Literal["paper", "advised", "official"]
 KAPPA = 1000
 """Boundaries between transfers under momentum: the paper's best κ."""
+ADVISED = 64
+"""Boundaries that share a projection in the advised preset."""
 
 
 def flora(
@@ -42,14 +44,14 @@ def flora(
       learning_rate: a number or a schedule of the gradient step.
       rank: of the projections, as in `Projection`; this or `projection`.
       projection: for all other choices. Its `resample_every` counts micro-steps and must be a
-        multiple of `accumulation_steps`. With `rank` alone it is one boundary, or 1000 under momentum.
+        multiple of `accumulation_steps`. With `rank` alone it is one boundary, 64 in the advised preset, 1000 under momentum.
       accumulation_steps: micro-steps to a boundary: an int, or a schedule of the gradient step.
       momentum: `β` of Algorithm 2; None for none.
       optimizer: any optax optimizer in place of Adafactor; it then has its own learning rate, and
         `learning_rate` and the arguments from `min_dim_size_to_factor` on are not used.
       preset: `paper`: Gaussian projections, Algorithms 1 and 2. `advised`: the same chain with what was
-        measured to be better at no memory: `srht` projections (where `rank` is given), and the
-        updates of compressed leaves scaled by `shrink`. `official`: the authors' JAX optimizer as
+        measured to be better at no memory: the updates of compressed leaves scaled by `shrink` and,
+        where `rank` is given, `srht` projections, each kept for 64 boundaries. `official`: the authors' JAX optimizer as
         it is, see `flora_jax.official`.
       seed: of the projections, where `rank` is given.
       use_grad_mean: mean of the micro-steps, else their sum.
@@ -95,10 +97,13 @@ def flora(
             raise ValueError("preset='official' takes rank and momentum, and no projection")
         return official.flora(learning_rate, rank=rank, decay=momentum, seed=seed)
     if projection is None:
+        boundaries = ADVISED if preset == "advised" else 1
+        if momentum is not None:
+            boundaries = KAPPA
         projection = Projection(
             rank,
             distribution="srht" if preset == "advised" else "gaussian",
-            resample_every=_cycle_length(accumulation_steps, momentum),
+            resample_every=_cycle_length(accumulation_steps, boundaries),
             seed=seed,
         )
     if optimizer is None:
@@ -132,8 +137,7 @@ def flora(
     return optax.with_extra_args_support(chain)
 
 
-def _cycle_length(accumulation_steps: Every, momentum: float | None) -> Every:
-    boundaries = 1 if momentum is None else KAPPA
+def _cycle_length(accumulation_steps: Every, boundaries: int) -> Every:
     if callable(accumulation_steps):
         if boundaries == 1:
             return accumulation_steps
