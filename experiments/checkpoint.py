@@ -37,6 +37,7 @@ class Checkpoints:
         self.seals = self.folder / "seals"
         self.seals.mkdir(parents=True, exist_ok=True)
         self.passed_over: list[str] = []
+        self.unsealed = False
         file = self.folder / "settings.json"
         settings = json.loads(json.dumps({"format": FORMAT, **settings}, default=str))
         if file.exists():
@@ -71,6 +72,7 @@ class Checkpoints:
         """Begins to save; the arrays may be overwritten as soon as this returns."""
         self.manager.wait_until_finished()
         self.seal()
+        self.unsealed = True
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -80,8 +82,8 @@ class Checkpoints:
         )
 
     def seal(self) -> None:
-        """Seals the steps that have been finished; to be called now and then."""
-        if jax.process_index() or self.manager.is_saving_in_progress():
+        """Seals what was saved, once it is finished; to be called now and then."""
+        if jax.process_index() or not self.unsealed or self.manager.is_saving_in_progress():
             return
         steps = set(self.manager.all_steps())
         sealed = {int(file.stem) for file in self.seals.glob("*.json")}
@@ -89,6 +91,7 @@ class Checkpoints:
             _write(self.seals / f"{step}.json", _sums(self._path(step)))
         for step in sealed - steps:
             (self.seals / f"{step}.json").unlink(missing_ok=True)
+        self.unsealed = False
 
     def close(self) -> None:
         """Waits for what is being saved, and seals it."""
@@ -147,10 +150,12 @@ def _without_empty(state: Any) -> Any:
 
 def _sums(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): hashlib.blake2b(path.read_bytes()).hexdigest()
-        for path in files
-    }
+    return {path.relative_to(folder).as_posix(): _sum(path) for path in files}
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -70,10 +70,14 @@ def of_params(mesh: Mesh, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
+def parts(mesh: Mesh) -> int:
+    """Into how many a batch is cut."""
+    return math.prod(mesh.shape[name] for name in BATCH)
+
+
 def of_batch(mesh: Mesh, size: int = 0) -> NamedSharding:
     """Cut over `data` and `fsdp`, unless they do not divide a batch of this size."""
-    count = math.prod(mesh.shape[name] for name in BATCH)
-    return NamedSharding(mesh, PartitionSpec() if size % count else PartitionSpec(BATCH))
+    return NamedSharding(mesh, PartitionSpec() if size % parts(mesh) else PartitionSpec(BATCH))
 
 
 def put(sharding: NamedSharding, array: np.ndarray) -> jax.Array:

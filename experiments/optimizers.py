@@ -3,11 +3,14 @@
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import optax
 
 import flora_jax
+from flora_jax.alias import ADVISED, KAPPA
 from flora_jax.distributions import Distribution
 from flora_jax.projection import Side
+from flora_jax.sharding import constrain
 
 Method = Literal["flora", "multisteps", "galore"]
 
@@ -28,10 +31,10 @@ def build(
     decay: float = 0.8,
     seed: int = 0,
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
-    """The transformation of one method, and Flora's projection; `rank` and what follows serve those that have a rank.
+    """The transformation of one method, and Flora's projection.
 
-    `resample` is the number of boundaries that share a projection: 1, or 1000 under momentum.
-    `clipping` and `decay` are Adafactor's.
+    `rank` and what follows serve those that have a rank. `resample` is the number of boundaries that
+    share a projection: by default that of the advised preset, or under momentum the paper's. `clipping` and `decay` are Adafactor's.
     """
     base = partial(optax.adafactor, clipping_threshold=clipping, decay_rate=decay)
     if method == "multisteps":
@@ -41,7 +44,7 @@ def build(
         galore = optax.contrib.galore(learning_rate, rank=rank)
         return optax.MultiSteps(galore, accumulation).gradient_transformation(), None
     if resample is None:
-        resample = 1 if momentum is None else 1000
+        resample = ADVISED if momentum is None else KAPPA
     projection = flora_jax.Projection(
         rank,
         distribution=distribution,
@@ -60,6 +63,29 @@ def build(
         preset="advised" if shrink else "paper",
     )
     return chain, projection
+
+
+def ordinary_step(
+    loss: Any, tx: optax.GradientTransformation, shardings: tuple[Any, Any] = (None, None)
+) -> Any:
+    """`(params, state, windows) -> (params, state, loss)` with whole gradients; compiled.
+
+    `shardings` are trees of those of the params, which hold for their gradients too, and of the state.
+    """
+    of_params, of_state = shardings
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, windows):
+        value, grads = jax.value_and_grad(loss)(params, windows)
+        updates, state = tx.update(_put(grads, of_params), state, params)
+        params = optax.apply_updates(params, updates)
+        return _put(params, of_params), _put(state, of_state), value
+
+    return step
+
+
+def _put(tree: Any, shardings: Any) -> Any:
+    return tree if shardings is None else jax.tree.map(constrain, tree, shardings)
 
 
 def cosine(peak, steps: int, warmup: int = 10) -> optax.Schedule:

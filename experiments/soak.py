@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,28 +26,16 @@ from rich.console import Console
 
 from experiments import report
 
-RUN = [
-    "--boundaries",
-    "40",
-    "--accumulation",
-    "3",
-    "--batch",
-    "2",
-    "--length",
-    "32",
-    "--rank",
-    "16",
-    "--evaluate-every",
-    "40",
-    "--checkpoint-every",
-    "4",
-    "--model.width",
-    "128",
-    "--model.layers",
-    "1",
-    "--model.heads",
-    "2",
-]
+SMALL = {"rank": 16, "model.width": 128, "model.layers": 1, "model.heads": 2}
+RUN = {
+    **SMALL,
+    "boundaries": 40,
+    "accumulation": 3,
+    "batch": 2,
+    "length": 32,
+    "evaluate-every": 40,
+    "checkpoint-every": 4,
+}
 STEPS = 120
 
 
@@ -79,21 +68,34 @@ class Tally:
     resumed: list[int] = field(default_factory=list)
 
 
-def start(out: Path, cache: Path, log: Path) -> subprocess.Popen:
+def start(settings: dict[str, Any], environment: dict[str, str], *flags: str, **streams: Any):
+    """The main job as a process of its own."""
+    named = (f"--{name}={value}" for name, value in settings.items())
+    command = [sys.executable, "-m", "experiments.train", *named, *flags]
+    return subprocess.Popen(
+        command, env={**os.environ, **environment}, stderr=subprocess.STDOUT, **streams
+    )
+
+
+def start_logged(out: Path, cache: Path, log: Path) -> subprocess.Popen:
     environment = {
-        **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "experiments.train", "--out", str(out), *RUN]
-    return subprocess.Popen(command, env=environment, stdout=log.open("a"), stderr=log.open("a"))
+    with log.open("a") as stream:
+        return start({"out": out, **RUN}, environment, stdout=stream)
+
+
+def final_state(out: Path, step: int) -> Any:
+    """Every array of a checkpoint, read without this package."""
+    with ocp.CheckpointManager((out / "states").absolute()) as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return jax.tree.map(np.asarray, manager.restore(step, args=args)["state"])
 
 
 def result(out: Path) -> list[np.ndarray]:
     """Params and state at the end of a run."""
-    with ocp.CheckpointManager((out / "states").absolute()) as manager:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        return [np.asarray(x) for x in jax.tree.leaves(manager.restore(STEPS, args=args)["state"])]
+    return jax.tree.leaves(final_state(out, STEPS))
 
 
 def is_saving(out: Path, since: float) -> bool:
@@ -135,13 +137,13 @@ def soak(config: Config, folder: Path, console: Console) -> Tally:
     cache, chance, tally = folder / "cache", random.Random(config.seed), Tally()
     alone = folder / "alone"
     log = folder / "alone.log"
-    if start(alone, cache, log).wait():
+    if start_logged(alone, cache, log).wait():
         raise RuntimeError(log.read_text())
     expected = result(alone)
     while tally.kills < config.kills:
         out, log = folder / f"run-{tally.runs}", folder / f"run-{tally.runs}.log"
         while True:
-            process = start(out, cache, log)
+            process = start_logged(out, cache, log)
             if tally.kills < config.kills and kill(process, out, tally, chance):
                 console.print(f"killed {tally.kills}, of which saving {tally.saving}")
             elif process.wait():

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import layout, optimizers, report, text
-from experiments.bench.setting import ordinary_step
 from experiments.checkpoint import Checkpoints
 from experiments.models import decoder
 from flora_jax import make_train_step, state_shardings
@@ -123,7 +122,7 @@ def transformation(config: Config, method: optimizers.Method):
         rank=config.rank,
         distribution=config.distribution,
         side=config.side,
-        resample=config.resample or (64 if config.momentum is None else 1000),
+        resample=config.resample,
         shrink=config.shrink,
         momentum=config.momentum,
         seed=config.seed,
@@ -158,7 +157,7 @@ def make_step(config: Config, method: optimizers.Method):
     tx, projection = transformation(config, method)
     if projection is not None:
         return make_train_step(loss, tx, projection)
-    return ordinary_step(loss, tx)
+    return optimizers.ordinary_step(loss, tx)
 
 
 def peak(config: Config, method: optimizers.Method, mesh: Mesh, state: tuple[Any, Any]) -> int:
@@ -206,9 +205,9 @@ def train(config: Config, console: Console) -> dict[str, Any]:
         f"train on, {len(corpus.validation):,} bytes of {corpus.files[1]} others to validate."
     )
     mesh = layout.make_mesh(config.mesh)
-    cut = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch % cut:
-        raise ValueError(f"batch must be a multiple of data x fsdp, {cut}, found {config.batch}")
+    parts = layout.parts(mesh)
+    if config.batch % parts:
+        raise ValueError(f"batch must be a multiple of data x fsdp, {parts}, found {config.batch}")
     if config.model.heads % mesh.shape["model"]:
         raise ValueError(
             f"heads must be a multiple of the mesh's model={mesh.shape['model']}, found "
@@ -278,11 +277,7 @@ def train(config: Config, console: Console) -> dict[str, Any]:
             if done % (config.evaluate_every * config.accumulation) == 0 or done == total:
                 history["validation"].append((done * tokens, evaluate(params)))
                 start, before = time.perf_counter(), seconds
-            if (
-                done % (config.checkpoint_every or config.accumulation) == 0
-                or done == total
-                or told
-            ):
+            if done % config.checkpoint_every == 0 or done == total or told:
                 losses[:] = [float(loss) for loss in losses]
                 state = {"params": params, "opt_state": opt_state}
                 checkpoints.save(done, state, history)

@@ -44,15 +44,16 @@ def flora(
       learning_rate: a number or a schedule of the gradient step.
       rank: of the projections, as in `Projection`; this or `projection`.
       projection: for all other choices. Its `resample_every` counts micro-steps and must be a
-        multiple of `accumulation_steps`. With `rank` alone it is one boundary, 64 in the advised preset, 1000 under momentum.
+        multiple of `accumulation_steps`. With `rank` alone it is one boundary, 64 in the advised
+        preset, 1000 under momentum.
       accumulation_steps: micro-steps to a boundary: an int, or a schedule of the gradient step.
       momentum: `β` of Algorithm 2; None for none.
       optimizer: any optax optimizer in place of Adafactor; it then has its own learning rate, and
         `learning_rate` and the arguments from `min_dim_size_to_factor` on are not used.
       preset: `paper`: Gaussian projections, Algorithms 1 and 2. `advised`: the same chain with what was
         measured to be better at no memory: the updates of compressed leaves scaled by `shrink` and,
-        where `rank` is given, `srht` projections, each kept for 64 boundaries. `official`: the authors' JAX optimizer as
-        it is, see `flora_jax.official`.
+        where `rank` is given, `srht` projections, each kept for 64 boundaries. `official`: the authors' JAX
+        optimizer as it is, see `flora_jax.official`.
       seed: of the projections, where `rank` is given.
       use_grad_mean: mean of the micro-steps, else their sum.
       state_dtype: of sketches between micro-steps: `float32`, `float64`, `bfloat16` or `int8`.

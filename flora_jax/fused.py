@@ -91,14 +91,7 @@ class ValueAndGrad:
         places = self._places(function)
 
         def run(taps, wholes):
-            taps = [
-                tap if tap is None else constrain(tap, place)
-                for tap, place in zip(taps, places, strict=True)
-            ]
-            wholes = [
-                whole if whole is None else constrain(whole, place)
-                for whole, place in zip(wholes, places, strict=True)
-            ]
+            taps, wholes = (list(map(constrain, leaves, places)) for leaves in (taps, wholes))
             return function.result(function.walk(Walk(RULES), cycle, taps, wholes, places))
 
         value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(taps, wholes)

@@ -62,18 +62,16 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
                 f"before it, {mesh}"
             )
         mesh = sharding.mesh
-        owners[path] = (leaf.shape, entries(sharding.spec, len(leaf.shape)))
+        owners[path] = leaf
     if mesh is None:
         raise ValueError("params must have at least one array, found none")
-    sizes = dict(mesh.shape)
 
     def of(path, leaf):
         owner = next((owners[path[i:]] for i in range(len(path) + 1) if path[i:] in owners), None)
         if owner is None or leaf.shape == ():
             return NamedSharding(mesh, PartitionSpec())
         last = any(getattr(key, "name", None) == "v_col" for key in path)
-        shape, cut = owner
-        return NamedSharding(mesh, partition(shape, cut, leaf.shape, sizes, last=last))
+        return _derived(owner.shape, owner.sharding, leaf.shape, last)
 
     return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
 
@@ -123,9 +121,7 @@ def of_sketch(spec: Spec, sharding: Any) -> NamedSharding | None:
     """Where the sketch of a weight lies that has this sharding; None where that is unknown."""
     if not isinstance(sharding, NamedSharding):
         return None
-    cut = entries(sharding.spec, len(spec.shape))
-    sizes = dict(sharding.mesh.shape)
-    return NamedSharding(sharding.mesh, partition(spec.shape, cut, spec.data_shape, sizes))
+    return _derived(spec.shape, sharding, spec.data_shape)
 
 
 def known(leaf: Any) -> NamedSharding | None:
@@ -134,9 +130,11 @@ def known(leaf: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def constrain(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """`jax.lax.with_sharding_constraint`, where there is one to hold to."""
-    return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+def constrain(array: Any, sharding: NamedSharding | None) -> Any:
+    """`jax.lax.with_sharding_constraint`, where there is an array and a sharding to hold to."""
+    if array is None or sharding is None:
+        return array
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def first_axis_dropped(sharding: NamedSharding | None) -> NamedSharding | None:
@@ -161,3 +159,12 @@ def spec_of(cut: Sequence[Entry]) -> PartitionSpec:
     while names and names[-1] is None:
         names.pop()
     return PartitionSpec(*names)
+
+
+def _derived(
+    shape: Sequence[int], sharding: NamedSharding, state: Sequence[int], last: bool = False
+) -> NamedSharding:
+    """`partition` of a weight's sharding."""
+    cut = entries(sharding.spec, len(shape))
+    sizes = dict(sharding.mesh.shape)
+    return NamedSharding(sharding.mesh, partition(shape, cut, state, sizes, last=last))

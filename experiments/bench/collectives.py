@@ -25,7 +25,7 @@ from rich.console import Console
 
 import flora_jax
 from experiments import report
-from experiments.bench import setting, topology
+from experiments.bench import setting, topology, traffic
 from experiments.models import llama
 
 
@@ -47,7 +47,8 @@ def reduced(config: Config, gradient, params) -> list[tuple[str, int]]:
     )
     params = topology.placed(params, everywhere)
     compiled = jax.jit(gradient, out_shardings=everywhere).lower(params, windows).compile()
-    return topology.all_reduces(compiled.as_text() or "")
+    found = traffic.collectives(compiled.as_text() or "", config.devices)
+    return [array for one in found if one.kind == "all-reduce" for array in one.arrays]
 
 
 def compare(config: Config):

@@ -27,8 +27,8 @@ from optax.contrib import galore
 from rich.console import Console
 
 import flora_jax
-from experiments import report
-from experiments.bench import setting, topology
+from experiments import optimizers, report
+from experiments.bench import topology
 from experiments.models import gpt2, llama, t5
 from flora_jax.fused import combine
 
@@ -65,7 +65,7 @@ def flora(rank: int, fused: bool = True):
         if fused:
             step: Any = flora_jax.make_train_step(loss, tx, projection)
             return tx, step.lower
-        return tx, setting.ordinary_step(loss, tx).lower
+        return tx, optimizers.ordinary_step(loss, tx).lower
 
     return build
 
@@ -73,7 +73,7 @@ def flora(rank: int, fused: bool = True):
 def multisteps(inner: optax.GradientTransformation):
     def build(model: Any, loss_of: Callable):
         tx = optax.MultiSteps(inner, STEPS).gradient_transformation()
-        return tx, setting.ordinary_step(partial(loss_of, model), tx).lower
+        return tx, optimizers.ordinary_step(partial(loss_of, model), tx).lower
 
     return build
 

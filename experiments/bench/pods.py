@@ -6,9 +6,9 @@
     python -m experiments.bench.pods --shape LLaMA-70B --chip v5p --fsdp 64
 
 One program does the micro-step and, every 16th time, the boundary; bfloat16 parameters, layers under
-`scan` with remat. Weights are cut along the side that Flora keeps: over `model` as in tensor
-parallelism, over `fsdp` besides. Exact: what the compiler says. Then, from the chip's data sheet, how
-long a step takes at least, and from which link speed on the smaller traffic matters.
+`scan` with remat. Weights are cut over `fsdp` and `model` along the side that Flora keeps. Exact: what
+the compiler says. Then, from the chip's data sheet, the link speed that hides the traffic behind the
+FLOPs of a step.
 """
 
 import dataclasses
@@ -24,10 +24,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 import flora_jax
-from experiments import report
+from experiments import optimizers, report
 from experiments.bench import topology, traffic
 from experiments.models import llama
-from flora_jax.sharding import constrain
 
 STEPS = 16
 
@@ -59,16 +58,14 @@ class Chip:
 
     Attributes:
       flops: bfloat16, per second.
-      hbm: bytes per second.
       link: bytes per second, to all neighbours together.
     """
 
     flops: float
-    hbm: float
     link: float
 
 
-CHIPS = {"v5e": Chip(197e12, 819e9, 200e9), "v5p": Chip(459e12, 2765e9, 600e9)}
+CHIPS = {"v5e": Chip(197e12, 200e9), "v5p": Chip(459e12, 600e9)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Step:
 
 
 def weight_spec(path: Any, leaf: Any, config: Config) -> PartitionSpec:
-    """Cuts the kept side over `fsdp` and `model`; query, key, value, gate and up by output."""
+    """Cuts the side that Flora keeps over `fsdp` and `model`."""
     if leaf.ndim < 2 or min(leaf.shape[-2:]) < 128:
         return PartitionSpec()
     lead = [None] * (leaf.ndim - 2)
@@ -137,17 +134,8 @@ def multisteps_step(config: Config, model: Any, params: Any) -> tuple[Any, Any]:
     """MultiSteps over Adafactor; gradients and updates lie where the weights lie."""
     tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
     state = placed_state(tx, params)
-
-    def put(tree: Any, like: Any) -> Any:
-        return jax.tree.map(lambda x, given: constrain(x, given.sharding), tree, like)
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(given, held, windows):
-        value, grads = jax.value_and_grad(partial(llama.loss, model))(given, windows)
-        updates, held = tx.update(put(grads, params), held, given)
-        return put(optax.apply_updates(given, updates), params), put(held, state), value
-
-    return step.lower, state
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+    return optimizers.ordinary_step(partial(llama.loss, model), tx, shardings).lower, state
 
 
 METHODS = {"Flora, born compressed": flora_step, "MultiSteps + Adafactor": multisteps_step}
@@ -162,8 +150,7 @@ def measure(config: Config, method: Any) -> Step | None:
         with jax.set_mesh(mesh):
             program = topology.compile_(lower(params, state, batch))
         if program:
-            devices = config.data * config.fsdp * config.model
-            found = traffic.collectives(program.compiled.as_text(), devices)
+            found = traffic.collectives(program.compiled.as_text(), mesh.size)
             micro = [one for one in found if not one.boundary]
             return Step(program.gib, micro, [one for one in found if one.boundary])
     return None
@@ -195,8 +182,9 @@ def main(config: Config) -> None:
         )
         for one in sorted(step.micro + step.boundary, key=lambda c: -c.sent)[: config.show]:
             where = "boundary" if one.boundary else "micro-step"
+            shapes = " ".join(shape for shape, _ in one.arrays)
             console.print(
-                f"  {where} {one.kind} {one.shapes[:70]} x {one.times}, {one.group} chips, "
+                f"  {where} {one.kind} {shapes[:70]} x {one.times}, {one.group} chips, "
                 f"{one.sent / 1e6:.1f} MB  {one.source[-50:]}", highlight=False, markup=False
             )  # fmt: skip
     heads = ["method", "GiB", "GB sent, micro-step", "GB, mean of 16", "GB/s to hide them"]

@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 
 import flora_jax
-from experiments import report
+from experiments import optimizers, report
 from experiments.bench import setting
 from experiments.models import llama
 
@@ -53,7 +53,7 @@ def steps(config: Config, model: llama.Llama, params, windows):
     loss = partial(llama.loss, model)
     multi = optax.MultiSteps(optax.adafactor(1e-3), 1000).gradient_transformation()
 
-    ordinary = setting.ordinary_step(loss, multi)
+    ordinary = optimizers.ordinary_step(loss, multi)
     projection = flora_jax.Projection(
         config.rank, distribution="srht", side="input", resample_every=1000
     )

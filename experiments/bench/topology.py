@@ -8,13 +8,11 @@ import os
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiling for a TPU is no reason to look for one
 
-import re
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -79,19 +77,3 @@ def compile_(lowered: Any) -> Program | None:
         return None
     gib = report.compiled_bytes(compiled) / 2**30
     return Program(gib, gib <= HBM, time.perf_counter() - start, compiled)
-
-
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-_REDUCE = re.compile(r"= (.*?) all-reduce(?:-start)?\(")
-
-
-def all_reduces(text: str) -> list[tuple[str, int]]:
-    """Shape and bytes of every array that an all-reduce of the compiled HLO sums."""
-    found = []
-    for line in text.splitlines():
-        if match := _REDUCE.search(line):
-            for dtype, sizes in _ARRAY.findall(match[1]):
-                shape = [int(n) for n in sizes.split(",") if n]
-                width = jnp.dtype({"f32": "float32", "bf16": "bfloat16", "s32": "int32"}[dtype])
-                found.append((f"{dtype}[{sizes}]", int(np.prod(shape)) * width.itemsize))
-    return found

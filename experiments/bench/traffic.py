@@ -18,7 +18,7 @@ _CALLS = re.compile(
 )
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _GROUPS = re.compile(
-    r"replica_groups=(?:\[(\d+),(\d+)\]|\{\{([\d,]+)\}|mesh\[[^\]]*\] \{([^}]*)\})"
+    r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[([^\]]*)\] \{([^}]*)\})"
 )
 
 
@@ -28,8 +28,7 @@ class Collective:
 
     Attributes:
       kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
-      shapes: of what it gives.
-      nbytes: of what it gives, per device.
+      arrays: shape and bytes, per device, of each array that it gives.
       group: number of devices that take part.
       times: how often it runs.
       boundary: whether it is inside a `cond`: the boundary's part of a step.
@@ -37,12 +36,15 @@ class Collective:
     """
 
     kind: str
-    shapes: str
-    nbytes: int
+    arrays: tuple[tuple[str, int], ...]
     group: int
     times: int
     boundary: bool
     source: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for _, size in self.arrays)
 
     @property
     def sent(self) -> float:
@@ -69,19 +71,23 @@ def collectives(text: str, devices: int) -> list[Collective]:
             if start and kind != "all-reduce":  # operands, results, and two words of context
                 arrays = arrays[len([a for a in arrays if a[0] != "u32"]) // 2 :]
             arrays = [a for a in arrays if not (start and a == ("u32", ""))]
-            size = sum(WIDTHS[d] * math.prod(int(n) for n in s.split(",") if n) for d, s in arrays)
             channel = re.search(r"channel_id=(\d+)", line)
             source = re.search(r'op_name="([^"]*)"', line)
             found[channel[1] if channel else line] = Collective(
                 kind=kind,
-                shapes=" ".join(f"{d}[{s}]" for d, s in arrays),
-                nbytes=size,
+                arrays=tuple(
+                    (f"{dtype}[{sizes}]", _nbytes(dtype, sizes)) for dtype, sizes in arrays
+                ),
                 group=_group(line, devices),
                 times=times[name],
                 boundary=name in boundary,
                 source=source[1] if source else "",
             )
     return list(found.values())
+
+
+def _nbytes(dtype: str, sizes: str) -> int:
+    return WIDTHS[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -132,10 +138,10 @@ def _group(line: str, devices: int) -> int:
     match = _GROUPS.search(line)
     if not match:
         return devices
-    if match[2]:
-        return int(match[2])
-    if match[3]:
-        return match[3].count(",") + 1
-    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1])) if axes else {}
-    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes[2])) if axes else 1
+    size, first, mesh, axes = match.groups()
+    if size:
+        return int(size)
+    if first:
+        return first.count(",") + 1
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+    return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", axes))

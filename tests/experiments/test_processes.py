@@ -1,52 +1,31 @@
 """The main job as several processes."""
 
-import os
 import subprocess
-import sys
 
 import pytest
 
-from experiments import checkpoint, layout, train
+from experiments import checkpoint, layout, soak, train
 from tests.helpers import assert_tree_close
 from tests.test_processes import free_port
 
-RUN = [
-    "--boundaries",
-    "4",
-    "--accumulation",
-    "2",
-    "--batch",
-    "8",
-    "--length",
-    "16",
-    "--rank",
-    "16",
-    "--evaluate-every",
-    "4",
-    "--checkpoint-every",
-    "3",
-    "--model.width",
-    "128",
-    "--model.layers",
-    "1",
-    "--model.heads",
-    "2",
-    "--mesh",
-    "data=2,fsdp=2",
-]
+RUN = {
+    **soak.SMALL,
+    "boundaries": 4,
+    "accumulation": 2,
+    "batch": 8,
+    "length": 16,
+    "evaluate-every": 4,
+    "checkpoint-every": 3,
+    "mesh": "data=2,fsdp=2",
+}
 
 
-def start(out, *more):
+def start(out, *flags):
     environment = {
-        **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 if more else 4}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 if flags else 4}",
     }
-    command = [sys.executable, "-m", "experiments.train", "--out", str(out), *RUN, *more]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    )
+    return soak.start({"out": out, **RUN}, environment, *flags, stdout=subprocess.PIPE, text=True)
 
 
 def params(out):

@@ -2,14 +2,12 @@ import dataclasses
 import io
 import signal
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
 from experiments import text, train
 from experiments.models.decoder import Shape
+from experiments.soak import final_state
 from tests.helpers import assert_tree_close, assert_tree_equal
 
 SMALL = train.Config(
@@ -36,13 +34,6 @@ def run(config):
     console = Console(file=io.StringIO(), width=100)
     figures = train.train(config, console)
     return figures, console.file.getvalue()
-
-
-def final_state(folder, step):
-    """Every array of a checkpoint, read without this package."""
-    with ocp.CheckpointManager((folder / "states").absolute()) as manager:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore())
-        return jax.tree.map(np.asarray, manager.restore(step, args=args)["state"])
 
 
 def cut_off(config, at, monkeypatch):
