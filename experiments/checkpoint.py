@@ -14,8 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+ANOTHER = "put it back, or give another folder"
 FORMAT = 2
 """Of the checkpoints. Another one draws other projections, or lays out its files in another way."""
 
@@ -29,7 +32,7 @@ class Checkpoints:
       keep: number of states.
 
     Raises:
-      ValueError: `folder` holds a run of other settings, or of another format.
+      ValueError: `folder` holds a run of other settings, of another format, or of unknown ones.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], keep: int = 3):
@@ -41,7 +44,9 @@ class Checkpoints:
         file = self.folder / "settings.json"
         settings = json.loads(json.dumps({"format": FORMAT, **settings}, default=str))
         if file.exists():
-            _check_same(json.loads(file.read_text()), settings, folder)
+            _check_same(_settings(file), settings, folder)
+        elif any(self.folder.glob("states/[0-9]*")):
+            raise ValueError(f"{file} is missing beside its states; {ANOTHER}")
         elif jax.process_index() == 0:
             _write(file, settings)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
@@ -56,17 +61,25 @@ class Checkpoints:
 
         `passed_over` names each newer step that was not sound, and what is wrong with it.
         """
-        sound = None
+        sound = self._newest_sound() if jax.process_index() == 0 else 0
+        if jax.process_count() > 1:
+            sound = int(multihost_utils.broadcast_one_to_all(np.int32(sound)))
+        self.manager.reload()
+        return (sound, *self._read(sound, state)) if sound else (0, state, history)
+
+    def _newest_sound(self) -> int:
+        """The newest sound step, or 0; for process 0, which sets aside what is not sound."""
+        sound = 0
         for step in sorted(self.manager.all_steps(), reverse=True):
             sealed = (self.seals / f"{step}.json").exists()
-            if sound is not None and sealed:
+            if sound and sealed:
                 continue
             if wrong := self._wrong(step):
                 self.passed_over.append(f"step {step}: {wrong}")
                 self._set_aside(step)
             else:
                 sound = step
-        return (0, state, history) if sound is None else (sound, *self._read(sound, state))
+        return sound
 
     def save(self, step: int, state: Any, history: dict[str, Any]) -> None:
         """Begins to save; the arrays may be overwritten as soon as this returns."""
@@ -120,7 +133,11 @@ class Checkpoints:
         seal = self.seals / f"{step}.json"
         if not seal.exists():
             return "it was not finished"
-        expected, found = json.loads(seal.read_text()), _sums(self._path(step))
+        try:
+            expected = dict(json.loads(seal.read_text()))
+        except (ValueError, TypeError):
+            return "its seal cannot be read"
+        found = _sums(self._path(step))
         for name in sorted(expected.keys() | found.keys()):
             if name not in found:
                 return f"{name} is missing"
@@ -130,17 +147,11 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         """Out of the way of the same step, which the run will come to again; nothing is deleted."""
-        if jax.process_index() == 0:
-            aside = self.folder / "damaged"
-            aside.mkdir(exist_ok=True)
-            goal = aside / f"{step}-{len(list(aside.iterdir()))}"
-            shutil.move(self._path(step), goal)
-            (self.seals / f"{step}.json").unlink(missing_ok=True)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices(f"set aside {step}")
-        self.manager.reload()
+        aside = self.folder / "damaged"
+        aside.mkdir(exist_ok=True)
+        goal = aside / f"{step}-{len(list(aside.iterdir()))}"
+        shutil.move(self._path(step), goal)
+        (self.seals / f"{step}.json").unlink(missing_ok=True)
 
 
 def _without_empty(state: Any) -> Any:
@@ -171,6 +182,13 @@ def _write(file: Path, content: dict[str, Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read; {ANOTHER}") from error
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:

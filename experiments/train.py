@@ -9,10 +9,11 @@ the curves, and text that the model wrote.
 """
 
 import contextlib
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import optax
 import psutil
 import tyro
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -113,6 +115,12 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
+def settings(config: Config, corpus: text.Corpus) -> dict[str, Any]:
+    """What must be the same when the run goes on, on every host."""
+    kept = {name: value for name, value in asdict(config).items() if name not in FREE}
+    return {**kept, "text": corpus.digest()}
+
+
 def transformation(config: Config, method: optimizers.Method):
     """The optax transformation, and Flora's projection or None."""
     return optimizers.build(
@@ -175,18 +183,24 @@ class Preempted(Exception):
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[list[int]]:
-    """A list to which SIGTERM, the notice before a preemption, and Ctrl-C add themselves."""
-    if threading.current_thread() is not threading.main_thread():
-        yield []
-        return
+def told_to_stop() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop after this many micro-steps: asked after each, by all processes.
+
+    SIGTERM, the notice before a preemption, and Ctrl-C are heard. Of several processes it is enough
+    that one hears: JAX, which has its own handler of SIGTERM there, lets all agree on a micro-step.
+    """
     told: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: told.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    if threading.current_thread() is not threading.main_thread():
+        handlers, stop = {}, lambda _: False
+    elif jax.process_count() > 1:
+        handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
+        stop = multihost_utils.reached_preemption_sync_point
+    else:
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda n, _: told.append(n))
+        stop = lambda _: bool(told)  # noqa: E731
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield told
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -214,8 +228,7 @@ def train(config: Config, console: Console) -> dict[str, Any]:
             f"{config.model.heads}"
         )
     model = cut_model(config)
-    settings = {k: v for k, v in asdict(config).items() if k not in FREE}
-    checkpoints = Checkpoints(config.checkpoint or config.out, settings)
+    checkpoints = Checkpoints(config.checkpoint or config.out, settings(config, corpus))
     params, opt_state = initial_state(config, config.optimizer, mesh)
     step_of = make_step(config, config.optimizer)
     loss_of = jax.jit(lambda params, windows: decoder.loss(model, params, windows))
@@ -256,7 +269,7 @@ def train(config: Config, console: Console) -> dict[str, Any]:
         contextlib.closing(checkpoints),
         jax.set_mesh(mesh),
         bar as progress,
-        told_to_stop() as told,
+        told_to_stop() as stop,
     ):
         task = progress.add_task(config.optimizer, total=total, completed=first, figures="")
         start, losses, before = time.perf_counter(), history["losses"], history["seconds"]
@@ -267,6 +280,7 @@ def train(config: Config, console: Console) -> dict[str, Any]:
             checkpoints.seal()
             history["seconds"] = seconds = before + time.perf_counter() - start
             done = step + 1
+            told = stop(done)
             if done % config.accumulation == 0:
                 mean = float(np.mean([float(loss) for loss in losses]))
                 losses.clear()

@@ -94,6 +94,27 @@ def test_a_step_without_a_seal_is_not_picked_up(tmp_path):
     check(tmp_path, 2, ["step 1: it was not finished"])
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "{}"])
+def test_a_step_with_a_damaged_seal_is_not_picked_up(tmp_path, content):
+    save(tmp_path, [1, 2])
+    (tmp_path / "seals" / "2.json").write_text(content)
+    step, _, _, (sentence,) = restore(tmp_path)
+    assert step == 1 and sentence.startswith("step 2: ")
+
+
+@pytest.mark.parametrize("content", ["", "{", "7", None])
+def test_states_without_readable_settings_are_refused(tmp_path, content):
+    save(tmp_path, [1])
+    file = tmp_path / "settings.json"
+    kept = file.read_text()
+    file.unlink() if content is None else file.write_text(content)
+    wrong = "is missing beside its states" if content is None else "cannot be read"
+    with pytest.raises(ValueError, match=rf"settings\.json {wrong}; put it back, or give another"):
+        Checkpoints(tmp_path, SETTINGS)
+    file.write_text(kept)
+    check(tmp_path, 1)
+
+
 def test_history_is_saved_as_it_was_when_save_was_called(tmp_path):
     checkpoints, history = Checkpoints(tmp_path, SETTINGS), {"losses": [1.0]}
     checkpoints.save(1, state(1), history)

@@ -36,6 +36,14 @@ def test_batch_is_a_function_of_seed_and_step(corpus):
     assert (one != other).any()
 
 
+def test_digest_tells_texts_apart(corpus):
+    other = text.Corpus(corpus.train[::-1].copy(), corpus.validation, corpus.files)
+    swapped = text.Corpus(corpus.validation, corpus.train, corpus.files)
+    again = text.Corpus(corpus.train.copy(), corpus.validation, corpus.files)
+    assert len({c.digest() for c in (corpus, other, swapped)}) == 3
+    assert again.digest() == corpus.digest()
+
+
 def test_unigram_loss_of_even_bytes():
     every = np.arange(256, dtype=np.uint8)
     corpus = text.Corpus(every, every, (1, 1))

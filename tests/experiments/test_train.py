@@ -5,7 +5,7 @@ import signal
 import pytest
 from rich.console import Console
 
-from experiments import text, train
+from experiments import checkpoint, text, train
 from experiments.models.decoder import Shape
 from experiments.soak import final_state
 from tests.helpers import assert_tree_close, assert_tree_equal
@@ -116,6 +116,14 @@ def test_the_other_optimizers_train_and_report(tmp_path, method):
 def test_numbers_below_one_are_refused():
     with pytest.raises(ValueError, match="batch must be at least 1, found 0"):
         dataclasses.replace(SMALL, batch=0)
+
+
+def test_another_text_is_another_run(tmp_path):
+    corpus = text.load()
+    checkpoint.Checkpoints(tmp_path, train.settings(SMALL, corpus)).close()
+    other = dataclasses.replace(corpus, train=corpus.train[1:])
+    with pytest.raises(ValueError, match=r"text: the run in .* was started with"):
+        checkpoint.Checkpoints(tmp_path, train.settings(SMALL, other))
 
 
 def test_a_batch_that_does_not_go_over_the_devices_is_refused(tmp_path):
