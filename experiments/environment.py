@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(extra: str, lowest: bool = False) -> Path:
-    """The interpreter of `.venv`, with this package and the named extra installed in it.
+    """The interpreter of `.venv`, with this package and the named extras (`a` or `a,b`) installed in it.
 
     Installs again when pyproject.toml or the Python version has changed. `lowest` makes another
     environment, `.venv-lowest`, with each dependency at the lowest version that pyproject.toml allows.
@@ -21,7 +21,7 @@ def python(extra: str, lowest: bool = False) -> Path:
         raise SystemExit(f"flora_jax needs Python 3.11 or newer, found {found}.")
     home = ROOT / (".venv-lowest" if lowest else ".venv")
     interpreter = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    stamp = home / f"installed-{extra}"
+    stamp = home / f"installed-{extra.replace(",", "-")}"
     project = (ROOT / "pyproject.toml").read_bytes()
     wanted = hashlib.sha256(project + sys.version.encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
