@@ -21,7 +21,7 @@ def python(extra: str, lowest: bool = False) -> Path:
         raise SystemExit(f"flora_jax needs Python 3.11 or newer, found {found}.")
     home = ROOT / (".venv-lowest" if lowest else ".venv")
     interpreter = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    stamp = home / f"installed-{extra.replace(",", "-")}"
+    stamp = home / f"installed-{extra.replace(',', '-')}"
     project = (ROOT / "pyproject.toml").read_bytes()
     wanted = hashlib.sha256(project + sys.version.encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:

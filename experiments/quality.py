@@ -21,9 +21,10 @@ import numpy as np
 import optax
 import tyro
 
+import flora_jax
 from experiments import optimizers, text
 from experiments.models import decoder
-from flora_jax.distributions import Distribution
+from flora_jax.distributions import DISTRIBUTIONS, Distribution
 from flora_jax.projection import Side
 
 
@@ -72,8 +73,9 @@ class Config:
     layers: int = 3
     rates: tuple[float, ...] = (0.03, 0.06, 0.12)
     seeds: tuple[int, ...] = (0,)
-    study: Literal["ranks", "settings"] = "ranks"
-    """What is varied: rank and distribution, or all else at rank d/4."""
+    study: Literal["ranks", "distributions", "settings"] = "ranks"
+    """What is varied: rank and the paper's or the advised way; distribution at each rank; or all
+    else at rank d/4."""
 
 
 def settings(width: int) -> list[Setting]:
@@ -96,6 +98,19 @@ def settings(width: int) -> list[Setting]:
         replace(uncompressed, factor=0.25),
         replace(advised, distribution="rademacher"),
         replace(advised, distribution="orthonormal"),
+    ]
+
+
+def each_distribution(width: int) -> list[Setting]:
+    """Every distribution at every rank, as advised: shrunk, a projection for 64 boundaries."""
+    advised = Setting(shrink=True, resample=optimizers.ADVISED)
+    return [
+        Setting(method="multisteps"),
+        *(
+            replace(advised, rank=width // part, distribution=distribution)
+            for part in (4, 8, 2)
+            for distribution in DISTRIBUTIONS
+        ),
     ]
 
 
@@ -161,7 +176,7 @@ def train(config: Config, setting: Setting, seed: int):
         rank = balanced_ranks(matrices, setting.rank)
 
     def transformation(peak):
-        tx, _ = optimizers.build(
+        tx, projection = optimizers.build(
             setting.method,
             optimizers.cosine(peak, config.boundaries),
             accumulation=config.accumulation,
@@ -176,17 +191,22 @@ def train(config: Config, setting: Setting, seed: int):
             decay=setting.decay,
             seed=seed,
         )
-        return optax.chain(tx, _scale_layers(setting.factor))
+        return optax.chain(tx, _scale_layers(setting.factor)), projection
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def boundary(params, opt_state, batches, peak):
-        tx = transformation(peak)
+        tx, projection = transformation(peak)
+        loss = partial(decoder.loss, model)
 
         def micro_step(carry, batch):
             params, opt_state = carry
-            grads = jax.grad(lambda p: decoder.loss(model, p, batch))(params)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
+            if projection is None:
+                grads = jax.grad(loss)(params, batch)
+                updates, opt_state = tx.update(grads, opt_state, params)
+                return (optax.apply_updates(params, updates), opt_state), None
+            cycle = flora_jax.cycle(opt_state)
+            _, grads = flora_jax.value_and_grad(loss, projection)(params, batch, cycle=cycle)
+            return flora_jax.apply_gradients(tx, grads, opt_state, params), None
 
         return jax.lax.scan(micro_step, (params, opt_state), batches)[0]
 
@@ -194,7 +214,7 @@ def train(config: Config, setting: Setting, seed: int):
 
     def run(peak: float) -> float:
         params = model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
-        opt_state = transformation(peak).init(params)
+        opt_state = transformation(peak)[0].init(params)
         for first in range(0, steps, config.accumulation):
             batches = np.stack(
                 [windows(corpus.train, seed, first + i) for i in range(config.accumulation)]
@@ -247,9 +267,13 @@ def main(config: Config) -> None:
     }
     results = [result for result in results if result["budget"] == budget]
     done = {(result["name"], result["rate"], result["seed"]) for result in results}
-    rows = settings if config.study == "ranks" else other_settings
+    studies = {
+        "ranks": settings,
+        "distributions": each_distribution,
+        "settings": other_settings,
+    }
     for seed in config.seeds:
-        for setting in rows(config.width):
+        for setting in studies[config.study](config.width):
             run = None
             for rate in config.rates:
                 if (str(setting), rate, seed) in done:
