@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import official, storage, transforms
+from flora_jax import explicit, official, storage, transforms
 from flora_jax.projection import Projection, check_every
 from flora_jax.sketch import Every
 
@@ -135,7 +135,7 @@ def flora(
     chain = optax.chain(transforms.project(projection), chain)
     if skip_nonfinite:
         chain = optax.apply_if_finite(chain, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
-    return optax.with_extra_args_support(chain)
+    return explicit.link(chain)
 
 
 def _cycle_length(accumulation_steps: Every, boundaries: int) -> Every:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
+from flora_jax import explicit
 from flora_jax import projection as projections
 from flora_jax.interpreter import apply
 from flora_jax.keys import path_name
@@ -87,7 +88,15 @@ def apply_gradients(
         updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
         return optax.apply_updates(params, updates), opt_state
 
-    args = (grads, opt_state, params, extra_args)
+    def by_leaf(*args):
+        return _apply(whole, args, slice_above)
+
+    goals = explicit.result_of(whole, params)
+    return explicit.call(by_leaf, goals, grads, opt_state, params, extra_args)
+
+
+def _apply(whole: Callable, args: tuple[Any, ...], slice_above: int) -> tuple[Any, Any]:
+    params = args[2]
     with _as_one_operation():
         closed, shapes = jax.make_jaxpr(whole, return_shape=True)(*args)
     leaves = [jax.tree.leaves(arg) for arg in args]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax import explicit
 from flora_jax.interpreter import Traced, Use, Walk, exposed
 from flora_jax.plan import LeafPlan, Plan, leaf_plans
 from flora_jax.plan import plan as make_plan
@@ -82,7 +83,7 @@ class ValueAndGrad:
 
     def __call__(self, *args: Any, cycle: Any, **kwargs: Any) -> Any:
         function = _Function(self, args, kwargs)
-        taps = [_tap(plan) for plan in function.plans]
+        taps = list(map(_tap, function.plans, function.differentiated))
         wholes = [
             None if plan.spec else leaf
             for plan, leaf in zip(function.plans, function.differentiated, strict=True)
@@ -123,7 +124,7 @@ class ValueAndGrad:
 
         def traced(args, kwargs):
             function = _Function(self, args, kwargs)
-            taps = [_tap(plan) for plan in function.plans]
+            taps = list(map(_tap, function.plans, function.differentiated))
             places = [None] * len(taps)
             return function.walk(walk, 0, taps, function.differentiated, places)
 
@@ -224,10 +225,11 @@ class _Function:
         return trees
 
 
-def _tap(plan: LeafPlan) -> jax.Array | None:
+def _tap(plan: LeafPlan, leaf: Any) -> jax.Array | None:
     if plan.spec is None:
         return None
-    return jnp.zeros(plan.spec.data_shape, jnp.promote_types(plan.spec.dtype, jnp.float32))
+    zeros = jnp.zeros(plan.spec.data_shape, jnp.promote_types(plan.spec.dtype, jnp.float32))
+    return explicit.put(zeros, of_sketch(plan.spec, explicit.place(leaf)))
 
 
 def is_array(x: Any) -> bool:

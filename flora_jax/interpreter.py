@@ -75,18 +75,22 @@ class Walk:
         values.update(zip(jaxpr.constvars, (Traced(const, False) for const in consts), strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
         for eqn in jaxpr.eqns:
-            ins = [read(atom) for atom in eqn.invars]
-            if any(isinstance(traced.value, Weight | Joined) for traced in ins):
-                joined = any(isinstance(traced.value, Joined) for traced in ins)
-                rule = self.rules.get("joined" if joined else eqn.primitive.name)
-                outs = rule(self, eqn, ins) if rule else None
-                if outs is None:
-                    self.note(eqn, ins, whole=True)
-                    outs = bind(eqn, exposed(ins))
-            else:
-                outs = bind(eqn, ins)
+            with eqn.ctx.manager:  # which axes of a mesh are explicit there
+                outs = self.step(eqn, [read(atom) for atom in eqn.invars])
             values.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def step(self, eqn: Any, ins: list[Traced]) -> list[Traced]:
+        """Evaluates an equation."""
+        if not any(isinstance(traced.value, Weight | Joined) for traced in ins):
+            return bind(eqn, ins)
+        joined = any(isinstance(traced.value, Joined) for traced in ins)
+        rule = self.rules.get("joined" if joined else eqn.primitive.name)
+        outs = rule(self, eqn, ins) if rule else None
+        if outs is None:
+            self.note(eqn, ins, whole=True)
+            outs = bind(eqn, exposed(ins))
+        return outs
 
 
 def apply(eqn: Any, *values: Any, **changes: Any) -> Any:

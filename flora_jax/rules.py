@@ -16,7 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from flora_jax import explicit
 from flora_jax import weight as weights
 from flora_jax.interpreter import Traced, Walk, apply, exposed, is_inexact
 from flora_jax.sharding import first_axis_dropped
@@ -46,6 +48,18 @@ def _moved(weight: Weight, value, tap, kinds: Sequence[Kind], slot: int, **chang
     if goal != slot:
         tap = jnp.swapaxes(tap, goal, slot)
     return _active(weight.replace(value=value, tap=tap, kinds=kinds, **changes))
+
+
+def _mover(rule):
+    """A mover, which on a mesh of explicit axes gets weights whose tap lies whole everywhere."""
+
+    def free(traced: Traced) -> Traced:
+        weight = traced.value
+        if not isinstance(weight, Weight) or explicit.place(weight.tap) is None:
+            return traced
+        return traced._replace(value=weight.replace(tap=explicit.everywhere(weight.tap)))
+
+    return lambda walk, eqn, ins: rule(walk, eqn, [free(traced) for traced in ins])
 
 
 def _per_kind(weight: Weight, move) -> dict[str, Any]:
@@ -449,6 +463,21 @@ def _both(walk: Walk, eqn, ins):
     return _active(weight.replace(value=value, tap=tap))
 
 
+def _reshard(walk: Walk, eqn, ins):
+    """A move between devices is the value's; the rest comes along to where axes are automatic."""
+    del walk
+    weight, goal = ins[0].value, eqn.params["dst_sharding"]
+
+    def follow(array):
+        if array is None or jax.typeof(array).sharding.mesh == goal.mesh:
+            return array
+        return explicit.put(array, NamedSharding(goal.mesh, PartitionSpec()))
+
+    parts = ("tap", "keys", "columns", "factors")
+    moved = {name: follow(getattr(weight, name)) for name in parts}
+    return _active(weight.replace(value=apply(eqn, weight.value), place=weight.place, **moved))
+
+
 def _without_gradient(walk: Walk, eqn, ins):
     del walk
     result = apply(eqn, *_values(ins))
@@ -776,18 +805,18 @@ def _shard_map(walk: Walk, eqn, ins):
 
 RULES = {
     "joined": _joined,
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "squeeze": _squeeze,
-    "expand_dims": _expand,
-    "slice": _slice,
-    "dynamic_slice": _dynamic_slice,
-    "rev": _rev,
-    "broadcast_in_dim": _broadcast_in_dim,
-    "gather": _gather,
-    "split": _split,
-    "stack": _stack,
-    "concatenate": _concatenate,
+    "transpose": _mover(_transpose),
+    "reshape": _mover(_reshape),
+    "squeeze": _mover(_squeeze),
+    "expand_dims": _mover(_expand),
+    "slice": _mover(_slice),
+    "dynamic_slice": _mover(_dynamic_slice),
+    "rev": _mover(_rev),
+    "broadcast_in_dim": _mover(_broadcast_in_dim),
+    "gather": _mover(_gather),
+    "split": _mover(_split),
+    "stack": _mover(_stack),
+    "concatenate": _mover(_concatenate),
     "mul": _mul,
     "div": _mul,
     "add": _add,
@@ -799,6 +828,7 @@ RULES = {
     "reduce_precision": _same,
     "name": _same,
     "sharding_constraint": _same,
+    "reshard": _reshard,
     "optimization_barrier": _same,
     "pvary": _both,
     "pcast": _both,

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.core
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flora_jax.keys import path_name
-from flora_jax.sketch import Spec
+from flora_jax.sketch import Sketch, Spec, is_sketch
 
 Entry = tuple[str, ...]
 """The mesh axes along which one axis of an array is cut."""
@@ -42,7 +42,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
 
     Example:
       >>> import flora_jax, jax, jax.numpy as jnp
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((1,), ("model",))
       >>> kernel = jax.device_put(jnp.ones((256, 512)), NamedSharding(mesh, P(None, "model")))
       >>> params = {"kernel": kernel}
@@ -66,14 +66,29 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     if mesh is None:
         raise ValueError("params must have at least one array, found none")
 
+    return derived(jax.eval_shape(tx.init, params), owners, mesh)
+
+
+def derived(tree: Any, owners: dict[Any, Any], mesh: Any) -> Any:
+    """Shardings for a tree of shapes: each leaf's after the owner whose path ends its own.
+
+    Args:
+      tree: of `jax.ShapeDtypeStruct`; sketches may be among its nodes.
+      owners: `jax.ShapeDtypeStruct` with a `NamedSharding`, by key path.
+      mesh: of them all; what has no owner is on every device of it.
+    """
+
     def of(path, leaf):
+        if is_sketch(leaf):
+            return Sketch(of(path, leaf.data), jax.tree.map(lambda _: whole, leaf.cycle), leaf.spec)
         owner = next((owners[path[i:]] for i in range(len(path) + 1) if path[i:] in owners), None)
         if owner is None or leaf.shape == ():
-            return NamedSharding(mesh, PartitionSpec())
+            return whole
         last = any(getattr(key, "name", None) == "v_col" for key in path)
         return _derived(owner.shape, owner.sharding, leaf.shape, last)
 
-    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(tx.init, params))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree_util.tree_map_with_path(of, tree, is_leaf=is_sketch)
 
 
 def partition(
@@ -125,9 +140,14 @@ def of_sketch(spec: Spec, sharding: Any) -> NamedSharding | None:
 
 
 def known(leaf: Any) -> NamedSharding | None:
-    """The sharding of an array or of a shape; None for a tracer, and for what is on one device."""
+    """The sharding of an array or of a shape, to be held to by constraints.
+
+    None for a tracer, for what is on one device, and where the type says where an array lies.
+    """
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) else None
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit in sharding.mesh.axis_types:
+        return None
+    return sharding
 
 
 def constrain(array: Any, sharding: NamedSharding | None) -> Any:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import boundary, keys, storage
+from flora_jax import boundary, explicit, keys, storage
 from flora_jax import projection as projections
 from flora_jax.plan import LeafPlan, leaf_plans
 from flora_jax.projection import Projection, check_every
@@ -124,7 +124,7 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
         )
         return _map_leaves(compress, projection, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return explicit.link(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def decompress() -> optax.GradientTransformation:
@@ -154,7 +154,7 @@ def decompress() -> optax.GradientTransformation:
 
         return jax.tree.map(expand, updates, is_leaf=is_sketch), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+    return explicit.link(optax.GradientTransformation(optax.init_empty_state, update_fn))
 
 
 def accumulate(
@@ -234,7 +234,7 @@ def accumulate(
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return explicit.link(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def momentum(
@@ -290,7 +290,7 @@ def momentum(
         stored = _store(mixed, projection, sketches, dtype, (state.count,))
         return result, MomentumState(optax.safe_increment(state.count), cycle, stored)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return explicit.link(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def shrink(projection: Projection) -> optax.GradientTransformation:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from flora_jax import distributions, sharding
+from flora_jax import distributions, explicit, sharding
 from flora_jax import projection as projections
 from flora_jax.sketch import Spec
 
@@ -158,7 +158,11 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
             del source
             return outer(weight, kept, of_kept, delta, of_y, of_weight)
 
-        return use(weight, (x,), bind, save, back)
+        def kept_at(source, x):
+            del source
+            return _relabelled(x, of_x, of_kept)
+
+        return use(weight, (x,), bind, save, back, kept_at)
     if projected <= set(of_y) - set(of_x):
         of_delta = contracted_labels(weight, of_y, of_weight)
 
@@ -166,11 +170,20 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
             delta = contract(weight, source, delta, of_y, of_weight).astype(delta.dtype)
             return outer(weight, kept, of_x, delta, of_delta, of_weight)
 
-        return use(weight, (x,), bind, lambda source, x: x, back_output)
+        return use(
+            weight, (x,), bind, lambda source, x: x, back_output, lambda _, x: explicit.place(x)
+        )
     return None
 
 
-def use(weight: Weight, inputs: tuple[Any, ...], bind: Callable, save: Callable, back: Callable):
+def use(
+    weight: Weight,
+    inputs: tuple[Any, ...],
+    bind: Callable,
+    save: Callable,
+    back: Callable,
+    kept_at: Callable | None = None,
+):
     """Computes `bind(*inputs, value)`, with a backward rule of its own for the tap.
 
     Args:
@@ -180,6 +193,7 @@ def use(weight: Weight, inputs: tuple[Any, ...], bind: Callable, save: Callable,
       save: `(source, *inputs) -> kept`, what the rule needs beside the cotangent; `source` is
         `(keys, columns, factors)`.
       back: `(kept, source, cotangent) -> cotangent of the tap`.
+      kept_at: `(source, *inputs) -> NamedSharding` of what is kept, on a mesh of explicit axes.
     """
     source = (weight.keys, weight.columns, weight.factors)
     tap_type = weight.tap.dtype
@@ -196,11 +210,15 @@ def use(weight: Weight, inputs: tuple[Any, ...], bind: Callable, save: Callable,
             result, pull = jax.vjp(lambda *inputs: bind(*inputs, value), *inputs)
         else:
             result = bind(value)
-        return result, (pull, save(source, *inputs), source)
+        return result, (pull, explicit.call(save, kept_at, source, *inputs), source)
 
     def backward(residuals, delta):
         pull, kept, source = residuals
-        of_tap = sharding.constrain(back(kept, source, delta).astype(tap_type), weight.place)
+
+        def tap(kept, source, delta):
+            return sharding.constrain(back(kept, source, delta).astype(tap_type), weight.place)
+
+        of_tap = explicit.call(tap, explicit.place(weight.tap), kept, source, delta)
         return (pull(delta) if pull else ()), None, of_tap, None
 
     run.defvjp(forward, backward)
@@ -287,6 +305,15 @@ def contracted_labels(weight: Weight, labels: str, of_weight: str) -> str:
     left = "".join(label for label in labels if label not in projected)
     batch = (of_weight[axis] for axis in weight.axes("batch"))
     return left + "".join(label for label in batch if label not in left) + "Z"
+
+
+def _relabelled(array: jax.Array, labels: str, result: str) -> NamedSharding | None:
+    """Where an array lies after a contraction, on a mesh of explicit axes: its own labels stay."""
+    found = explicit.place(array)
+    if found is None:
+        return None
+    cut = dict(zip(labels, sharding.entries(found.spec, len(labels)), strict=True))
+    return NamedSharding(found.mesh, sharding.spec_of([cut.get(label, ()) for label in result]))
 
 
 def outer(weight: Weight, left, of_left: str, right, of_right: str, of_weight: str) -> jax.Array:
