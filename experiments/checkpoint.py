@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 ANOTHER = "put it back, or give another folder"
-FORMAT = 2
+FORMAT = 3
 """Of the checkpoints. Another one draws other projections, or lays out its files in another way."""
 
 

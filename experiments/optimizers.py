@@ -29,6 +29,7 @@ def build(
     momentum: float | None = None,
     clipping: float | None = 1.0,
     decay: float = 0.8,
+    skip_nonfinite: bool = False,
     seed: int = 0,
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
     """The transformation of one method, and Flora's projection.
@@ -61,6 +62,7 @@ def build(
         clipping_threshold=clipping,
         decay_rate=decay,
         preset="advised" if shrink else "paper",
+        skip_nonfinite=skip_nonfinite,
     )
     return chain, projection
 

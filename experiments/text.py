@@ -10,6 +10,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import grain
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,10 +57,34 @@ def load(folder: Path | None = None) -> Corpus:
 
 
 def batch(text: NDArray[np.uint8], seed: int, step: int, size: int, length: int):
-    """Windows of `length + 1` bytes, int32 `(size, length + 1)`; a function of seed and step."""
+    """Windows at random places, int32 `(size, length + 1)`; a function of seed and step."""
     random = np.random.default_rng((seed, step))
     starts = random.integers(0, len(text) - length, size)
     return np.stack([text[start : start + length + 1] for start in starts]).astype(np.int32)
+
+
+class Windows:
+    """Windows of `length + 1` bytes side by side, each sharing its last byte with the next; int32."""
+
+    def __init__(self, text: NDArray[np.uint8], length: int):
+        self.text, self.length = text, length
+
+    def __len__(self) -> int:
+        return (len(self.text) - 1) // self.length
+
+    def __getitem__(self, index: int) -> NDArray[np.int32]:
+        start = index * self.length
+        return self.text[start : start + self.length + 1].astype(np.int32)
+
+
+def stream(text: NDArray[np.uint8], seed: int, size: int, length: int) -> grain.DatasetIterator:
+    """Endless batches `(size, length + 1)`, every window once an epoch, shuffled anew in each.
+
+    Its `get_state` is a position that a checkpoint keeps and `set_state` goes back to, on any number
+    of hosts, since each host reads the whole batch.
+    """
+    windows = grain.MapDataset.source(Windows(text, length)).seed(seed).shuffle().repeat()
+    return iter(windows.batch(size).to_iter_dataset(grain.ReadOptions(num_threads=1)))
 
 
 def unigram_loss(corpus: Corpus) -> float:

@@ -133,6 +133,7 @@ def transformation(config: Config, method: optimizers.Method):
         resample=config.resample,
         shrink=config.shrink,
         momentum=config.momentum,
+        skip_nonfinite=True,
         seed=config.seed,
     )
 
@@ -245,10 +246,13 @@ def train(config: Config, console: Console) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             return float(np.mean([float(loss_of(params, windows)) for windows in held_out]))
 
+    batches = text.stream(corpus.train, config.seed, config.batch, config.length)
     history: dict[str, Any] = {"train": [], "validation": [], "seconds": 0.0, "losses": []}
+    history["data"] = batches.get_state()
     state = {"params": params, "opt_state": opt_state}
     first, state, history = checkpoints.restore(state, history)
     params, opt_state = state["params"], state["opt_state"]
+    batches.set_state(history["data"])
     for sentence in checkpoints.passed_over:
         console.print(f"Passed over {sentence}.", markup=False)
     if first:
@@ -274,8 +278,8 @@ def train(config: Config, console: Console) -> dict[str, Any]:
         task = progress.add_task(config.optimizer, total=total, completed=first, figures="")
         start, losses, before = time.perf_counter(), history["losses"], history["seconds"]
         for step in range(first, total):
-            windows = text.batch(corpus.train, config.seed, step, config.batch, config.length)
-            params, opt_state, loss = step_of(params, opt_state, layout.put(place, windows))
+            windows = layout.put(place, next(batches))
+            params, opt_state, loss = step_of(params, opt_state, windows)
             losses.append(loss)
             checkpoints.seal()
             history["seconds"] = seconds = before + time.perf_counter() - start
@@ -293,6 +297,7 @@ def train(config: Config, console: Console) -> dict[str, Any]:
                 start, before = time.perf_counter(), seconds
             if done % config.checkpoint_every == 0 or done == total or told:
                 losses[:] = [float(loss) for loss in losses]
+                history["data"] = batches.get_state()
                 state = {"params": params, "opt_state": opt_state}
                 checkpoints.save(done, state, history)
             if told and done < total:

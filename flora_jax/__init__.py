@@ -2,6 +2,7 @@
 
 from flora_jax.alias import flora as flora
 from flora_jax.boundary import apply_gradients as apply_gradients
+from flora_jax.carry_over import carry_over as carry_over
 from flora_jax.fused import ValueAndGrad as ValueAndGrad
 from flora_jax.fused import value_and_grad as value_and_grad
 from flora_jax.interpreter import Use as Use
@@ -21,5 +22,6 @@ from flora_jax.transforms import has_updated as has_updated
 from flora_jax.transforms import momentum as momentum
 from flora_jax.transforms import project as project
 from flora_jax.transforms import shrink as shrink
+from flora_jax.transforms import skip_nonfinite as skip_nonfinite
 
 __version__ = "0.1.0"

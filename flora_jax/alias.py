@@ -3,7 +3,6 @@
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from flora_jax import explicit, official, storage, transforms
@@ -134,7 +133,7 @@ def flora(
         )
     chain = optax.chain(transforms.project(projection), chain)
     if skip_nonfinite:
-        chain = optax.apply_if_finite(chain, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
+        chain = transforms.skip_nonfinite(chain)
     return explicit.link(chain)
 
 

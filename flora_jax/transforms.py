@@ -168,7 +168,7 @@ def accumulate(
     """Sums micro-steps and gives the sum to `inner` at each boundary; zero updates in between.
 
     What `optax.MultiSteps` is to gradients, for trees of sketches and whole leaves. A micro-step that
-    is not finite is left out by `optax.apply_if_finite` around the whole chain.
+    is not finite is left out by `skip_nonfinite` around the whole chain.
 
     Args:
       inner: what runs at a boundary, usually `optax.chain(decompress(), optimizer)`.
@@ -289,6 +289,50 @@ def momentum(
         result = _with_numbers(sketches, mixed)
         stored = _store(mixed, projection, sketches, dtype, (state.count,))
         return result, MomentumState(optax.safe_increment(state.count), cycle, stored)
+
+    return explicit.link(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+
+
+def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Leaves out each micro-step whose gradients have a NaN or an infinity, as if it had not been.
+
+    `optax.apply_if_finite` without its limit, for sketches as well: the update is zero, and the state
+    of `inner` stays as it was.
+
+    Args:
+      inner: the whole chain, so that every count in it stays with the others.
+
+    Returns:
+      A transformation with the state of `optax.apply_if_finite`; `total_notfinite` counts.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        count = jnp.zeros([], jnp.int32)
+        return optax.ApplyIfFiniteState(count, jnp.array(True), jnp.copy(count), inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        finite = jnp.array(True)
+        for leaf in jax.tree.leaves(_numbers(updates)):
+            finite &= jnp.all(jnp.isfinite(leaf))
+
+        def proceed(inner_state):
+            return inner.update(updates, inner_state, params, **extra_args)
+
+        shapes, _ = jax.eval_shape(proceed, state.inner_state)
+
+        def skip(inner_state):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), inner_state
+
+        result, inner_state = jax.lax.cond(finite, proceed, skip, state.inner_state)
+        bad = optax.safe_increment(state.notfinite_count)
+        total = optax.safe_increment(state.total_notfinite)
+        return result, optax.ApplyIfFiniteState(
+            notfinite_count=jnp.where(finite, 0, bad),
+            last_finite=finite,
+            total_notfinite=jnp.where(finite, state.total_notfinite, total),
+            inner_state=inner_state,
+        )
 
     return explicit.link(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,25 @@ def test_batch_is_a_function_of_seed_and_step(corpus):
     np.testing.assert_array_equal(one, same)
     assert one.shape == (3, 9)
     assert (one != other).any()
+
+
+def test_stream_goes_over_every_window_once_an_epoch_and_back_to_a_position():
+    numbers = np.arange(1 + 6 * 5, dtype=np.uint8)
+    batches = text.stream(numbers, seed=0, size=3, length=5)
+    state = batches.get_state()
+    epochs = [np.concatenate([next(batches) for _ in range(2)]) for _ in range(2)]
+    for epoch in epochs:
+        assert epoch.shape == (6, 6) and epoch.dtype == np.int32
+        assert sorted(epoch[:, 0]) == [0, 5, 10, 15, 20, 25]
+        assert (np.diff(epoch, axis=1) == 1).all()
+    assert (epochs[0] != epochs[1]).any()
+    middle = batches.get_state()
+    following = [next(batches) for _ in range(3)]
+    again = text.stream(numbers, seed=0, size=3, length=5)
+    again.set_state(json.loads(json.dumps(middle)))
+    assert all((next(again) == batch).all() for batch in following)
+    again.set_state(state)
+    assert (next(again) == epochs[0][:3]).all()
 
 
 def test_digest_tells_texts_apart(corpus):
