@@ -1,6 +1,7 @@
 """Layout: the mesh of a run, and where its params and batches lie on it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,14 +32,14 @@ def parse(text: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str) -> Mesh:
-    """A mesh of all devices, or of one where `text` is empty and there is one process.
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all (or these) devices, or of one where `text` is empty and there is one process.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
     sizes = parse(text)
-    devices = jax.devices()
+    devices = list(devices or jax.devices())
     if not text:
         sizes["data"] = len(devices) if jax.process_count() > 1 else 1
         devices = devices[: sizes["data"]]

@@ -54,18 +54,25 @@ class Config:
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates of one chip: "TPU v5e" and "TPU v5p", Google Cloud documentation.
+    """Rates of one chip: key specifications of "TPU v5e" and "TPU v5p", Google Cloud documentation.
 
     Attributes:
       flops: bfloat16, per second.
+      memory: bytes of HBM per second.
       link: bytes per second, to all neighbours together.
+      network: bytes per second between slices, a chip's share of its pod's data-centre network.
     """
 
     flops: float
+    memory: float
     link: float
+    network: float
 
 
-CHIPS = {"v5e": Chip(197e12, 200e9), "v5p": Chip(459e12, 600e9)}
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 200e9, 6.4e12 / 8 / 256),
+    "v5p": Chip(459e12, 2765e9, 600e9, 50e9 / 8),
+}
 
 
 @dataclass(frozen=True)
@@ -156,13 +163,22 @@ def measure(config: Config, method: Any) -> Step | None:
     return None
 
 
-def compute_seconds(config: Config, share: float) -> float:
-    """FLOPs of a step with remat, 8 for each weight and token, at the chip's rate."""
+def weights(config: Config) -> float:
+    """Numbers in all matrices that a token is multiplied by."""
     shape = llama.SHAPES[config.shape]
     wide = 2 + 2 * shape.key_heads / shape.heads
-    weights = shape.layers * (wide * shape.width**2 + 3 * shape.width * shape.hidden)
-    weights += shape.width * shape.vocabulary
-    return 8 * share * weights * config.length / config.model / CHIPS[config.chip].flops
+    layers = config.layers or shape.layers
+    inside = layers * (wide * shape.width**2 + 3 * shape.width * shape.hidden)
+    return inside + shape.width * shape.vocabulary
+
+
+def compute_seconds(config: Config, share: float) -> float:
+    """FLOPs of a step with remat, 8 for each weight and token, at the chip's rate."""
+    return 8 * share * weights(config) * config.length / config.model / CHIPS[config.chip].flops
+
+
+SHARES = {"Flora, born compressed": 6 / 8, "MultiSteps + Adafactor": 1.0}
+"""Of the FLOPs: one product in four is not made."""
 
 
 def main(config: Config) -> None:
@@ -174,8 +190,7 @@ def main(config: Config) -> None:
             rows.append((name, "over 95", "-", "-", "-"))
             continue
         micro, mean = step.sent
-        share = 6 / 8 if name.startswith("Flora") else 1.0  # one product in four is not made
-        seconds = compute_seconds(config, share)
+        seconds = compute_seconds(config, SHARES[name])
         link = mean / seconds / 1e9
         rows.append(
             (name, f"{step.gib:.2f}", f"{micro / 1e9:.3f}", f"{mean / 1e9:.3f}", f"{link:.1f}")

@@ -1,11 +1,13 @@
+import contextlib
 import dataclasses
 import io
 import signal
 
+import jax
 import pytest
 from rich.console import Console
 
-from experiments import checkpoint, text, train
+from experiments import checkpoint, layout, text, train
 from experiments.models.decoder import Shape
 from experiments.soak import final_state
 from tests.helpers import assert_tree_close, assert_tree_equal
@@ -36,19 +38,36 @@ def run(config):
     return figures, console.file.getvalue()
 
 
-def cut_off(config, at, monkeypatch):
-    """A run that dies before micro-step `at`."""
-    batch = text.batch
+class Watched:
+    """A stream of batches before whose batch number `at` something happens."""
 
-    def dying(side, seed, step, size, length):
-        if seed == config.seed and step == at:
-            raise KeyboardInterrupt
-        return batch(side, seed, step, size, length)
+    def __init__(self, batches, at, happens):
+        self.batches, self.left, self.happens = batches, at, happens
+        self.get_state, self.set_state = batches.get_state, batches.set_state
 
+    def __next__(self):
+        if self.left == 0:
+            self.happens()
+        self.left -= 1
+        return next(self.batches)
+
+
+@contextlib.contextmanager
+def before_batch(at, happens, monkeypatch):
+    stream = text.stream
     with monkeypatch.context() as patch:
-        patch.setattr(text, "batch", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run(config)
+        patch.setattr(text, "stream", lambda *args: Watched(stream(*args), at, happens))
+        yield
+
+
+def die():
+    raise KeyboardInterrupt
+
+
+def cut_off(config, after, monkeypatch):
+    """A run that dies after so many micro-steps of its own."""
+    with before_batch(after, die, monkeypatch), pytest.raises(KeyboardInterrupt):
+        run(config)
 
 
 @pytest.mark.slow
@@ -68,16 +87,24 @@ def test_a_run_that_was_cut_off_ends_bit_equal(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [("", "data=8"), ("data=8", "fsdp=2,model=2,data=2")])
-def test_a_run_goes_on_in_another_layout(tmp_path, monkeypatch, before, after):
+def test_a_run_goes_on_in_other_layouts(tmp_path, monkeypatch):
+    """On one device, two, four and eight; from data parallel to FSDP, and tensor parallel as well."""
     base = dataclasses.replace(SMALL, batch=8)
     alone = dataclasses.replace(base, out=tmp_path / "alone")
     figures, _ = run(alone)
-    first = dataclasses.replace(base, out=tmp_path / "moved", mesh=before)
-    cut_off(first, 7, monkeypatch)
-    resumed, output = run(dataclasses.replace(first, mesh=after))
-    assert "Going on from micro-step 6." in output
-    left, right = (final_state(c.out, 12)["params"] for c in (alone, first))
+    moved, make_mesh = dataclasses.replace(base, out=tmp_path / "moved"), layout.make_mesh
+    layouts = [("", 1), ("data=2", 2), ("fsdp=4", 4), ("data=2,fsdp=2,model=2", 8)]
+    for i, (mesh, count) in enumerate(layouts):
+        config = dataclasses.replace(moved, mesh=mesh)
+        with monkeypatch.context() as patch:
+            devices = jax.devices()[:count]
+            patch.setattr(layout, "make_mesh", lambda text, d=devices: make_mesh(text, d))
+            if count < 8:
+                cut_off(config, 4, monkeypatch)
+            else:
+                resumed, output = run(config)
+                assert f"Going on from micro-step {3 * i}." in output
+    left, right = (final_state(c.out, 12)["params"] for c in (alone, moved))
     assert_tree_close(left, right, 2e-3)
     assert resumed["final"] == pytest.approx(figures["final"], rel=1e-3)
 
@@ -85,17 +112,15 @@ def test_a_run_goes_on_in_another_layout(tmp_path, monkeypatch, before, after):
 @pytest.mark.slow
 def test_a_notice_to_stop_saves_at_once(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, out=tmp_path, checkpoint_every=100)
-    batch = text.batch
 
-    def with_notice(side, seed, step, size, length):
-        if seed == config.seed and step == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return batch(side, seed, step, size, length)
+    def notice():
+        signal.raise_signal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(text, "batch", with_notice)
-        with pytest.raises(train.Preempted, match="Stopped at micro-step 5, saved"):
-            run(config)
+    with (
+        before_batch(4, notice, monkeypatch),
+        pytest.raises(train.Preempted, match="Stopped at micro-step 5, saved"),
+    ):
+        run(config)
     _, output = run(config)
     assert "Going on from micro-step 5." in output
 
