@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from flora_jax import distributions, keys
+from flora_jax.blocks import Block, over_blocks
 from flora_jax.sketch import Every, Spec
 
 Side = Literal["input", "output", "larger"]
@@ -158,11 +159,11 @@ def project(
         accumulator = jnp.promote_types(matrix.dtype, jnp.float32)
         axes = _Axes(spec)
 
-        def add(data, start, length, first):
-            block = axes.columns(key, start, length, first)
-            slab = jax.lax.dynamic_slice_in_dim(matrix, start, length, axes.projected[0])
+        def add(block, data):
+            columns = axes.columns(key, block, repeat=False).astype(matrix.dtype)
+            slab = block.take(matrix, axes.projected[0])
             return data + jnp.einsum(
-                axes.project, slab, block.astype(matrix.dtype), preferred_element_type=accumulator
+                axes.project, slab, columns, preferred_element_type=accumulator
             )
 
         return axes.loop(add, jnp.zeros(axes.data_shape, accumulator)) * _scale(spec)
@@ -193,11 +194,10 @@ def decompress_with(spec: Spec, drawn_with: jax.Array, data: jax.Array) -> jax.A
         axes = _Axes(spec)
         sketch = sketch * _scale(spec)
 
-        def write(gradient, start, length, first):
-            del first  # columns that two blocks share are written twice, alike
-            block = axes.columns(key, start, length, start).astype(sketch.dtype)
-            slab = jnp.einsum(axes.decompress, sketch, block).astype(spec.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(gradient, slab, start, axes.projected[0])
+        def write(block, gradient):  # columns that two blocks share are written twice, alike
+            columns = axes.columns(key, block).astype(sketch.dtype)
+            slab = jnp.einsum(axes.decompress, sketch, columns).astype(spec.dtype)
+            return block.put(gradient, slab, axes.projected[0])
 
         return axes.loop(write, jnp.zeros(axes.shape, spec.dtype))
 
@@ -224,9 +224,9 @@ def transfer(
     def one(pair, sketch):
         axes = _Axes(spec)
 
-        def add(product, start, length, first):
-            left = axes.columns(pair[0], start, length, first)
-            right = axes.columns(pair[1], start, length, start)
+        def add(block, product):
+            left = axes.columns(pair[0], block, repeat=False)
+            right = axes.columns(pair[1], block)
             over = tuple(range(len(axes.projected)))
             return product + jnp.tensordot(left, right, (over, over))
 
@@ -263,33 +263,25 @@ class _Axes:
             if axis == self.projected[0] or axis not in self.projected
         )
 
-    def columns(self, key, start, length: int, first) -> jax.Array:
-        """Columns `start` to `start + length` of the first projected axis; zero before `first`."""
+    def columns(self, key: jax.Array, block: Block, repeat: bool = True) -> jax.Array:
+        """Columns of a block of the first projected axis; without `repeat` zero where it repeats."""
         lengths = [self.shape[axis] for axis in self.projected]
-        inner = math.prod(lengths[1:])
-        indices = start * inner + jnp.arange(length * inner, dtype=jnp.int32)
-        indices = indices.reshape(length, *lengths[1:])
+        inner = jnp.arange(math.prod(lengths[1:]), dtype=jnp.int32)
+        indices = block.indices()[:, None] * inner.size + inner
+        indices = indices.reshape(block.size, *lengths[1:])
         spec = self.spec
         drawn = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
-        if first is start:
+        if repeat or block.size == block.total:
             return drawn
-        seen = start + jnp.arange(length) < first
-        return jnp.where(seen.reshape(-1, *[1] * (drawn.ndim - 1)), 0.0, drawn)
+        return jnp.where(block.fresh().reshape(-1, *[1] * (drawn.ndim - 1)), drawn, 0.0)
 
-    def loop(self, body: Callable, carry: jax.Array) -> jax.Array:
-        """Runs `carry = body(carry, start, length, first)` over blocks of columns.
-
-        The last block is drawn back so that it fits; what is before `first` was in one before.
-        """
+    def loop(self, body: Callable[[Block, Any], Any], carry: jax.Array) -> jax.Array:
+        """`over_blocks` of the first projected axis."""
         total = self.shape[self.projected[0]]
-        step = max(1, self.spec.block // (self.spec.rank * (self.spec.size // total)))
-        if step >= total or not distributions.is_columnwise(self.spec.distribution):
-            return body(carry, 0, total, 0)
-
-        def visit(i, carry):
-            return body(carry, jnp.minimum(i * step, total - step), step, i * step)
-
-        return jax.lax.fori_loop(0, -(-total // step), visit, carry)
+        most = max(1, self.spec.block // (self.spec.rank * (self.spec.size // total)))
+        if not distributions.is_columnwise(self.spec.distribution):
+            most = total
+        return over_blocks(total, most, body, carry)
 
 
 def _over_batch(spec: Spec, one: Callable, keys, array: jax.Array, axes_in, axes_out) -> jax.Array:

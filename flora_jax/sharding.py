@@ -164,6 +164,14 @@ def first_axis_dropped(sharding: NamedSharding | None) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
+def last_axis_whole(sharding: NamedSharding | None, ndim: int) -> NamedSharding | None:
+    """On the same mesh: the last of `ndim` axes on every device, the others as it comes."""
+    if sharding is None:
+        return None
+    free = [PartitionSpec.UNCONSTRAINED] * (ndim - 1)
+    return NamedSharding(sharding.mesh, PartitionSpec(*free, None))
+
+
 def entries(spec: PartitionSpec, rank: int) -> tuple[Entry, ...]:
     """A partition spec as one tuple of mesh axes for each of `rank` axes."""
     listed = [

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 
 from flora_jax import distributions, explicit, sharding
 from flora_jax import projection as projections
+from flora_jax.blocks import Block, over_blocks
 from flora_jax.sketch import Spec
 
 Kind = Literal["projected", "batch", "kept"]
@@ -152,7 +153,8 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
         of_kept = contracted_labels(weight, of_x, of_weight)
 
         def save(source, x):
-            return contract(weight, source, x, of_x, of_weight).astype(x.dtype)
+            kept = contract(weight, source, x, of_x, of_weight).astype(x.dtype)
+            return sharding.constrain(kept, sharding.last_axis_whole(weight.place, kept.ndim))
 
         def back(kept, source, delta):
             del source
@@ -247,36 +249,28 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
     if columns is None:
         columns = weight.indices()
     scale = distributions.scale(spec.distribution, spec.rank, spec.size)
-    count = math.prod(keys.shape[:-1])
-    step = max(1, spec.block // (spec.rank * count))
-    if step >= columns.size or not distributions.is_columnwise(spec.distribution):
+    most = max(1, spec.block // (spec.rank * math.prod(keys.shape[:-1])))
+    if most >= columns.size or not distributions.is_columnwise(spec.distribution):
         drawn = _draw(spec, keys, columns, factors).astype(array.dtype)
         equation = f"{labels},{batch}{projected}Z->{result}"
         return jnp.einsum(equation, array, drawn, preferred_element_type=sums) * scale
     total = columns.size
-    columns = columns.reshape(-1)
-    factors = None if factors is None else factors.reshape(-1)
+    flat = [None if x is None else x.reshape(-1) for x in (columns, factors)]
     order = "".join(label for label in labels if label not in projected)
     array = jnp.einsum(f"{labels}->{order}{projected}", array).reshape(
         *(array.shape[labels.index(label)] for label in order), total
     )
     equation = f"{order}Y,{batch}YZ->{result}"
 
-    def add(i, sketch):
-        first = i * step
-        start = jnp.minimum(first, total - step)  # the last block is drawn back so that it fits
-        part = [
-            None if x is None else jax.lax.dynamic_slice_in_dim(x, start, step)
-            for x in (columns, factors)
-        ]
-        slab = jax.lax.dynamic_slice_in_dim(array, start, step, array.ndim - 1)
-        slab = jnp.where(start + jnp.arange(step) >= first, slab, 0)
+    def add(block, sketch):
+        part = [None if x is None else block.take(x, 0) for x in flat]
+        slab = jnp.where(block.fresh(), block.take(array, array.ndim - 1), 0)
         drawn = _draw(spec, keys, *part).astype(array.dtype)
         return sketch + jnp.einsum(equation, slab, drawn, preferred_element_type=sums)
 
-    shape = jax.eval_shape(lambda: add(0, jnp.zeros([], sums))).shape
+    shape = jax.eval_shape(lambda: add(Block(total, 1, 0, total, 0), jnp.zeros([], sums))).shape
     zeros = _varying_alike((jnp.zeros(shape, sums), array))[0]
-    return jax.lax.fori_loop(0, -(-total // step), add, zeros) * scale
+    return over_blocks(total, most, add, zeros) * scale
 
 
 def draw(weight: Weight, source: Any) -> jax.Array:

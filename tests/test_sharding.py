@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flora_jax
+from experiments.bench import traffic
 from flora_jax.sharding import partition
 
 SIZES = {"fsdp": 4, "model": 2}
@@ -106,3 +109,40 @@ def test_params_on_two_meshes_are_refused():
         ValueError, match=r"'1': found a mesh .* expected that of the params before"
     ):
         flora_jax.state_shardings(optax.sgd(1.0), params)
+
+
+@pytest.mark.parametrize("block", [2**22, 2**14], ids=["whole", "blocks"])
+@pytest.mark.parametrize("distribution", ["gaussian", "srht", "rademacher"])
+def test_a_device_draws_its_own_part_and_gathers_nothing_but_a_sketch(distribution, block):
+    """A weight of 1024 x 512 cut eight ways along the side that is projected away, to 64 rows."""
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shape(*lengths, cut):
+        place = NamedSharding(mesh, PartitionSpec(*cut))
+        return jax.ShapeDtypeStruct(lengths, jnp.float32, sharding=place)
+
+    params = {"w": shape(1024, 512, cut=("model",))}
+    x = shape(16, 1024, cut=(None, "model"))
+    projection = flora_jax.Projection(
+        64, distribution=distribution, side="input", resample_every=2, block=block
+    )
+    tx = flora_jax.flora(1e-2, projection=projection, accumulation_steps=2)
+    shardings = flora_jax.state_shardings(tx, params)
+    state = jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        jax.eval_shape(tx.init, params),
+        shardings,
+    )
+    step = flora_jax.make_train_step(lambda p, x: jnp.mean((x @ p["w"]) ** 2), tx, projection)
+    program = step.lower(params, state, x).compile().as_text()
+    words = re.findall(r"u32\[([\d,]+)\]", program)
+    most = max(np.prod([int(n) for n in sizes.split(",")]) for sizes in words)
+    # srht has beside its part one number for each row of the Hadamard matrix
+    assert most <= max(min(64 * 1024, block) // 8, 1024 if distribution == "srht" else 0)
+    gathered = [
+        size
+        for one in traffic.collectives(program, 8)
+        if one.kind in ("all-gather", "all-to-all")
+        for _, size in one.arrays
+    ]
+    assert gathered == [4 * 64 * 512]
