@@ -21,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.extend import core
+from jax.sharding import NamedSharding
 
-from flora_jax import explicit
+from flora_jax import explicit, sharding
 from flora_jax import projection as projections
+from flora_jax.blocks import Block
 from flora_jax.interpreter import apply
 from flora_jax.keys import path_name
 from flora_jax.program import Atom, Const, Node, Values, Var, flatten, needed
@@ -55,6 +57,7 @@ def apply_gradients(
     params: Any,
     *,
     slice_above: int = SLICE_ABOVE,
+    shardings: Any = None,
     **extra_args: Any,
 ) -> tuple[Any, Any]:
     """`tx.update` and `optax.apply_updates` in one, without a tree of updates.
@@ -74,6 +77,8 @@ def apply_gradients(
       opt_state: of `tx`.
       params: tree of arrays.
       slice_above: entries from which on a stacked weight is updated slice by slice.
+      shardings: tree of `NamedSharding` of the params, None in it where one is unknown. A slice of a
+        stack that is cut over devices (experts) then has one layer of each device's own.
       **extra_args: for `tx.update`.
 
     Returns:
@@ -88,14 +93,21 @@ def apply_gradients(
         updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
         return optax.apply_updates(params, updates), opt_state
 
+    leaves = jax.tree.leaves(params)
+    places = list(map(explicit.place, leaves))
+    if shardings is not None:
+        places = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
+
     def by_leaf(*args):
-        return _apply(whole, args, slice_above)
+        return _apply(whole, args, slice_above, places)
 
     goals = explicit.result_of(whole, params)
     return explicit.call(by_leaf, goals, grads, opt_state, params, extra_args)
 
 
-def _apply(whole: Callable, args: tuple[Any, ...], slice_above: int) -> tuple[Any, Any]:
+def _apply(
+    whole: Callable, args: tuple[Any, ...], slice_above: int, places: Sequence[Any]
+) -> tuple[Any, Any]:
     params = args[2]
     with _as_one_operation():
         closed, shapes = jax.make_jaxpr(whole, return_shape=True)(*args)
@@ -111,6 +123,7 @@ def _apply(whole: Callable, args: tuple[Any, ...], slice_above: int) -> tuple[An
         outs=outs,
         buffers=[*params_in, *state_in],
         names=[path_name(path) for path, _ in paths],
+        places=dict(zip(params_in, places, strict=True)),
         slice_above=slice_above,
     )
     known = dict(zip(inputs, itertools.chain(*leaves), strict=True))
@@ -136,6 +149,7 @@ class _Program:
       outs: of the params, then of the state.
       buffers: the inputs in the places of `outs`.
       names: of the params.
+      places: the `NamedSharding` of each param, None where it is unknown.
       slice_above: see `apply_gradients`.
     """
 
@@ -143,6 +157,7 @@ class _Program:
     outs: list[Atom]
     buffers: list[Var]
     names: list[str]
+    places: dict[Var, NamedSharding | None]
     slice_above: int
 
     @property
@@ -369,7 +384,8 @@ class _Slices:
     """The operations of one leaf, taken apart along a batch axis of the weight.
 
     Variables are *sliced*, with the place of that axis, or whole. A slice keeps the axis, at
-    length 1. A reduction over it ends in a whole variable, by a pass over all slices.
+    length 1, or where the axis is cut over devices with one index of each device's own. A reduction
+    over it ends in a whole variable, by a pass over all slices.
     """
 
     def __init__(self, program, values: Values, param: Var, mark: Node, nodes, goals):
@@ -377,6 +393,14 @@ class _Slices:
         self.spec: Spec = mark.eqn.params["spec"]
         self.axis = self.spec.batch[0]
         self.length = param.shape[self.axis]
+        place = program.places[param]
+        self.width = 1
+        if place is not None:
+            cut = sharding.entries(place.spec, len(param.shape))[self.axis]
+            self.width = math.prod(place.mesh.shape[name] for name in cut)
+        self.count = self.length // self.width
+        if self.count < 2 or self.length % self.width:
+            raise _Unsliceable
         self.buffers = dict(zip(program.outs, program.buffers, strict=True))
         self.maker = {out: node for node in nodes for out in node.outs}
         before = set(needed(self.maker, mark.ins, values.known))
@@ -466,12 +490,13 @@ class _Slices:
         nodes = needed(self.maker, node.ins, whole.known)
         return not any(other in waiting for other in nodes)
 
+    def _block(self, i: Any) -> Block:
+        return Block(self.length, self.width, i, 1, i)
+
     def _slice_of(self, i: Any, whole: Values, sources: dict[Var, Any]) -> Callable[[Atom], Any]:
         """Evaluates slice `i` of sliced variables."""
         found: dict[Var, Any] = {}
-
-        def cut(array, place):
-            return jax.lax.dynamic_slice_in_dim(array, i, 1, place)
+        cut = self._block(i).take
 
         def value(atom: Atom) -> Any:
             if isinstance(atom, Const) or atom not in self.axes:
@@ -502,13 +527,16 @@ class _Slices:
         for name in ("shape", "new_sizes"):
             if name in node.eqn.params and node.name in ("broadcast_in_dim", "reshape"):
                 sizes = list(node.eqn.params[name])
-                sizes[self.axes[node.outs[0]]] = 1
+                sizes[self.axes[node.outs[0]]] = self.width
                 changes[name] = tuple(sizes)
         found[node.outs[0]] = apply(node.eqn, *ins, **changes)
 
     def _decompressed(self, cut, data) -> jax.Array:
-        shape = tuple(1 if axis == self.axis else n for axis, n in enumerate(self.spec.shape))
-        spec = dataclasses.replace(self.spec, shape=shape)
+        shape = list(self.spec.shape)
+        shape[self.axis] = self.width  # each device has but one of them, of which a block is held
+        spec = dataclasses.replace(
+            self.spec, shape=tuple(shape), block=self.spec.block * self.width
+        )
         place = projections.data_batch(self.spec)[0]
         return projections.decompress_with(spec, cut(self.keys, 0), cut(data, place))
 
@@ -527,7 +555,7 @@ class _Slices:
                 for node, old, new in zip(nodes, sums, partial(i), strict=True)
             ]
 
-        return jax.lax.fori_loop(1, self.length, add, partial(0))
+        return jax.lax.fori_loop(1, self.count, add, partial(0))
 
     def _force_whole(self, goals: Sequence[Atom], whole: Values) -> None:
         """Evaluates, outside of the loop, the whole variables that the loop will read."""
@@ -554,7 +582,7 @@ class _Slices:
 
         def put(i, arrays, parts):
             return [
-                jax.lax.dynamic_update_slice_in_dim(array, part, i, self.axes[goal])
+                self._block(i).put(array, part, self.axes[goal])
                 for goal, array, part in zip(sliced, arrays, parts, strict=True)
             ]
 
@@ -573,9 +601,9 @@ class _Slices:
             return arrays, [value(goal) for goal in sliced]
 
         first = [
-            jax.lax.slice_in_dim(array, 0, 1, axis=self.axes[goal])
+            self._block(0).take(array, self.axes[goal])
             for goal, array in zip(sliced, start, strict=True)
         ]
-        arrays, last = jax.lax.fori_loop(0, self.length, body, (start, first))
-        written = dict(zip(sliced, put(self.length - 1, arrays, last), strict=True))
+        arrays, last = jax.lax.fori_loop(0, self.count, body, (start, first))
+        written = dict(zip(sliced, put(self.count - 1, arrays, last), strict=True))
         return [written[g] if isinstance(g, Var) and g in written else whole(g) for g in self.goals]

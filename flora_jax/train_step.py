@@ -72,7 +72,7 @@ def make_train_step(
             value, grads = grad_fn(params, *batch)
         else:
             value, grads = _mean(grad_fn, params, batch, micro_batches, has_aux)
-        params, opt_state = apply_gradients(tx, grads, opt_state, params)
+        params, opt_state = apply_gradients(tx, grads, opt_state, params, shardings=of_params)
         return _put(params, of_params), _put(opt_state, of_state), value
 
     def prepared(params, opt_state, *batch):

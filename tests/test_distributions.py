@@ -1,5 +1,9 @@
 """The rules that draw `A`: unbiased, of the stated variance, and of the stated structure."""
 
+import json
+import os
+import subprocess
+import sys
 from statistics import NormalDist
 
 import jax
@@ -126,3 +130,32 @@ def test_values_of_the_first_release(distribution):
     """What checkpoints rely on: columns 0 and 5 under key 42."""
     columns = distributions.columns(distribution, jax.random.key(42), 4, 9, jnp.array([0, 5]))
     np.testing.assert_array_equal(columns, np.float32(GOLDEN[distribution]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--xla_cpu_enable_fast_math=true",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=3",
+    ],
+)
+def test_values_do_not_depend_on_xla_flags(flags):
+    program = (
+        "import jax, jax.numpy as jnp\n"
+        "from flora_jax import distributions\n"
+        "for name in ('gaussian', 'rademacher', 'srht'):\n"
+        "    draw = jax.jit(lambda: distributions.columns(\n"
+        "        name, jax.random.key(42), 4, 9, jnp.array([0, 5])))\n"
+        "    print(draw().tolist())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert dict(zip(("gaussian", "rademacher", "srht"), lines, strict=True)) == GOLDEN

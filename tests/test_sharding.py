@@ -111,38 +111,65 @@ def test_params_on_two_meshes_are_refused():
         flora_jax.state_shardings(optax.sgd(1.0), params)
 
 
-@pytest.mark.parametrize("block", [2**22, 2**14], ids=["whole", "blocks"])
-@pytest.mark.parametrize("distribution", ["gaussian", "srht", "rademacher"])
-def test_a_device_draws_its_own_part_and_gathers_nothing_but_a_sketch(distribution, block):
-    """A weight of 1024 x 512 cut eight ways along the side that is projected away, to 64 rows."""
-    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+def compiled_step(mesh, loss, params, x, **others):
+    """Text of the compiled train step, and the most random words that a device makes at a time."""
+    projection = flora_jax.Projection(64, side="input", resample_every=2, **others)
+    tx = flora_jax.flora(1e-2, projection=projection, accumulation_steps=2)
 
-    def shape(*lengths, cut):
+    def shape(lengths, cut):
         place = NamedSharding(mesh, PartitionSpec(*cut))
         return jax.ShapeDtypeStruct(lengths, jnp.float32, sharding=place)
 
-    params = {"w": shape(1024, 512, cut=("model",))}
-    x = shape(16, 1024, cut=(None, "model"))
-    projection = flora_jax.Projection(
-        64, distribution=distribution, side="input", resample_every=2, block=block
-    )
-    tx = flora_jax.flora(1e-2, projection=projection, accumulation_steps=2)
+    params = {"w": shape(*params)}
     shardings = flora_jax.state_shardings(tx, params)
     state = jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
         jax.eval_shape(tx.init, params),
         shardings,
     )
-    step = flora_jax.make_train_step(lambda p, x: jnp.mean((x @ p["w"]) ** 2), tx, projection)
-    program = step.lower(params, state, x).compile().as_text()
+    step = flora_jax.make_train_step(loss, tx, projection)
+    program = step.lower(params, state, shape(*x)).compile().as_text()
     words = re.findall(r"u32\[([\d,]+)\]", program)
-    most = max(np.prod([int(n) for n in sizes.split(",")]) for sizes in words)
-    # srht has beside its part one number for each row of the Hadamard matrix
-    assert most <= max(min(64 * 1024, block) // 8, 1024 if distribution == "srht" else 0)
-    gathered = [
+    return program, max(np.prod([int(n) for n in sizes.split(",")]) for sizes in words)
+
+
+def gathered(program):
+    """Bytes of each array that moves whole between devices, beyond sums of single numbers."""
+    return [
         size
         for one in traffic.collectives(program, 8)
-        if one.kind in ("all-gather", "all-to-all")
-        for _, size in one.arrays
+        if one.kind in ("all-gather", "all-to-all", "collective-permute")
+        for shape, size in one.arrays
+        if size > 1024
     ]
-    assert gathered == [4 * 64 * 512]
+
+
+@pytest.mark.parametrize("block", [2**22, 2**14], ids=["whole", "blocks"])
+@pytest.mark.parametrize("distribution", ["gaussian", "srht", "rademacher"])
+def test_a_device_draws_its_own_part_and_gathers_nothing_but_a_sketch(distribution, block):
+    """A weight of 1024 x 512 cut eight ways along the side that is projected away, to 64 rows."""
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    program, words = compiled_step(
+        mesh,
+        lambda params, x: jnp.mean((x @ params["w"]) ** 2),
+        ((1024, 512), ("model",)),
+        ((16, 1024), (None, "model")),
+        distribution=distribution,
+        block=block,
+    )
+    # srht has beside its part one number for each row of the Hadamard matrix
+    assert words <= max(min(64 * 1024, block) // 8, 1024 if distribution == "srht" else 0)
+    assert gathered(program) == [4 * 64 * 512]
+
+
+def test_a_device_draws_for_its_own_experts_and_gathers_nothing():
+    """Eight experts of 256 x 512, one on each device, with the tokens that were sent to them."""
+    mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    program, words = compiled_step(
+        mesh,
+        lambda params, x: jnp.mean(jnp.einsum("ecd,edf->ecf", x, params["w"]) ** 2),
+        ((8, 256, 512), ("expert",)),
+        ((8, 16, 256), ("expert",)),
+    )
+    assert words <= 64 * 256
+    assert gathered(program) == []
