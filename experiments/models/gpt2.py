@@ -42,7 +42,7 @@ class Shape:
 
 
 SHAPES = {
-    "GPT-2-test": Shape(256, 256, 128, 2, 4),
+    "GPT-2-test": Shape(1024, 256, 128, 2, 4),
     "GPT-2": Shape(),
     "GPT-2-XL": Shape(width=1600, layers=48, heads=25, dtype=jnp.bfloat16),
 }

@@ -22,11 +22,12 @@ class Dense(nn.Module):
     dtype: Any
     rank: int = 0
     bias: bool = False
+    init: Any = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         make, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
-        y = x @ self.param("kernel", make, (x.shape[-1], self.features), self.dtype)
+        y = x @ self.param("kernel", self.init, (x.shape[-1], self.features), self.dtype)
         if self.rank:
             a = self.param("a", make, (x.shape[-1], self.rank), self.dtype)
             y = y + (x @ a) @ self.param("b", zeros, (self.rank, self.features), self.dtype)

@@ -59,7 +59,7 @@ class Shape:
 
 
 SHAPES = {
-    "LLaMA-test": Shape(256, 128, 384, 2, 4, 2, jnp.float32),
+    "LLaMA-test": Shape(1024, 128, 384, 2, 4, 2, jnp.float32),
     "LLaMA-7B": Shape(),
     "LLaMA-13B": Shape(width=5120, hidden=13824, layers=40, heads=40, key_heads=40),
     "LLaMA-70B": Shape(width=8192, hidden=28672, layers=80, heads=64, key_heads=8),

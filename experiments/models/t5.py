@@ -42,7 +42,7 @@ class Shape:
 
 
 SHAPES = {
-    "T5-test": Shape(2048, 128, 512, 2, 4, 32),
+    "T5-test": Shape(1024, 128, 512, 2, 4, 32),
     "T5-small": Shape(),
     "T5-3B": Shape(
         width=1024, hidden=16384, layers=24, heads=32, head_size=128, dtype=jnp.bfloat16
@@ -61,7 +61,8 @@ class T5(nn.Module):
     def setup(self):
         shape = self.shape
         types = {"dtype": shape.dtype, "param_dtype": shape.dtype}
-        self.shared_embed = nn.Embed(shape.vocabulary, shape.width, **types)
+        make = nn.initializers.normal(1.0)
+        self.shared_embed = nn.Embed(shape.vocabulary, shape.width, embedding_init=make, **types)
         self.encoder = Stack(shape, decoder=False)
         self.decoder = Stack(shape, decoder=True)
         if shape.tied:
@@ -168,15 +169,21 @@ class Layer(nn.Module):
         shape = self.shape
         inner = shape.heads * shape.head_size
 
-        def dense(features):
-            return Dense(features, shape.dtype, shape.lora)
+        scaled = nn.initializers.variance_scaling(1 / shape.head_size, "fan_in", "normal")
+
+        def dense(features, **options):
+            return Dense(features, shape.dtype, shape.lora, **options)
 
         self.self_norm, self.feed_forward_norm = _norm(shape), _norm(shape)
-        self.self_query, self.self_key, self.self_value = (dense(inner) for _ in range(3))
+        self.self_query = dense(
+            inner, init=scaled
+        )  # scores are not divided by the root of the size
+        self.self_key, self.self_value = dense(inner), dense(inner)
         self.self_out = dense(shape.width)
         if self.decoder:
             self.cross_norm = _norm(shape)
-            self.cross_query, self.cross_key, self.cross_value = (dense(inner) for _ in range(3))
+            self.cross_query = dense(inner, init=scaled)
+            self.cross_key, self.cross_value = dense(inner), dense(inner)
             self.cross_out = dense(shape.width)
         self.up, self.down = dense(shape.hidden), dense(shape.width)
         if shape.gated:

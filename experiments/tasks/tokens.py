@@ -3,18 +3,40 @@
 In the shape descriptions `N` is the number of examples, `S` and `T` the lengths of source and target.
 """
 
+import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-PAD, END, SEPARATOR = 0, 1, 2
 SPECIAL = ["<pad>", "</s>", "<sep>"]
 
 
-def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of so many tokens (257 or more: with the fewest, bytes alone).
+class Words(NamedTuple):
+    """A tokeniser, and its tokens for padding, for an end, and for what lies between two texts."""
+
+    tokenizer: Tokenizer
+    pad: int = 0
+    end: int = 1
+    separator: int = 2
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [one.ids for one in found]
+
+    def decode(self, rows: Any) -> list[str]:
+        """Texts of generated tokens, each up to its end."""
+        texts = []
+        for row in np.asarray(rows).tolist():
+            row = row[: row.index(self.end)] if self.end in row else row
+            texts.append(self.tokenizer.decode(row).strip())
+        return texts
+
+
+def train(texts: Iterable[str], vocabulary: int) -> Words:
+    """A byte-level BPE of so many tokens (with the fewest, 259, bytes alone).
 
     Deterministic; no text is out of its reach.
     """
@@ -33,77 +55,93 @@ def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return Words(tokenizer)
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, left: bool = False) -> np.ndarray:
-    """int32 `(N, length)`, cut at `length`, with `PAD` after, or before, the tokens."""
-    result = np.full((len(rows), length), PAD, np.int32)
+def of_checkpoint(folder: Path) -> Words:
+    """The tokeniser that lies beside the weights, as `tokenizer.json`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; it is the tokeniser of the checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    end = config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) else 1 if end is None else end
+    pad = config.get("pad_token_id")
+    return Words(Tokenizer.from_file(str(file)), 0 if pad is None else pad, end, end)
+
+
+def padded(rows: Sequence[Sequence[int]], length: int, pad: int, left: bool = False):
+    """int32 `(N, length)`, cut at `length`, with padding after, or before; and bools, where it is not."""
+    result = np.full((len(rows), length), pad, np.int32)
+    mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
         row = list(row)[:length]
         if row:
-            result[i, slice(-len(row), None) if left else slice(len(row))] = row
-    return result
-
-
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return [found.ids for found in tokenizer.encode_batch(list(texts))]
-
-
-def decode(tokenizer: Tokenizer, rows: Any) -> list[str]:
-    """Texts of generated tokens, each up to its end."""
-    texts = []
-    for row in np.asarray(rows).tolist():
-        row = row[: row.index(END)] if END in row else row
-        texts.append(tokenizer.decode(row).strip())
-    return texts
+            place = slice(-len(row), None) if left else slice(len(row))
+            result[i, place], mask[i, place] = row, True
+    return result, mask
 
 
 def for_encoder_decoder(
-    sources: list[list[int]], targets: list[list[int]], lengths: tuple[int, int]
+    words: Words, pairs: Sequence[tuple[str, str]], lengths: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """`source`, `mask` `(N, S)`; `target`, `labels`, `weights` `(N, T)`; the target shifted by `PAD`."""
-    source = padded([[*row[: lengths[0] - 1], END] for row in sources], lengths[0])
-    labels = padded([[*row[: lengths[1] - 1], END] for row in targets], lengths[1])
-    target = np.concatenate([np.full_like(labels[:, :1], PAD), labels[:, :-1]], 1)
-    weights = _before_padding([len(row) + 1 for row in targets], lengths[1])
-    mask = _before_padding([len(row) + 1 for row in sources], lengths[0])
+    """`source`, `mask` `(N, S)`; `target`, `labels`, `weights` `(N, T)`.
+
+    The labels end with the end token; the target is the labels, shifted behind the first token (0).
+    """
+    sources, targets = (words.encode(texts) for texts in zip(*pairs, strict=True))
+    source, mask = padded(
+        [[*row[: lengths[0] - 1], words.end] for row in sources], lengths[0], words.pad
+    )
+    labels, weights = padded(
+        [[*row[: lengths[1] - 1], words.end] for row in targets], lengths[1], words.pad
+    )
+    target = np.concatenate([np.zeros_like(labels[:, :1]), labels[:, :-1]], 1)
     return {
         "source": source,
-        "mask": mask.astype(bool),
+        "mask": mask,
         "target": target,
         "labels": labels,
-        "weights": weights,
+        "weights": weights.astype(np.float32),
     }
 
 
 def for_decoder(
-    sources: list[list[int]], targets: list[list[int]], lengths: tuple[int, int]
+    words: Words, pairs: Sequence[tuple[str, str]], lengths: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """Source, separator, target in one row: `tokens`, `targets`, `weights` `(N, S + T - 1)`.
 
     The target's tokens alone have a weight.
     """
-    rows = [prompt(source, lengths[0]) for source in sources]
+    rows = prompts(words, [source for source, _ in pairs], lengths[0])
+    targets = words.encode([target for _, target in pairs])
     wholes = [
-        [*row, *target[: lengths[1] - 1], END] for row, target in zip(rows, targets, strict=True)
+        [*row, *target[: lengths[1] - 1], words.end]
+        for row, target in zip(rows, targets, strict=True)
     ]
-    whole = padded(wholes, sum(lengths))
+    whole, mask = padded(wholes, sum(lengths), words.pad)
     starts = np.array([len(row) for row in rows])[:, None]
-    ends = np.array([len(row) for row in wholes])[:, None]
-    places = np.arange(1, whole.shape[1])
-    weights = ((places >= starts) & (places < ends)).astype(np.float32)
-    return {"tokens": whole[:, :-1], "targets": whole[:, 1:], "weights": weights}
+    weights = mask[:, 1:] & (np.arange(1, whole.shape[1]) >= starts)
+    return {
+        "tokens": whole[:, :-1],
+        "targets": whole[:, 1:],
+        "weights": weights.astype(np.float32),
+    }
 
 
-def prompt(source: list[int], length: int) -> list[int]:
-    """A source, cut to leave room for the separator at its end."""
-    return [*source[: length - 1], SEPARATOR]
+def prompts(words: Words, sources: Sequence[str], length: int) -> list[list[int]]:
+    """Sources, each cut to leave room for the separator at its end."""
+    return [[*row[: length - 1], words.separator] for row in words.encode(sources)]
 
 
-def windows(rows: Iterable[list[int]], length: int) -> dict[str, np.ndarray]:
+def windows(words: Words, texts: Iterable[str], length: int) -> dict[str, np.ndarray]:
     """All texts in one row, each with its end, cut into `tokens` and `targets` `(N, length)`."""
-    stream = np.array([token for row in rows for token in (*row, END)], np.int32)
+    rows = words.encode(list(texts))
+    stream = np.array([token for row in rows for token in (*row, words.end)], np.int32)
     count = (len(stream) - 1) // length
     if count < 1:
         raise ValueError(f"text must have more than {length} tokens, found {len(stream)}")
@@ -111,7 +149,3 @@ def windows(rows: Iterable[list[int]], length: int) -> dict[str, np.ndarray]:
         "tokens": stream[: count * length].reshape(count, length),
         "targets": stream[1 : count * length + 1].reshape(count, length),
     }
-
-
-def _before_padding(counts: list[int], length: int) -> np.ndarray:
-    return (np.arange(length) < np.array(counts)[:, None]).astype(np.float32)
