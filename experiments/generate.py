@@ -179,24 +179,26 @@ def beam(
 def _begin(model: Any, params: Any, tokens: Any, mask: Any, count: int) -> tuple[jax.Array, Cache]:
     """Logits `(B, V)` of the first new token, and a cache with room for all."""
     variables, rows = {"params": params}, tokens.shape[0]
+    found: Any
     if isinstance(model, t5.T5):
         start = jnp.full((rows, 1), START, jnp.int32)
-        logits, cache = model.apply(variables, tokens, mask, start, count, method="start")
+        found = model.apply(variables, tokens, mask, start, count, method="start")
     else:
-        module = llama_ if isinstance(model, llama_.Llama) else gpt2
+        module: Any = llama_ if isinstance(model, llama_.Llama) else gpt2
         cache = module.make_cache(model.shape, rows, tokens.shape[1] + count)
-        logits, cache = model.apply(variables, tokens, mask=mask, cache=cache)
-    return logits[:, -1], cache
+        found = model.apply(variables, tokens, mask=mask, cache=cache)
+    return found[0][:, -1], found[1]
 
 
 def _next(model: Any, params: Any, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Logits `(B, V)` of the token after this one `(B,)`."""
     variables, token = {"params": params}, token[:, None]
+    found: Any
     if isinstance(model, t5.T5):
-        logits, cache = model.apply(variables, token, cache, method="step")
+        found = model.apply(variables, token, cache, method="step")
     else:
-        logits, cache = model.apply(variables, token, cache=cache)
-    return logits[:, 0], cache
+        found = model.apply(variables, token, cache=cache)
+    return found[0][:, 0], found[1]
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

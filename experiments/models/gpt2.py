@@ -70,7 +70,7 @@ class Gpt2(nn.Module):
         types = {"dtype": shape.dtype, "param_dtype": shape.dtype}
         wte = nn.Embed(shape.vocabulary, shape.width, name="wte", **types)
         wpe = nn.Embed(shape.positions, shape.width, name="wpe", **types)
-        index = None if cache is None else cache.index
+        index = None if cache is None else cache.filled
         positions, mask, cache = places(tokens, mask, cache)
         x = wte(tokens) + wpe(jnp.arange(tokens.shape[1]) if positions is None else positions)
         layers = nn.scan(

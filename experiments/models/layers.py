@@ -52,12 +52,12 @@ class Cache(NamedTuple):
     Attributes:
       layers: trees of arrays with the layers along the first axis, as the model makes them.
       valid: `(B, L)`, which slots hold a token that may be attended to.
-      index: int32, slots filled.
+      filled: int32, how many slots are.
     """
 
     layers: Any
     valid: jax.Array
-    index: jax.Array
+    filled: jax.Array
 
 
 def empty_cache(layers: int, batch: int, slots: int, heads: int, size: int, dtype: Any) -> Cache:
@@ -84,9 +84,9 @@ def places(
     new = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     index, valid = jnp.int32(0), new
     if cache is not None:
-        index = cache.index
+        index = cache.filled
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, index, 1)
-        cache = cache._replace(valid=valid, index=index + tokens.shape[1])
+        cache = cache._replace(valid=valid, filled=index + tokens.shape[1])
     counts = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     positions = jax.lax.dynamic_slice_in_dim(counts, index, tokens.shape[1], 1)
     causal = jnp.arange(valid.shape[1]) <= index + jnp.arange(tokens.shape[1])[:, None]

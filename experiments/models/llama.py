@@ -96,7 +96,7 @@ class Llama(nn.Module):
             param_dtype=shape.dtype,
             name="embed",
         )
-        index = None if cache is None else cache.index
+        index = None if cache is None else cache.filled
         positions, mask, cache = places(tokens, mask, cache)
         x = placed(embed(tokens), *shape.cut)
         layer = nn.remat(Layer, prevent_cse=False) if shape.remat else Layer

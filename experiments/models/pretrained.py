@@ -186,7 +186,8 @@ def _llama_shape(config: dict[str, Any], dtype: Any) -> llama.Shape:
     _require(config, "mlp_bias", False, False)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     _require(rope, "rope_type", rope.get("type", "default"), "default")
-    heads = config["num_attention_heads"]
+    heads, size = config["num_attention_heads"], config.get("head_dim")
+    size = size or config["hidden_size"] // heads
     return llama.Shape(
         config["vocab_size"],
         config["hidden_size"],
@@ -198,7 +199,7 @@ def _llama_shape(config: dict[str, Any], dtype: Any) -> llama.Shape:
         theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         epsilon=config.get("rms_norm_eps", 1e-6),
         tied=config.get("tie_word_embeddings", False),
-        head_size=config.get("head_dim"),
+        head_size=None if size == config["hidden_size"] // heads else size,
     )
 
 
@@ -409,7 +410,7 @@ class _Weights:
     """The arrays of a checkpoint by name, each read when asked for."""
 
     def __init__(self, folder: Path, prefix: str):
-        index = folder / INDEX
+        index, where = folder / INDEX, {}
         if index.exists():
             where = json.loads(index.read_text())["weight_map"]
             files = {name: _file(folder, name) for name in sorted(set(where.values()))}
@@ -425,10 +426,9 @@ class _Weights:
                 f"{prefix}{key}" if bare and key != "lm_head.weight" else key: (handle, key)
                 for key in found
             }
-        if index.exists():
-            for name in where:
-                if name not in self.found and prefix + name not in self.found:
-                    raise ValueError(f"{name!r} is named by {index} and in none of its files")
+        for name in where:
+            if name not in self.found and prefix + name not in self.found:
+                raise ValueError(f"{name!r} is named by {index} and in none of its files")
 
     def __enter__(self) -> "_Weights":
         return self
@@ -457,7 +457,8 @@ def outline(model: Any) -> dict[str, Any]:
 def _read(model: Any, family: Family, weights: _Weights) -> dict[str, Any]:
     rules, shape = family.rules(model.shape), model.shape
     params, used = {}, set()
-    for path, leaf in flatten_dict(outline(model), sep="/").items():
+    leaves: dict[str, Any] = flatten_dict(outline(model), sep="/")  # pyright: ignore[reportAssignmentType]
+    for path, leaf in leaves.items():
         rule = rules[path]
         stacked = "{i}" in rule.name
         names = [rule.name.format(i=i) for i in range(shape.layers)] if stacked else [rule.name]
@@ -486,8 +487,8 @@ def _read(model: Any, family: Family, weights: _Weights) -> dict[str, Any]:
 def _theirs(model: Any, family: Family, params: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The checkpoint's names and arrays, one at a time."""
     rules = family.rules(model.shape)
-    found = flatten_dict(params, sep="/")
-    expected = flatten_dict(outline(model), sep="/")
+    found: dict[str, Any] = flatten_dict(params, sep="/")  # pyright: ignore[reportAssignmentType]
+    expected: dict[str, Any] = flatten_dict(outline(model), sep="/")  # pyright: ignore[reportAssignmentType]
     if found.keys() != rules.keys():
         odd = sorted(found.keys() ^ rules.keys())[0]
         state = "missing" if odd in rules else "not one of the model's"

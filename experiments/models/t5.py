@@ -106,9 +106,9 @@ class T5(nn.Module):
 
     def _next(self, target, memory, cache: Cache) -> tuple[jax.Array, Cache]:
         x = self.shared_embed(target)
-        x, layers = self.decoder(x, memory, cache.valid, cache.layers, cache.index)
+        x, layers = self.decoder(x, memory, cache.valid, cache.layers, cache.filled)
         head = self.tied_head if self.shape.tied else self.head
-        return head(x), cache._replace(layers=layers, index=cache.index + target.shape[1])
+        return head(x), cache._replace(layers=layers, filled=cache.filled + target.shape[1])
 
 
 class Stack(nn.Module):
@@ -190,6 +190,7 @@ class Layer(nn.Module):
             self.gate = dense(shape.hidden)
 
     def __call__(self, x, past, index, bias, memory, source) -> tuple[jax.Array, Any]:
+        cross: Any
         own, cross = (None, None) if past is None else past
         y = self.self_norm(x)
         k, v, own = remember(
@@ -200,7 +201,7 @@ class Layer(nn.Module):
             if memory is not None:
                 cross = self._heads(self.cross_key(memory)), self._heads(self.cross_value(memory))
             y = self.cross_query(self.cross_norm(x))
-            x = x + self.cross_out(self._attend(y, *cross, source))
+            x = x + self.cross_out(self._attend(y, cross[0], cross[1], source))
         y = self.feed_forward_norm(x)
         y = nn.gelu(self.gate(y)) * self.up(y) if self.shape.gated else nn.relu(self.up(y))
         return x + self.down(y), None if past is None else (own, cross)

@@ -1,5 +1,6 @@
 """The one training loop of all tables: a method on a problem, at a learning rate, from a seed."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -168,22 +169,21 @@ def run(
     losses: list[float] = []
     checkpoints, first = None, 0
     if sizes.checkpoint_every and folder is not None:
-        checkpoints = Checkpoints(folder, settings or {}, keep=1)
+        checkpoints = Checkpoints(folder, settings or {}, keep=2)  # one stays while one is written
         history: dict[str, Any] = {"losses": losses}
         first, kept, history = checkpoints.restore({"params": params, "state": state}, history)
         params, state, losses = kept["params"], kept["state"], history["losses"]
-    for boundary in range(first, sizes.boundaries):
-        begin = boundary * sizes.accumulation
-        parts = [order[begin + i] for i in range(sizes.accumulation)]
-        many = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-        params, state, values = trial.cycle(params, state, many, jnp.float32(rate))
-        losses.append(float(values.mean()))
-        log(boundary, {"train loss": losses[-1]})
-        if checkpoints and (boundary + 1) % sizes.checkpoint_every == 0:
-            kept = {"params": params, "state": state}
-            checkpoints.save(boundary + 1, kept, {"losses": losses})
-    if checkpoints:
-        checkpoints.close()
+    with contextlib.closing(checkpoints) if checkpoints else contextlib.nullcontext():
+        for boundary in range(first, sizes.boundaries):
+            begin = boundary * sizes.accumulation
+            parts: list[Any] = [order[begin + i] for i in range(sizes.accumulation)]
+            many = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+            params, state, values = trial.cycle(params, state, many, jnp.float32(rate))
+            losses.append(float(values.mean()))
+            log(boundary, {"train loss": losses[-1]})
+            if checkpoints and (boundary + 1) % sizes.checkpoint_every == 0:
+                kept = {"params": params, "state": state}
+                checkpoints.save(boundary + 1, kept, {"losses": losses})
     figures = {"validation": trial.evaluate(params), **problem.score(trial.model, params)}
     log(sizes.boundaries, figures)
     return {**figures, "losses": [round(loss, 5) for loss in losses]}

@@ -16,7 +16,7 @@ from experiments.tasks import batches, catalogues, data, digits, docstrings, hub
 
 Task = Literal["summarisation", "translation", "language", "images"]
 Data = Literal["offline", "paper"]
-MODELS = {
+MODELS: dict[str, tuple[Any, Any]] = {
     name: (family, shape)
     for module, family in ((t5, t5.T5), (gpt2, gpt2.Gpt2), (llama, llama.Llama), (vit, vit.Vit))
     for name, shape in module.SHAPES.items()

@@ -218,7 +218,7 @@ def _log(tracker: str, out: Path, name: str) -> Iterator[Callable[[int, dict[str
     if tracker == "none":
         yield lambda *_: None
     elif tracker == "wandb":
-        import wandb  # of the extra of that name
+        import wandb  # pyright: ignore[reportMissingImports]  # of the extra of that name
 
         with wandb.init(project="flora_jax", name=name, dir=out) as run:
             yield lambda step, figures: run.log(figures, step=step)
@@ -438,9 +438,9 @@ def write(
         "",
         markdown(rows, metric),
     ]
-    _replace(out / "table.md", "\n".join(about))
+    replace_text(out / "table.md", "\n".join(about))
     names = list(rows[0].figures)
-    with _whole(out / "table.csv") as partial, partial.open("w", newline="") as stream:
+    with whole_file(out / "table.csv") as partial, partial.open("w", newline="") as stream:
         writer = csv.writer(stream)
         errors = [f"{name} sd" for name in names]
         writer.writerow(["method", "rate", "seeds", *names, *errors, "state bytes", "peak bytes"])
@@ -478,19 +478,19 @@ def draw(out: Path, title: str, rows: list[Row], metric: str) -> None:
     left.grid(alpha=0.3)
     figure.suptitle(title)
     for suffix in ("png", "svg"):
-        with _whole(out / f"plot.{suffix}") as partial:
+        with whole_file(out / f"plot.{suffix}") as partial:
             figure.savefig(partial, dpi=150, format=suffix)
     plt.close(figure)
 
 
 @contextmanager
-def _whole(file: Path) -> Iterator[Path]:
+def whole_file(file: Path) -> Iterator[Path]:
     """A file beside, which takes the place of `file` once it is written."""
     partial = file.with_name(file.name + ".partial")
     yield partial
     partial.replace(file)
 
 
-def _replace(file: Path, text: str) -> None:
-    with _whole(file) as partial:
+def replace_text(file: Path, text: str) -> None:
+    with whole_file(file) as partial:
         partial.write_text(text)

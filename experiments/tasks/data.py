@@ -59,10 +59,12 @@ class Sides(NamedTuple):
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def side_of(name: str) -> str:
-    """`test` or `validation` for one in ten names each, by hash; else `train`."""
-    first = hashlib.sha256(name.encode()).digest()[0] % 10
-    return {0: "test", 1: "validation"}.get(first, "train")
+def by_hash(names: Iterable[str]) -> dict[str, str]:
+    """The side of each name: in the order of their hashes, of each six one for test, one to validate."""
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return {
+        name: {0: "test", 1: "validation"}.get(i % 6, "train") for i, name in enumerate(ordered)
+    }
 
 
 def apart(card: Card, examples: Iterable[tuple[str, tuple[str, str]]]) -> Sides:
@@ -91,7 +93,7 @@ def licences(packages: Iterable[str]) -> str:
     """`package version (licence)` of each, as its metadata say."""
     parts = []
     for name in packages:
-        meta = importlib.metadata.metadata(name)
+        meta: Any = importlib.metadata.metadata(name)
         found = meta.get("License-Expression") or meta.get("License") or ""
         if not found or "\n" in found or len(found) > 40:
             kinds = meta.get_all("Classifier") or []

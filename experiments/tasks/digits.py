@@ -3,6 +3,8 @@
 What the paper uses, CIFAR-100, is in `hub`.
 """
 
+from typing import Any
+
 import numpy as np
 from sklearn.datasets import load_digits
 
@@ -11,7 +13,7 @@ from experiments.tasks.data import Card, Sides
 
 def load() -> Sides:
     """Pairs of an image, float32 `(8, 8, 1)` in [0, 1], and its class."""
-    found = load_digits()
+    found: Any = load_digits()
     images = (found.images / 16.0).astype(np.float32)[..., None]
     pairs = list(zip(images, found.target.tolist(), strict=True))
     first, second = len(pairs) * 6 // 10, len(pairs) * 7 // 10
