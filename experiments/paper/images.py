@@ -11,6 +11,7 @@ TABLE = Table(
     name="images",
     title="5. ViT",
     task="images",
+    boundaries=300,
     rows={
         "cpu": (
             Method("uncompressed"),

@@ -14,7 +14,7 @@ from flora_jax.alias import ADVISED, KAPPA, Preset
 Base = Literal["adafactor", "adam", "sgd", "sign_sgd"]
 Kind = Literal["uncompressed", "flora", "lora", "galore"]
 RATES: dict[str, tuple[float, ...]] = {
-    "adafactor": (0.01, 0.03, 0.1, 0.3),
+    "adafactor": (0.003, 0.01, 0.03, 0.1),
     "adam": (0.001, 0.003, 0.01, 0.03),
     "sgd": (0.03, 0.1, 0.3, 1.0),
     "sign_sgd": (0.0001, 0.0003, 0.001, 0.003),

@@ -44,6 +44,8 @@ class Sizes:
       beams: of the search; 1 for greedy.
       remat: activation checkpointing.
       checkpoint_every: boundaries between saved states of a run; 0 for none.
+      warm: boundaries of uncompressed training on another task of the same text, from which all methods
+        begin, where no checkpoint is given; 0 to begin from random params.
     """
 
     model: str
@@ -55,6 +57,7 @@ class Sizes:
     beams: int = 1
     remat: bool = False
     checkpoint_every: int = 0
+    warm: int = 0
 
 
 class Problem(NamedTuple):
@@ -69,6 +72,7 @@ class Problem(NamedTuple):
       score: `(model, params) -> figures` on the test side.
       about: the card and the sizes, as Markdown.
       digest: of the examples.
+      words: the tokeniser, where there is one.
     """
 
     model: Any
@@ -79,6 +83,7 @@ class Problem(NamedTuple):
     score: Callable[[Any, Any], dict[str, float]]
     about: str
     digest: str
+    words: tokens.Words | None = None
 
     def init(self, model: Any, seed: int) -> Any:
         """Random params."""
@@ -94,6 +99,7 @@ def make(
     source: Data = "offline",
     checkpoint: Path | None = None,
     changes: dict[str, Any] | None = None,
+    other: bool = False,
 ) -> Problem:
     """The problem of a task at these sizes.
 
@@ -101,6 +107,7 @@ def make(
       source: data that come with packages, or the paper's.
       checkpoint: a folder with weights and a tokeniser to begin with.
       changes: of fields of the model's shape.
+      other: in place of the task, to go on with its sources: see `continuations`.
     """
     family, shape = MODELS[sizes.model]
     params, words = None, None
@@ -115,6 +122,8 @@ def make(
     if task == "images":
         return _images(vit.Vit(_fit(shape, source)), params, source)
     sides = load(task, source)
+    if other:
+        sides = continuations(sides)
     if words is None:
         texts = (x if isinstance(x, str) else " ".join(x) for x in sides.train)
         words = tokens.train(texts, shape.vocabulary)
@@ -159,6 +168,20 @@ def load(task: Task, source: Data) -> data.Sides:
         "images": digits.load,
     }
     return offline[task]() if source == "offline" else getattr(hub, task)()
+
+
+def continuations(sides: data.Sides) -> data.Sides:
+    """From the first half of a source its second half: real text too, of the same sides."""
+
+    def cut(pairs: Sequence[Any]) -> list[tuple[str, str]]:
+        halves = []
+        for source, _ in pairs:
+            words = source.split()
+            halves.append((" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])))
+        return halves
+
+    card = dataclasses.replace(sides.card, name=f"{sides.card.name}, continued")
+    return data.Sides(card, *(cut(side) for side in sides[1:]))
 
 
 def _source_code() -> data.Sides:
@@ -279,7 +302,7 @@ def _pairs(
     else:
         about += " ROUGE by rouge-score, F1, with stemming."
     about += f" Scored on {len(given)} of the test side, by a search with {sizes.beams} beam(s)."
-    return Problem(model, params, loss, train, validation, score, about, sides.digest())
+    return Problem(model, params, loss, train, validation, score, about, sides.digest(), words)
 
 
 def _spread(examples: Sequence[Any], count: int) -> list[Any]:

@@ -28,6 +28,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from experiments.models import pretrained
 from experiments.paper import loop, methods, plan, problem
 from experiments.paper.methods import Method
 from experiments.paper.problem import METRIC, Sizes, Task
@@ -124,10 +125,13 @@ def make(table: Table, options: Options, console: Console) -> list[dict[str, Any
     if options.dry_run:
         plan.show(table.title, task, sizes, rows, runs, table.changes, options.size, console)
         return []
-    given = problem.make(task, sizes, options.data, options.checkpoint, table.changes)
-    console.print(given.about, markup=False)
     out = options.out or Path("runs/paper") / f"{table.name}-{task}-{options.size}"
     out.mkdir(parents=True, exist_ok=True)
+    start = options.checkpoint
+    if sizes.warm and start is None:
+        start = warm_start(task, sizes, options.data, table.changes, console)
+    given = problem.make(task, sizes, options.data, start, table.changes)
+    console.print(given.about, markup=False)
     budget = _budget(task, sizes, given, options, table)
     results = [line for line in read(out / "results.jsonl") if line["budget"] == budget]
     with Progress(console=console) as progress:
@@ -146,6 +150,36 @@ def make(table: Table, options: Options, console: Console) -> list[dict[str, Any
     console.print((out / "table.md").read_text(), markup=False)
     console.print(f"Table, CSV and plot are in {out}.", markup=False)
     return results
+
+
+STARTS = Path("runs/paper/starts")
+WARM_RATE = 0.03
+"""Learning rate of the training before."""
+
+
+def warm_start(
+    task: Task, sizes: Sizes, source: problem.Data, changes: dict[str, Any], console: Console
+) -> Path:
+    """A checkpoint of uncompressed training to go on with the task's sources; made once for all tables."""
+    sizes = dataclasses.replace(
+        sizes, boundaries=sizes.warm, checkpoint_every=0, batch=2 * sizes.batch
+    )
+    given = problem.make(task, sizes, source, changes=changes, other=True)
+    key = json.dumps([FORMAT, task, dataclasses.asdict(sizes), given.digest, changes])
+    folder = STARTS / hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+    if (folder / "tokenizer.json").exists():
+        return folder
+    console.print(f"Training to begin from: {sizes.warm} boundaries, uncompressed ...")
+    ends: list[Any] = []
+    given = given._replace(score=lambda _, params: ends.append(params) or {})
+    trial = loop.prepare(given, Method("uncompressed"), sizes)
+    figures = loop.run(given, trial, sizes, WARM_RATE, 0)
+    console.print(f"Its validation loss is {figures['validation']:.3f}.")
+    assert given.words is not None
+    shutil.rmtree(folder, ignore_errors=True)  # without its tokeniser it was cut off
+    pretrained.save(folder, given.model, ends[0])
+    given.words.tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def _order(

@@ -61,6 +61,8 @@ def train(texts: Iterable[str], vocabulary: int) -> Words:
 def of_checkpoint(folder: Path) -> Words:
     """The tokeniser that lies beside the weights, as `tokenizer.json`.
 
+    Where it has no token to lie between two texts, the end does.
+
     Raises:
       ValueError: there is none.
     """
@@ -71,7 +73,9 @@ def of_checkpoint(folder: Path) -> Words:
     end = config.get("eos_token_id")
     end = end[0] if isinstance(end, list) else 1 if end is None else end
     pad = config.get("pad_token_id")
-    return Words(Tokenizer.from_file(str(file)), 0 if pad is None else pad, end, end)
+    tokenizer = Tokenizer.from_file(str(file))
+    separator = tokenizer.token_to_id(SPECIAL[2])
+    return Words(tokenizer, pad or 0, end, end if separator is None else separator)
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, pad: int, left: bool = False):
