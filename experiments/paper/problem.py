@@ -257,7 +257,9 @@ def _language(
         return scores.perplexity([total / len(test["tokens"])])
 
     about = f"{sides.describe()} {len(train['tokens']):,} windows of {length} tokens to train on."
-    return Problem(model, params, _decoder_loss, train, validation, score, about, sides.digest())
+    return Problem(
+        model, params, _decoder_loss, train, validation, score, about, sides.digest(), words
+    )
 
 
 def _pairs(
