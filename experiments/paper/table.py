@@ -454,11 +454,19 @@ def write(
     if options.size == "full":
         command = full
     grids = {methods.unit(row): rates for row, rates in grid.items()}
+    begin = ""
+    if options.checkpoint:
+        begin = f" All rows begin from the weights in `{options.checkpoint.name}`."
+    elif sizes.warm:
+        begin = (
+            f" All rows begin from {sizes.warm} boundaries of uncompressed training to go on with the "
+            "task's sources, from their first half to their second."
+        )
     about = [
         f"## {table.title}",
         "",
         f"{sizes.model}, {sizes.boundaries} boundaries of {sizes.accumulation} micro-steps of "
-        f"{sizes.batch} examples; the same batches for all rows. Mean ± standard deviation over "
+        f"{sizes.batch} examples; the same batches for all rows.{begin} Mean ± standard deviation over "
         f"{len(options.seeds)} seeds at the learning rate that the first seed's validation loss chose "
         "of the grid "
         + "; ".join(
