@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import flora_jax
-from experiments.models import vit
+from experiments.models import llama, vit
 from experiments.paper import loop, lora, methods, problem
 from experiments.paper.methods import Method
 from experiments.tasks import batches
@@ -161,3 +161,26 @@ def test_a_run_that_was_cut_off_goes_on_bit_equal(tmp_path):
     assert seen[0] > 0
     assert again["losses"] == whole["losses"]
     assert_tree_equal(ends[1], ends[0])
+
+
+def test_galore_is_what_optax_has_over_accumulation():
+    shape = llama.Shape(20, 8, 12, 1, 2, 2, jnp.float32, remat=False, scan=False)
+    model = llama.Llama(shape)
+    tokens = np.random.default_rng(0).integers(0, 20, (12, 5)).astype(np.int32)
+    arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+    def of_batch(model, params, batch):
+        return model.apply({"params": params}, batch["tokens"], batch["targets"])
+
+    given = make()._replace(model=model, loss=of_batch, train=arrays, validation=arrays)
+    _, found, _ = trained(given, Method("galore", 2))
+    rate = optax.warmup_cosine_decay_schedule(0.0, RATE, 1, 3)
+    tx = optax.MultiSteps(optax.contrib.galore(rate, rank=2), 2).gradient_transformation()
+    params = given.init(model, 1)
+    state, order = tx.init(params), batches.source(arrays, SIZES.batch, 1)
+    update = jax.jit(tx.update)
+    gradient = jax.jit(jax.grad(lambda params, batch: of_batch(model, params, batch)))
+    for i in range(SIZES.boundaries * SIZES.accumulation):
+        updates, state = update(gradient(params, order[i]), state, params)
+        params = optax.apply_updates(params, updates)
+    assert_tree_close(found, params, 1e-2)  # Adam divides what is near to zero by itself
