@@ -405,6 +405,9 @@ def verdicts(rows: list[Row], metric: str) -> list[str]:
     for row in rows:
         if row.method.kind != "flora":
             continue
+        if math.isnan(row.mean("validation")):
+            sentences.append(f"- {row.method}: diverged, at every learning rate of the grid.")
+            continue
         parts = []
         goal = next((one for one in rows if one.method == plain(row.method)), None)
         if goal is not None:

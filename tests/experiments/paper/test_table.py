@@ -78,6 +78,14 @@ def test_table_in_markdown_says_who_loses():
     assert "worse than LoRA r=2, which" in sentence
 
 
+def test_table_in_markdown_says_what_diverged():
+    lost = [line(FLORA, rate, 0, math.nan, 0.0) for rate in (0.1, 0.2)]
+    results = [x for x in RESULTS if x["method"] != dataclasses.asdict(FLORA)] + lost
+    rows = table.summarise(results, GRID, (0, 1), "accuracy")
+    (sentence,) = table.verdicts(rows, "accuracy")
+    assert sentence == "- Flora r=32: diverged, at every learning rate of the grid."
+
+
 def test_of_perplexity_less_is_better():
     assert table.worse_by("perplexity", 11.0, 10.0) == pytest.approx(0.1)
     assert table.worse_by("bleu", 11.0, 10.0) == pytest.approx(-0.1)
