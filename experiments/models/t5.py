@@ -1,4 +1,6 @@
-"""T5: encoder and decoder, relative position bias, ReLU, the head tied to the embedding.
+"""T5: encoder and decoder, relative position bias, the head tied to the embedding.
+
+Version 1.0 has ReLU; version 1.1 gated GELU and a head of its own (`gated`, `tied=False`).
 
 In the shape descriptions `B` is the batch, `S` and `T` the lengths of source and target, `D` the
 width. The layers of each stack lie along a first axis and run by `scan`, each one rematerialised.
@@ -13,7 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import Dense, losses
+from experiments.models.layers import Cache, Dense, Tied, losses, mean_loss, remember
+
+FAR = -1e9
+"""Added to the scores of what may not be attended to."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,14 @@ class Shape:
     reach: int = 128
     dtype: Any = jnp.float32
     lora: int = 0
+    epsilon: float = 1e-6
+    gated: bool = False
+    tied: bool = True
+    remat: bool = True
 
 
 SHAPES = {
+    "T5-test": Shape(1024, 128, 512, 2, 4, 32),
     "T5-small": Shape(),
     "T5-3B": Shape(
         width=1024, hidden=16384, layers=24, heads=32, head_size=128, dtype=jnp.bfloat16
@@ -41,29 +51,64 @@ SHAPES = {
 
 
 class T5(nn.Module):
-    """Source `(B, S)` and target `(B, T)` to logits `(B, T, vocabulary)`; with labels, to the loss."""
+    """Source `(B, S)` and target `(B, T)` to logits `(B, T, vocabulary)`; with labels, to the loss.
+
+    `weights` `(B, T)` are those of the losses; `mask` `(B, S)` says which source tokens count.
+    """
 
     shape: Shape
 
-    @nn.compact
-    def __call__(self, source, target, labels=None) -> jax.Array:
+    def setup(self):
         shape = self.shape
         types = {"dtype": shape.dtype, "param_dtype": shape.dtype}
-        embed = nn.Embed(shape.vocabulary, shape.width, name="shared_embed", **types)
-        memory = Stack(shape, decoder=False, name="encoder")(embed(source), None)
-        x = Stack(shape, decoder=True, name="decoder")(embed(target), memory)
-        head = Head(embed, shape.width**-0.5)
-        return head(x) if labels is None else losses(head, x, labels).mean()
+        make = nn.initializers.normal(1.0)
+        self.shared_embed = nn.Embed(shape.vocabulary, shape.width, embedding_init=make, **types)
+        self.encoder = Stack(shape, decoder=False)
+        self.decoder = Stack(shape, decoder=True)
+        if shape.tied:
+            self.tied_head = Tied(self.shared_embed, shape.width**-0.5)
+        else:
+            self.head = Dense(shape.vocabulary, shape.dtype)
 
+    def __call__(
+        self,
+        source: jax.Array,
+        target: jax.Array,
+        labels: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        memory = self.encode(source, mask)
+        x, _ = self.decoder(self.shared_embed(target), memory, mask)
+        head = self.tied_head if self.shape.tied else self.head
+        return head(x) if labels is None else mean_loss(losses(head, x, labels), weights)
 
-class Head(nn.Module):
-    """The embedding as a head, on scaled states."""
+    def encode(self, source: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """The memory `(B, S, D)` of a source `(B, S)`."""
+        return self.encoder(self.shared_embed(source), None, mask)[0]
 
-    table: nn.Embed
-    scale: float
+    def start(
+        self, source: jax.Array, mask: jax.Array | None, target: jax.Array, slots: int
+    ) -> tuple[jax.Array, Cache]:
+        """As `step`, for the first target tokens; the cache has room for so many of them.
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.table.attend(x * self.scale)
+        It holds the keys and values of the source as well.
+        """
+        shape, batch = self.shape, source.shape[0]
+        kind = (shape.layers, batch, slots, shape.heads, shape.head_size)
+        past = ((jnp.zeros(kind, shape.dtype), jnp.zeros(kind, shape.dtype)), None)
+        valid = jnp.ones(source.shape, bool) if mask is None else mask.astype(bool)
+        return self._next(target, self.encode(source, mask), Cache(past, valid, jnp.int32(0)))
+
+    def step(self, target: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits `(B, T, vocabulary)` of the next target tokens `(B, T)`, and the next cache."""
+        return self._next(target, None, cache)
+
+    def _next(self, target, memory, cache: Cache) -> tuple[jax.Array, Cache]:
+        x = self.shared_embed(target)
+        x, layers = self.decoder(x, memory, cache.valid, cache.layers, cache.filled)
+        head = self.tied_head if self.shape.tied else self.head
+        return head(x), cache._replace(layers=layers, filled=cache.filled + target.shape[1])
 
 
 class Stack(nn.Module):
@@ -72,57 +117,102 @@ class Stack(nn.Module):
     shape: Shape
     decoder: bool
 
-    @nn.compact
-    def __call__(self, x: jax.Array, memory: jax.Array | None) -> jax.Array:
+    def setup(self):
         shape = self.shape
-        table = self.param(
-            "relative_bias", nn.initializers.normal(0.05), (shape.buckets, shape.heads), shape.dtype
+        make = nn.initializers.normal(0.05)
+        self.relative_bias = self.param(
+            "relative_bias", make, (shape.buckets, shape.heads), shape.dtype
         )
-        distance = jnp.arange(x.shape[1]) - jnp.arange(x.shape[1])[:, None]
-        places = bucket(distance, not self.decoder, shape.buckets, shape.reach)
-        bias = jnp.moveaxis(table[places], -1, 0).astype(jnp.float32)
-        if self.decoder:
-            bias = jnp.where(distance > 0, -1e9, bias)
         layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False),
+            nn.remat(Layer, prevent_cse=False) if shape.remat else Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
             length=shape.layers,
         )
-        x, _ = layers(shape, name="layers")(x, bias, memory)
-        return _norm(shape, "norm")(x)
+        self.layers = layers(shape, self.decoder)
+        self.norm = _norm(shape)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: jax.Array | None,
+        mask: jax.Array | None = None,
+        past: Any = None,
+        index: Any = None,
+    ) -> tuple[jax.Array, Any]:
+        """`(B, T, D)` to the same, and the new past; `mask` `(B, S)` is that of the source."""
+        shape = self.shape
+        slots = x.shape[1] if past is None else past[0][0].shape[2]
+        first = 0 if index is None else index
+        distance = jnp.arange(slots) - (first + jnp.arange(x.shape[1]))[:, None]
+        buckets = bucket(distance, not self.decoder, shape.buckets, shape.reach)
+        bias = jnp.moveaxis(self.relative_bias[buckets], -1, 0).astype(jnp.float32)
+        if self.decoder:
+            bias = jnp.where(distance > 0, FAR, bias)
+        source = None
+        if mask is not None:
+            source = jnp.where(mask.astype(bool), 0.0, FAR)[:, None, None]
+            if not self.decoder:
+                bias = bias + source
+        x, past = self.layers(x, past, index, bias, memory, source)
+        return self.norm(x), past
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention where there is a memory, and the feed-forward part."""
+    """Self-attention, cross-attention in a decoder, and the feed-forward part."""
 
     shape: Shape
+    decoder: bool
 
-    @nn.compact
-    def __call__(self, x, bias, memory) -> tuple[jax.Array, None]:
+    def setup(self):
         shape = self.shape
+        inner = shape.heads * shape.head_size
 
-        def dense(features, name):
-            return Dense(features, shape.dtype, shape.lora, name=name)
+        scaled = nn.initializers.variance_scaling(1 / shape.head_size, "fan_in", "normal")
 
-        def attend(name, x, memory, bias):
-            inner = shape.heads * shape.head_size
-            q, k, v = (
-                dense(inner, f"{name}_{part}")(y).reshape(*y.shape[:-1], shape.heads, -1)
-                for part, y in (("query", x), ("key", memory), ("value", memory))
-            )
-            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32)
-            weights = jax.nn.softmax(scores if bias is None else scores + bias).astype(x.dtype)
-            y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-            return dense(shape.width, f"{name}_out")(y.reshape(*y.shape[:2], inner))
+        def dense(features, **options):
+            return Dense(features, shape.dtype, shape.lora, **options)
 
-        y = _norm(shape, "self_norm")(x)
-        x = x + attend("self", y, y, bias)
-        if memory is not None:
-            x = x + attend("cross", _norm(shape, "cross_norm")(x), memory, None)
-        y = nn.relu(dense(shape.hidden, "up")(_norm(shape, "feed_forward_norm")(x)))
-        return x + dense(shape.width, "down")(y), None
+        self.self_norm, self.feed_forward_norm = _norm(shape), _norm(shape)
+        self.self_query = dense(
+            inner, init=scaled
+        )  # scores are not divided by the root of the size
+        self.self_key, self.self_value = dense(inner), dense(inner)
+        self.self_out = dense(shape.width)
+        if self.decoder:
+            self.cross_norm = _norm(shape)
+            self.cross_query = dense(inner, init=scaled)
+            self.cross_key, self.cross_value = dense(inner), dense(inner)
+            self.cross_out = dense(shape.width)
+        self.up, self.down = dense(shape.hidden), dense(shape.width)
+        if shape.gated:
+            self.gate = dense(shape.hidden)
+
+    def __call__(self, x, past, index, bias, memory, source) -> tuple[jax.Array, Any]:
+        cross: Any
+        own, cross = (None, None) if past is None else past
+        y = self.self_norm(x)
+        k, v, own = remember(
+            own, index, self._heads(self.self_key(y)), self._heads(self.self_value(y))
+        )
+        x = x + self.self_out(self._attend(self.self_query(y), k, v, bias))
+        if self.decoder:
+            if memory is not None:
+                cross = self._heads(self.cross_key(memory)), self._heads(self.cross_value(memory))
+            y = self.cross_query(self.cross_norm(x))
+            x = x + self.cross_out(self._attend(y, cross[0], cross[1], source))
+        y = self.feed_forward_norm(x)
+        y = nn.gelu(self.gate(y)) * self.up(y) if self.shape.gated else nn.relu(self.up(y))
+        return x + self.down(y), None if past is None else (own, cross)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.shape.heads, -1)
+
+    def _attend(self, q, k, v, bias) -> jax.Array:
+        scores = jnp.einsum("bqhd,bkhd->bhqk", self._heads(q), k).astype(jnp.float32)
+        weights = jax.nn.softmax(scores if bias is None else scores + bias).astype(q.dtype)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*q.shape[:2], -1)
 
 
 def bucket(distance: jax.Array, both: bool, buckets: int, reach: int) -> jax.Array:
@@ -143,8 +233,8 @@ def bucket(distance: jax.Array, both: bool, buckets: int, reach: int) -> jax.Arr
     return result + jnp.where(distance < exact, distance, far)
 
 
-def _norm(shape: Shape, name: str) -> nn.RMSNorm:
-    return nn.RMSNorm(name=name, dtype=shape.dtype, param_dtype=shape.dtype)
+def _norm(shape: Shape) -> nn.RMSNorm:
+    return nn.RMSNorm(shape.epsilon, dtype=shape.dtype, param_dtype=shape.dtype)
 
 
 def loss(model: T5, params: Any, windows: jax.Array) -> jax.Array:

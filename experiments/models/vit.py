@@ -1,0 +1,111 @@
+"""ViT: patches, a class token, learned positions, layer norm first, exact GELU.
+
+In the shape descriptions `B` is the batch, `T` the patches and the class token, `D` the width. The
+layers are stacked along a first axis and run by `scan`, each one rematerialised.
+
+Source: Dosovitskiy et al., arXiv 2010.11929.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.models.layers import Dense
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model; the defaults are ViT-B/16's, of 224 x 224 pixels."""
+
+    image: int = 224
+    patch: int = 16
+    channels: int = 3
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    classes: int = 1000
+    dtype: Any = jnp.float32
+    lora: int = 0
+    epsilon: float = 1e-12
+    remat: bool = True
+
+    def __post_init__(self):
+        if self.image % self.patch:
+            raise ValueError(
+                f"image must be a multiple of patch, found {self.image} and {self.patch}"
+            )
+
+
+SHAPES = {
+    "ViT-test": Shape(8, 2, 1, 128, 2, 4, 256, 10),
+    "ViT-B": Shape(),
+}
+
+
+class Vit(nn.Module):
+    """Images `(B, image, image, channels)` to logits `(B, classes)`."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        shape = self.shape
+        x = Dense(shape.width, shape.dtype, bias=True, name="patches")(patches(images, shape.patch))
+        token = self.param("class_token", nn.initializers.zeros, (shape.width,), shape.dtype)
+        token = jnp.broadcast_to(token, (x.shape[0], 1, shape.width))
+        x = jnp.concatenate([token, x], axis=1)
+        make, size = nn.initializers.normal(0.02), (x.shape[1], shape.width)
+        x = x + self.param("position_embedding", make, size, shape.dtype)
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False) if shape.remat else Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=shape.layers,
+        )
+        x, _ = layers(shape, name="layers")(x, None)
+        x = _norm(shape, "norm")(x[:, 0])
+        return Dense(shape.classes, shape.dtype, bias=True, name="head")(x)
+
+
+class Layer(nn.Module):
+    """`(B, T, D)` to the same, in the form that `nn.scan` takes."""
+
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        shape = self.shape
+        dense = partial(Dense, dtype=shape.dtype, rank=shape.lora, bias=True)
+        y = _norm(shape, "attention_norm")(x)
+        q, k, v = (
+            dense(shape.width, name=name)(y).reshape(*y.shape[:-1], shape.heads, -1)
+            for name in ("query", "key", "value")
+        )
+        y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        x = x + dense(shape.width, name="out")(y)
+        y = dense(shape.hidden, name="up")(_norm(shape, "feed_forward_norm")(x))
+        return x + dense(shape.width, name="down")(nn.gelu(y, approximate=False)), None
+
+
+def patches(images: jax.Array, patch: int) -> jax.Array:
+    """`(B, height, width, channels)` to `(B, patches, patch * patch * channels)`, row by row."""
+    b, height, width, channels = images.shape
+    x = images.reshape(b, height // patch, patch, width // patch, patch, channels)
+    return jnp.moveaxis(x, 2, 3).reshape(b, -1, patch * patch * channels)
+
+
+def _norm(shape: Shape, name: str) -> nn.LayerNorm:
+    types = {"dtype": shape.dtype, "param_dtype": shape.dtype}
+    return nn.LayerNorm(shape.epsilon, name=name, **types)
+
+
+def loss(model: Vit, params: Any, images: jax.Array, classes: jax.Array) -> jax.Array:
+    """Mean cross-entropy, nats per image, of classes `(B,)`."""
+    logits = jnp.asarray(model.apply({"params": params}, images), jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()

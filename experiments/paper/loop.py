@@ -1,0 +1,189 @@
+"""The one training loop of all tables: a method on a problem, at a learning rate, from a seed."""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flora_jax
+from experiments import optimizers, report
+from experiments.checkpoint import Checkpoints
+from experiments.paper import lora, methods
+from experiments.paper.problem import Problem, Sizes
+from experiments.tasks import batches
+from flora_jax.fused import combine
+from flora_jax.plan import tree_bytes
+
+CYCLES = 100_003
+"""Cycles from one seed's first projection to the next seed's."""
+
+
+class Bytes(NamedTuple):
+    """Of one method.
+
+    Attributes:
+      params: of the model.
+      state: of the optimizer, and of LoRA's factors.
+      peak: of the compiled cycle of micro-steps at its worst moment.
+    """
+
+    params: int
+    state: int
+    peak: int
+
+
+class Trial(NamedTuple):
+    """A method, compiled: `run(rate, seed)` trains from the start.
+
+    Attributes:
+      model: with factors where the method is LoRA.
+      start: `seed -> (params, state)`.
+      cycle: `(params, state, batches, rate) -> (params, state, losses)`, a boundary.
+      evaluate: `params -> validation loss`.
+      nbytes: of it all.
+    """
+
+    model: Any
+    start: Callable[[int], tuple[Any, Any]]
+    cycle: Callable[..., Any]
+    evaluate: Callable[[Any], float]
+    nbytes: Bytes
+
+
+class Program(NamedTuple):
+    """What is to be compiled for a method, and the shapes it is compiled for.
+
+    Attributes:
+      model: with factors where the method is LoRA.
+      start: `seed -> (params, state)`.
+      cycle: `(params, state, batches, rate) -> (params, state, losses)`, under `jit`.
+      shapes: of the four.
+      extra: bytes of LoRA's factors.
+    """
+
+    model: Any
+    start: Callable[[int], tuple[Any, Any]]
+    cycle: Any
+    shapes: tuple[Any, Any, Any, Any]
+    extra: int
+
+    def nbytes(self, peak: int = 0) -> Bytes:
+        params = tree_bytes(self.shapes[0]) - self.extra
+        return Bytes(params, tree_bytes(self.shapes[1]) + self.extra, peak)
+
+
+def program(problem: Problem, method: methods.Method, sizes: Sizes) -> Program:
+    """Nothing is computed yet, nor compiled."""
+    adapted = method.kind == "lora"
+    model = lora.adapted(problem.model, method.rank) if adapted else problem.model
+    build = partial(
+        methods.build, method, accumulation=sizes.accumulation, boundaries=sizes.boundaries
+    )
+
+    def start(seed: int) -> tuple[Any, Any]:
+        params = problem.init(model, seed)
+        if problem.params is not None:
+            given = jax.tree.map(jnp.asarray, problem.params)
+            params = lora.with_factors(given, params) if adapted else given
+        trained = lora.apart(params)[1] if adapted else params
+        state = jax.jit(build(1.0)[0].init)(trained)
+        return params, methods.from_cycle(state, CYCLES * seed)
+
+    cycle = jax.jit(partial(_cycle, problem, model, build, adapted), donate_argnums=(0, 1))
+    params, state = jax.eval_shape(partial(start, 0))
+    batch = {
+        name: jax.ShapeDtypeStruct((sizes.accumulation, sizes.batch, *x.shape[1:]), x.dtype)
+        for name, x in problem.train.items()
+    }
+    shapes = (params, state, batch, jax.ShapeDtypeStruct((), jnp.float32))
+    plain = jax.eval_shape(partial(problem.init, problem.model, 0))
+    extra = tree_bytes(params) - tree_bytes(plain)
+    return Program(model, start, cycle, shapes, extra)
+
+
+def prepare(problem: Problem, method: methods.Method, sizes: Sizes) -> Trial:
+    """Compiles the method for the problem."""
+    parts = program(problem, method, sizes)
+    compiled = parts.cycle.lower(*parts.shapes).compile()
+    of_batch = jax.jit(lambda params, batch: problem.loss(parts.model, params, batch))
+
+    def evaluate(params) -> float:
+        many = list(batches.in_order(problem.validation, 64))
+        counts = [len(next(iter(batch.values()))) for batch in many]
+        losses = [float(of_batch(params, batch)) for batch in many]
+        return float(np.average(losses, weights=counts))
+
+    nbytes = parts.nbytes(report.compiled_bytes(compiled))
+    return Trial(parts.model, parts.start, compiled, evaluate, nbytes)
+
+
+def _cycle(problem: Problem, model: Any, build: Any, adapted: bool, params, state, many, rate):
+    """All micro-steps of a boundary; Flora's with no gradient and no tree of updates whole."""
+    tx, projection = build(rate)
+    loss = partial(problem.loss, model)
+    held = None
+    if adapted:
+        held, params = lora.apart(params)
+        whole = loss
+        loss = lambda own, batch: whole(combine(own, held), batch)  # noqa: E731
+    if projection is None:
+        step = optimizers.ordinary_step(loss, tx)
+    else:
+        step = flora_jax.make_train_step(loss, tx, projection)
+
+    def micro_step(carry, batch):
+        params, state, value = step(*carry, batch)
+        return (params, state), value
+
+    (params, state), losses = jax.lax.scan(micro_step, (params, state), many)
+    return combine(params, held) if adapted else params, state, losses
+
+
+def run(
+    problem: Problem,
+    trial: Trial,
+    sizes: Sizes,
+    rate: float,
+    seed: int,
+    *,
+    log: Callable[[int, dict[str, float]], None] = lambda *_: None,
+    folder: Path | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Trains, and gives the validation loss, the scores on the test side, and the losses on the way.
+
+    Args:
+      rate: peak of the learning rate.
+      seed: of the random params, of the order of the examples, and of the projections.
+      log: gets the boundary and its figures.
+      folder: for the states of a run that may be cut off, where `sizes` ask for some.
+      settings: that must be the same when the run goes on.
+    """
+    params, state = trial.start(seed)
+    order = batches.source(problem.train, sizes.batch, seed)
+    losses: list[float] = []
+    checkpoints, first = None, 0
+    if sizes.checkpoint_every and folder is not None:
+        checkpoints = Checkpoints(folder, settings or {}, keep=2)  # one stays while one is written
+        history: dict[str, Any] = {"losses": losses}
+        first, kept, history = checkpoints.restore({"params": params, "state": state}, history)
+        params, state, losses = kept["params"], kept["state"], history["losses"]
+    with contextlib.closing(checkpoints) if checkpoints else contextlib.nullcontext():
+        for boundary in range(first, sizes.boundaries):
+            begin = boundary * sizes.accumulation
+            parts: list[Any] = [order[begin + i] for i in range(sizes.accumulation)]
+            many = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+            params, state, values = trial.cycle(params, state, many, jnp.float32(rate))
+            losses.append(float(values.mean()))
+            log(boundary, {"train loss": losses[-1]})
+            if checkpoints and (boundary + 1) % sizes.checkpoint_every == 0:
+                kept = {"params": params, "state": state}
+                checkpoints.save(boundary + 1, kept, {"losses": losses})
+    figures = {"validation": trial.evaluate(params), **problem.score(trial.model, params)}
+    log(sizes.boundaries, figures)
+    return {**figures, "losses": [round(loss, 5) for loss in losses]}

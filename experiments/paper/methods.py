@@ -1,0 +1,127 @@
+"""Methods: the rows of the tables, and the transformation of each."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+from optax.contrib import galore
+
+import flora_jax
+from experiments.optimizers import cosine
+from flora_jax.alias import ADVISED, KAPPA, Preset
+
+Base = Literal["adafactor", "adam", "sgd", "sign_sgd"]
+Kind = Literal["uncompressed", "flora", "lora", "galore"]
+RATES: dict[str, tuple[float, ...]] = {
+    "adafactor": (0.003, 0.01, 0.03, 0.1),
+    "adam": (0.001, 0.003, 0.01, 0.03),
+    "sgd": (0.03, 0.1, 0.3, 1.0),
+    "sign_sgd": (0.0001, 0.0003, 0.001, 0.003),
+}
+"""Grid of the learning rate, for each base optimizer in its own unit; the same for all methods."""
+FULL_RATES: dict[str, tuple[float, ...]] = {
+    "adafactor": (4e-4, 1e-3, 3e-3, 1e-2),
+    "adam": (1e-4, 3e-4, 1e-3, 3e-3),
+    "sgd": (0.01, 0.03, 0.1, 0.3),
+    "sign_sgd": (1e-5, 3e-5, 1e-4, 3e-4),
+}
+"""At the paper's sizes: around those of the authors' scripts."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Attributes:
+      kind: uncompressed accumulation, Flora, LoRA (its factors and all that it does not patch are
+        trained), or GaLore (over Adam).
+      rank: of what has one.
+      preset: of Flora: the paper's settings or the advised ones.
+      momentum: `β`; None for none.
+      kappa: boundaries that share a projection; by default the preset's.
+      base: the optimizer that sees whole gradients.
+    """
+
+    kind: Kind
+    rank: int = 0
+    preset: Preset = "paper"
+    momentum: float | None = None
+    kappa: int | None = None
+    base: Base = "adafactor"
+
+    def __str__(self) -> str:
+        names = {"uncompressed": "uncompressed", "flora": "Flora", "lora": "LoRA"}
+        words = [names.get(self.kind, "GaLore")]
+        if self.preset == "advised":
+            words.append("(advised)")
+        if self.rank:
+            words.append(f"r={self.rank}")
+        if self.momentum is not None:
+            words.append(f"β={self.momentum:g}")
+        if self.kappa is not None:
+            words.append(f"κ={self.kappa}")
+        if self.base != "adafactor":
+            words.append(f"over {self.base}")
+        return " ".join(words)
+
+
+def build(
+    method: Method, peak: Any, *, accumulation: int, boundaries: int, factored: int = 128
+) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
+    """The transformation of a method, and Flora's projection.
+
+    Args:
+      peak: of the learning rate, a number or an array (it may be traced); a cosine goes to zero.
+      accumulation: micro-steps to a boundary.
+      boundaries: of the run.
+      factored: smallest side that Adafactor factors, and that Flora compresses.
+    """
+    rate = cosine(peak, boundaries)
+    if method.kind == "galore":
+        inner = galore(rate, rank=method.rank)
+        return optax.MultiSteps(inner, accumulation).gradient_transformation(), None
+    base = base_optimizer(method.base, rate, factored)
+    if method.kind != "flora":
+        if method.momentum is not None:
+            base = optax.chain(optax.ema(method.momentum, debias=False), base)
+        return optax.MultiSteps(base, accumulation).gradient_transformation(), None
+    advised = method.preset == "advised"
+    kappa = method.kappa or (KAPPA if method.momentum is not None else ADVISED if advised else 1)
+    projection = flora_jax.Projection(
+        method.rank,
+        distribution="srht" if advised else "gaussian",
+        resample_every=accumulation * kappa,
+        min_dim=factored,
+    )
+    tx = flora_jax.flora(
+        peak,
+        projection=projection,
+        accumulation_steps=accumulation,
+        momentum=method.momentum,
+        optimizer=base,
+        preset=method.preset,
+    )
+    return tx, projection
+
+
+def base_optimizer(base: Base, rate: optax.Schedule, factored: int) -> optax.GradientTransformation:
+    if base == "adafactor":
+        return optax.adafactor(rate, min_dim_size_to_factor=factored)
+    return {"adam": optax.adam, "sgd": optax.sgd, "sign_sgd": optax.sign_sgd}[base](rate)
+
+
+def unit(method: Method) -> str:
+    """Which grid of learning rates is the method's."""
+    return "adam" if method.kind == "galore" else method.base
+
+
+def from_cycle(opt_state: Any, first: int) -> Any:
+    """A fresh state of Flora whose cycles count from `first`, so that it draws other projections."""
+    names = ("cycle",)
+
+    def put(path, leaf):
+        named = path and getattr(path[-1], "name", None) in names and leaf.ndim == 0
+        return leaf + first if named else leaf
+
+    return jax.tree_util.tree_map_with_path(put, opt_state)

@@ -1,0 +1,28 @@
+"""Sizes of the runs: some minutes a table on two CPU cores, and the paper's."""
+
+from typing import Literal
+
+from experiments.paper.problem import Sizes, Task
+
+Size = Literal["cpu", "full"]
+SIZES: dict[Size, dict[Task, Sizes]] = {
+    "cpu": {
+        "summarisation": Sizes("T5-test", (48, 16), 4, 4, 80, held_out=128, warm=500),
+        "translation": Sizes("GPT-2-test", (24, 24), 4, 4, 120, held_out=128, warm=500),
+        "language": Sizes("LLaMA-test", (0, 64), 4, 4, 120, held_out=128),
+        "images": Sizes("ViT-test", (0, 0), 8, 4, 120, held_out=540),
+    },
+    "full": {
+        "summarisation": Sizes(
+            "T5-3B", (512, 128), 1, 16, 12_750, 2000, 6, remat=True, checkpoint_every=250
+        ),
+        "translation": Sizes(
+            "GPT-2-XL", (512, 512), 1, 16, 12_900, 2000, 6, remat=True, checkpoint_every=250
+        ),
+        "language": Sizes(
+            "LLaMA-60M", (0, 256), 32, 16, 10_000, 2000, remat=True, checkpoint_every=250
+        ),
+        "images": Sizes("ViT-B", (0, 0), 32, 4, 7_000, 10_000, remat=True, checkpoint_every=250),
+    },
+}
+"""One pass of XSum and of IWSLT17 with 16 examples a boundary; 1.3 G tokens of C4; 20 of CIFAR-100."""

@@ -1,0 +1,175 @@
+"""Our models and torch's, on one checkpoint: the same logits, both ways."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from experiments.models import pretrained
+from tests.helpers import normal
+
+TOKENS = np.random.default_rng(0).integers(1, 48, (2, 11))
+MASK = np.ones((2, 11), bool)
+MASK[1, :4] = False
+
+T5 = dict(vocab_size=48, d_model=16, d_kv=6, d_ff=24, num_layers=3, num_heads=3)
+GPT2 = dict(vocab_size=48, n_positions=32, n_embd=16, n_layer=3, n_head=4)
+LLAMA = dict(
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+)
+VIT = dict(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=12,
+    patch_size=4,
+    num_labels=5,
+)
+ENDS = dict(bos_token_id=0, eos_token_id=1)
+GATED = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+CASES = {
+    "t5": (transformers.T5ForConditionalGeneration, transformers.T5Config, T5),
+    "t5-1.1": (transformers.T5ForConditionalGeneration, transformers.T5Config, T5 | GATED),
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, GPT2 | ENDS),
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, LLAMA),
+    "llama-tied": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        LLAMA | dict(tie_word_embeddings=True, head_dim=12),
+    ),
+    "vit": (transformers.ViTForImageClassification, transformers.ViTConfig, VIT),
+}
+
+
+def make(name):
+    """A torch model with random weights, biases and norms among them."""
+    torch.manual_seed(0)
+    family, config, sizes = CASES[name]
+    model = family(config(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """A torch model and its folder."""
+    model = make(request.param)
+    folder = tmp_path_factory.mktemp("checkpoint") / request.param
+    model.save_pretrained(folder)
+    return request.param, model, folder
+
+
+def theirs(name, model):
+    tokens, mask = torch.tensor(TOKENS), torch.tensor(MASK)
+    with torch.no_grad():
+        if name.startswith("vit"):
+            images = torch.tensor(normal(1, (2, 12, 12, 3))).permute(0, 3, 1, 2)
+            return model(images).logits.numpy()
+        if name.startswith("t5"):
+            target = tokens.flip(1)
+            given = {"attention_mask": mask, "decoder_input_ids": target}
+            return model(input_ids=tokens, **given).logits.numpy()
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        found = model(tokens, attention_mask=mask, position_ids=positions).logits.numpy()
+        return np.where(MASK[..., None], found, 0)
+
+
+def ours(name, model, params):
+    tokens, mask = jnp.asarray(TOKENS), jnp.asarray(MASK)
+    apply = jax.jit(lambda params, *args: model.apply({"params": params}, *args))
+    if name.startswith("vit"):
+        return apply(params, jnp.asarray(normal(1, (2, 12, 12, 3))))
+    if name.startswith("t5"):
+        return apply(params, tokens, tokens[:, ::-1], None, None, mask)
+    return jnp.where(mask[..., None], apply(params, tokens, None, None, mask), 0)
+
+
+def test_logits_of_a_torch_checkpoint(case):
+    name, torch_model, folder = case
+    model, params = pretrained.load(folder)
+    found, expected = ours(name, model, params), theirs(name, torch_model)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 4000])
+def test_torch_reads_what_is_written(case, tmp_path, shard_bytes):
+    name, torch_model, folder = case
+    model, params = pretrained.load(folder)
+    params = jax.tree.map(lambda x: x + 0.05 * normal(x.size, x.shape), params)
+    out = tmp_path / "out"
+    pretrained.save(out, model, params, shard_bytes)
+    assert (out / pretrained.INDEX).exists() == (shard_bytes == 4000)
+    again, report = type(torch_model).from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    found = theirs(name, again.eval())
+    np.testing.assert_allclose(found, ours(name, model, params), atol=1e-4, rtol=0)
+    model, read = pretrained.load(out)
+    assert jax.tree.all(jax.tree.map(np.array_equal, read, params))
+
+
+def test_bfloat16_is_read_as_it_is(case, tmp_path):
+    _, torch_model, folder = case
+    torch_model = type(torch_model).from_pretrained(folder, dtype=torch.bfloat16)
+    torch_model.save_pretrained(tmp_path)
+    _, params = pretrained.load(tmp_path)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    _, wide = pretrained.load(tmp_path, jnp.float32)
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: np.array_equal(a.astype(np.float32), b), params, wide)
+    )
+
+
+def test_names_without_a_prefix(tmp_path):
+    """The published GPT-2 has none, and buffers of masks."""
+    model = make("gpt2")
+    model.save_pretrained(tmp_path)
+    arrays = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): x for name, x in arrays.items()}
+    bare["h.0.attn.bias"] = np.ones((1, 1, 32, 32), np.float32)
+    _, expected = pretrained.load(tmp_path)
+    save_file(bare, tmp_path / "model.safetensors")
+    _, params = pretrained.load(tmp_path)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, expected))
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    model = make("gpt2")
+    model.save_pretrained(tmp_path)
+    file, arrays = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    for changed, message in (
+        ({k: v for k, v in arrays.items() if k != name}, f"weight '{name}' is missing"),
+        ({**arrays, name: arrays[name].T.copy()}, rf"'{name}' in .* must have shape \(16, 64\)"),
+        ({**arrays, "extra": arrays[name]}, "'extra' in .* is not one of GPT2LMHeadModel"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=message):
+            pretrained.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"model_type": "bert"}, "model_type in .* must be one of gpt2, .*, found 'bert'"),
+        ({"activation_function": "relu"}, "activation_function must be 'gelu_new' or"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            pretrained.load(tmp_path)
+    file.unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model.safetensors is missing"):
+        pretrained.load(tmp_path)
