@@ -34,6 +34,11 @@ def _active(weight: Weight) -> list[Traced]:
     return [Traced(weight, True)]
 
 
+def _kept(traced: Traced) -> bool:
+    """Whether it is an adapted weight, whose value alone is not all of it."""
+    return isinstance(traced.value, Weight) and traced.value.kept
+
+
 def _only_first(ins: Sequence[Traced]) -> bool:
     return not any(isinstance(traced.value, Weight) for traced in ins[1:])
 
@@ -363,7 +368,8 @@ def _alike(ins: Sequence[Traced]) -> tuple[Kind, ...] | None:
     def fixed(weight: Weight):
         spec = weight.spec
         rule = (spec.rank, spec.distribution, spec.size, spec.impl, spec.block)
-        return rule, weight.kinds, weight.value.shape, weight.factors is None, weight.tap.dtype
+        shape = (weight.value.shape, weight.factors is None, weight.tap.dtype)
+        return rule, weight.kinds, shape, weight.kept
 
     if any(fixed(t.value) != fixed(first) for t in ins) or first.factors is not None:
         return None
@@ -442,6 +448,8 @@ def _same(walk: Walk, eqn, ins):
     result = apply(eqn, *_values(ins))
     if not eqn.primitive.multiple_results:
         result = [result]
+    if any(_kept(t) and not is_inexact(x) for t, x in zip(ins, result, strict=False)):
+        return None
     outs = []
     for value, traced in zip(result, ins[: len(result)], strict=True):
         if not isinstance(traced.value, Weight):
@@ -480,6 +488,8 @@ def _reshard(walk: Walk, eqn, ins):
 
 def _without_gradient(walk: Walk, eqn, ins):
     del walk
+    if any(map(_kept, ins)):
+        return None
     result = apply(eqn, *_values(ins))
     return [Traced(x, False) for x in (result if eqn.primitive.multiple_results else [result])]
 
@@ -534,6 +544,8 @@ def _conv_general_dilated(walk: Walk, eqn, ins):
     numbers = eqn.params["dimension_numbers"]
     output, channels, *taps = numbers.rhs_spec
     projected, batch = set(weight.axes("projected")), set(weight.axes("batch"))
+    if weight.kept:
+        return _adapted_convolution(walk, eqn, ins)
     if projected == {channels, *taps} and not batch:
         save, back = _by_patch(eqn, weight)
     elif projected in ({channels}, {output}) and batch in (set(), set(taps)):
@@ -543,6 +555,33 @@ def _conv_general_dilated(walk: Walk, eqn, ins):
     walk.note(eqn, ins, whole=False)
     y = weights.use(weight, (x,), lambda x, value: apply(eqn, x, value), save, back)
     return [Traced(y, True)]
+
+
+def _adapted_convolution(walk: Walk, eqn, ins):
+    """The two factors one after another; taps that are batch axes have no such order."""
+    x, weight = ins[0].value, ins[1].value
+    numbers = eqn.params["dimension_numbers"]
+    output, channels, *taps = numbers.rhs_spec
+    projected = set(weight.axes("projected"))
+    if weight.axes("batch") or projected not in ({channels, *taps}, {channels}, {output}):
+        return None
+    down, tap = (factor.astype(x.dtype) for factor in weights.both_factors(weight))
+    in_channel, out_channel = numbers.lhs_spec[1], numbers.out_spec[1]
+    if projected == {channels}:
+        x_down = jnp.moveaxis(jnp.tensordot(x, down, ((in_channel,), (0,))), -1, in_channel)
+        low_rank = apply(eqn, x_down, tap)
+    else:
+        if projected == {output}:
+            kernel, last = tap, down.T
+        else:
+            kernel, last = jnp.moveaxis(down, -1, output), tap
+            last = last if weight.slot < output else last.T
+        middle = apply(eqn, x, kernel)
+        low_rank = jnp.tensordot(middle, last, ((out_channel,), (0,)))
+        low_rank = jnp.moveaxis(low_rank, -1, out_channel)
+    walk.note(eqn, ins, whole=False)
+    y = apply(eqn, x, weight.value)
+    return [Traced(y + low_rank.astype(y.dtype), True)]
 
 
 def _by_patch(eqn, weight: Weight):

@@ -6,6 +6,9 @@ It has no part in the forward computation: what uses a weight says in its own ba
 its cotangent at the tap is. JAX's differentiation then sums the taps of all uses, over the steps
 of a `scan`, over micro-batches and over devices, and never sees the weight itself.
 
+The same array with an `A` and a `B` that are *kept*, in place of a drawn one and zero, is an adapter
+(`flora_jax.adapters`). It takes part in the forward computation, and all its derivatives are JAX's.
+
 In the shape descriptions `B` are the batch axes of a weight, `P` its projected ones.
 
 Source: arXiv 2402.03293, Section 2 and Algorithm 1.
@@ -38,13 +41,14 @@ class Weight:
       value: the array.
       tap: zeros, of the shape of `value` with the rank in place of the first projected axis and 1 in
         place of the others.
-      keys: uint32 key data `(*B, words)`.
+      keys: uint32 key data `(*B, words)`; where the factors are kept, `A` itself, `(*B, m · r)`.
       columns: int32 `(*P,)`, which column of `A` each index is; None where none was moved.
       factors: float `(*P,)`, by what each column is multiplied; None for 1.
       spec: of the weight.
       kinds: what each axis of `value` is.
       looked_up: whether it is rows of the weight, found by index, rather than (a part of) the weight.
       place: the `NamedSharding` of the tap's cotangent; None where it is not known.
+      kept: whether `A` and the tap are an adapter's, and the weight is `value + A tap`.
     """
 
     value: Any
@@ -56,10 +60,11 @@ class Weight:
     kinds: tuple[Kind, ...]
     looked_up: bool = False
     place: NamedSharding | None = None
+    kept: bool = False
 
     def tree_flatten(self):
         children = (self.value, self.tap, self.keys, self.columns, self.factors)
-        return children, (self.spec, self.kinds, self.looked_up, self.place)
+        return children, (self.spec, self.kinds, self.looked_up, self.place, self.kept)
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -68,11 +73,6 @@ class Weight:
     @classmethod
     def start(cls, spec: Spec, cycle: Any, value: Any, tap: Any, place: Any = None) -> "Weight":
         """The weight itself; `tap` is of shape `spec.data_shape`, and `place` of that shape."""
-        kinds: list[Kind] = ["kept"] * len(spec.shape)
-        for axis in spec.projected:
-            kinds[axis] = "projected"
-        for axis in spec.batch:
-            kinds[axis] = "batch"
         if place is not None:
             cut = list(sharding.entries(place.spec, tap.ndim))
             for axis in spec.projected[1:]:
@@ -80,7 +80,14 @@ class Weight:
             place = NamedSharding(place.mesh, sharding.spec_of(cut))
         tap = jnp.expand_dims(tap, spec.projected[1:])
         keys = jax.random.key_data(projections.matrix_keys(spec, cycle))
-        return cls(value, tap, keys, None, None, spec, tuple(kinds), place=place)
+        return cls(value, tap, keys, None, None, spec, kinds_of(spec), place=place)
+
+    @classmethod
+    def adapted(cls, spec: Spec, value: Any, down: Any, up: Any) -> "Weight":
+        """`value` plus the product of `down`, `(*B, *P, r)`, and `up`, of shape `spec.data_shape`."""
+        tap = jnp.expand_dims(up, spec.projected[1:])
+        flat = down.reshape(*down.shape[: len(spec.batch)], -1)
+        return cls(value, tap, flat, None, None, spec, kinds_of(spec), kept=True)
 
     def axes(self, kind: Kind) -> tuple[int, ...]:
         return tuple(axis for axis, other in enumerate(self.kinds) if other == kind)
@@ -112,6 +119,16 @@ class Joined:
     axis: int
 
 
+def kinds_of(spec: Spec) -> tuple[Kind, ...]:
+    """What each axis of the weight itself is."""
+    kinds: list[Kind] = ["kept"] * len(spec.shape)
+    for axis in spec.projected:
+        kinds[axis] = "projected"
+    for axis in spec.batch:
+        kinds[axis] = "batch"
+    return tuple(kinds)
+
+
 def tap_shape(shape: Sequence[int], kinds: Sequence[Kind], rank: int) -> tuple[int, ...]:
     """The shape of the tap of a weight of these kinds."""
     slot = tuple(kinds).index("projected")
@@ -123,6 +140,8 @@ def tap_shape(shape: Sequence[int], kinds: Sequence[Kind], rank: int) -> tuple[i
 
 def expose(weight: Weight) -> jax.Array:
     """The value, for a use of any kind; its whole cotangent is projected as soon as it is there."""
+    if weight.kept:
+        return merged(weight)
     labels = string.ascii_lowercase[: weight.value.ndim]
 
     def back(kept, source, delta):
@@ -131,6 +150,22 @@ def expose(weight: Weight) -> jax.Array:
         return _to_tap(weight, sketch, contracted_labels(weight, labels, labels), labels)
 
     return use(weight, (), lambda value: value, lambda source: None, back)
+
+
+def merged(weight: Weight) -> jax.Array:
+    """The value with its adapter in it; the product is summed in float32 at least."""
+    labels = string.ascii_lowercase[: weight.value.ndim]
+    down, tap = both_factors(weight)
+    sums = jnp.promote_types(jnp.promote_types(down.dtype, tap.dtype), jnp.float32)
+    equation = f"{down_labels(weight, labels)},{_tap_labels(weight, labels)}->{labels}"
+    product = jnp.einsum(equation, down, tap, preferred_element_type=sums)
+    return (weight.value + product).astype(weight.value.dtype)
+
+
+def both_factors(weight: Weight) -> tuple[jax.Array, jax.Array]:
+    """`A`, `(*B, *P, r)`, and the tap without its axes of length 1 for projected ones."""
+    down = draw(weight, (weight.keys, weight.columns, weight.factors))
+    return down, jnp.squeeze(weight.tap, weight.axes("projected")[1:])
 
 
 def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
@@ -149,6 +184,8 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
     """
     of_x, of_weight, of_y = labels
     projected = {of_weight[axis] for axis in weight.axes("projected")}
+    if weight.kept:
+        return _multiply_adapted(weight, x, bind, labels)
     if projected <= set(of_x) - set(of_y):
         of_kept = contracted_labels(weight, of_x, of_weight)
 
@@ -176,6 +213,30 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
             weight, (x,), bind, lambda source, x: x, back_output, lambda _, x: explicit.place(x)
         )
     return None
+
+
+def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
+    """`x W + (x A) B`, or with the factors' roles changed; `W + A B` is not made."""
+    of_x, of_weight, of_y = labels
+    projected = {of_weight[axis] for axis in weight.axes("projected")}
+    down, tap = both_factors(weight)
+    pair = [(down, down_labels(weight, of_weight)), (tap, _tap_labels(weight, of_weight))]
+    if projected <= set(of_x) - set(of_y):
+        of_middle = contracted_labels(weight, of_x, of_weight)
+    elif projected <= set(of_y) - set(of_x):
+        of_middle = contracted_labels(weight, of_y, of_weight)
+        pair.reverse()
+    else:
+        return None
+    y, sums = bind(x, weight.value), jnp.promote_types(x.dtype, jnp.float32)
+    middle = of_x
+    low_rank = x
+    for (factor, of_factor), result in zip(pair, (of_middle, of_y), strict=True):
+        equation = f"{middle},{of_factor}->{result}"
+        factor = factor.astype(x.dtype)
+        low_rank = jnp.einsum(equation, low_rank, factor, preferred_element_type=sums)
+        low_rank, middle = low_rank.astype(x.dtype), result
+    return y + low_rank.astype(y.dtype)
 
 
 def use(
@@ -242,6 +303,12 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
     """
     keys, columns, factors = source
     spec = weight.spec
+    if weight.kept:
+        down = draw(weight, source).astype(array.dtype)
+        result = contracted_labels(weight, labels, of_weight)
+        equation = f"{labels},{down_labels(weight, of_weight)}->{result}"
+        sums = jnp.promote_types(array.dtype, jnp.float32)
+        return jnp.einsum(equation, array, down, preferred_element_type=sums)
     projected = "".join(of_weight[axis] for axis in weight.axes("projected"))
     batch = "".join(of_weight[axis] for axis in weight.axes("batch"))
     result = contracted_labels(weight, labels, of_weight)
@@ -276,10 +343,22 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
 def draw(weight: Weight, source: Any) -> jax.Array:
     """`A` of the weight, `(*B, *P, r)`, scaled; whole. `source` is `(keys, columns, factors)`."""
     keys, columns, factors = source
+    if weight.kept:
+        return _kept(weight, keys, columns, factors)
     columns = weight.indices() if columns is None else columns
     spec = weight.spec
     scale = distributions.scale(spec.distribution, spec.rank, spec.size)
     return _draw(spec, keys, columns, factors) * scale
+
+
+def _kept(weight: Weight, flat, columns, factors) -> jax.Array:
+    batch, rank = flat.shape[:-1], weight.spec.rank
+    if columns is None:
+        lengths = [weight.value.shape[axis] for axis in weight.axes("projected")]
+        down = flat.reshape(*batch, *lengths, rank)
+    else:
+        down = jnp.take(flat.reshape(*batch, -1, rank), columns, axis=len(batch))
+    return down if factors is None else down * factors[..., None].astype(down.dtype)
 
 
 def _draw(spec: Spec, keys, columns, factors) -> jax.Array:
@@ -291,6 +370,12 @@ def _draw(spec: Spec, keys, columns, factors) -> jax.Array:
         one = jax.vmap(one)
     drawn = one(keys)
     return drawn if factors is None else drawn * factors[..., None]
+
+
+def down_labels(weight: Weight, of_weight: str) -> str:
+    """Those of `A`: of the batch axes, of the projected ones, and `Z`, the rank."""
+    axes = (*weight.axes("batch"), *weight.axes("projected"))
+    return "".join(of_weight[axis] for axis in axes) + "Z"
 
 
 def contracted_labels(weight: Weight, labels: str, of_weight: str) -> str:

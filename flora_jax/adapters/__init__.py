@@ -1,0 +1,9 @@
+"""LoRA and its relatives: low-rank arrays that are kept and trained, on any JAX function.
+
+Each method is an `Adapter`: `init(key, params) -> adapter_params`, `apply(fun)`, and
+`merge(params, adapter_params) -> params`.
+"""
+
+from flora_jax.adapters.lora import lora as lora
+from flora_jax.adapters.low_rank import Adapter as Adapter
+from flora_jax.adapters.low_rank import Factors as Factors
