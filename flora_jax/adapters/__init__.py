@@ -5,5 +5,7 @@ Each method is an `Adapter`: `init(key, params) -> adapter_params`, `apply(fun)`
 """
 
 from flora_jax.adapters.lora import lora as lora
+from flora_jax.adapters.lora_pro import lora_pro as lora_pro
+from flora_jax.adapters.lora_pro import lora_pro_inside as lora_pro_inside
 from flora_jax.adapters.low_rank import Adapter as Adapter
 from flora_jax.adapters.low_rank import Factors as Factors

@@ -55,6 +55,11 @@ def lora(
     """
     projection = as_projection(rank)
 
+    def scale(spec: Spec) -> float:
+        if alpha is None:
+            return 1.0
+        return alpha / (spec.rank**0.5 if rank_stabilized else spec.rank)
+
     def init_fn(key: Any, params: Any) -> dict[str, dict[str, Any]]:
         found = specs(projection, params).values()
         return {spec.path: start_pair(key, spec, init) for spec in found}
@@ -62,15 +67,8 @@ def lora(
     def factors(params: Any, adapter_params: Any) -> dict[str, Factors]:
         known = specs(projection, params)
         return {
-            path: Factors(pair["down"], pair["up"] * scale(known.get(path), alpha, rank_stabilized))
+            path: Factors(pair["down"], pair["up"] * (scale(known[path]) if path in known else 1))
             for path, pair in adapter_params.items()
         }
 
-    return Adapter(init_fn, factors, projection)
-
-
-def scale(spec: Spec | None, alpha: float | None, rank_stabilized: bool) -> float:
-    """`α/r`, or `α/√r`."""
-    if alpha is None or spec is None:
-        return 1.0
-    return alpha / (spec.rank**0.5 if rank_stabilized else spec.rank)
+    return Adapter(init_fn, factors, projection, scale)

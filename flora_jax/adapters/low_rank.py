@@ -21,7 +21,7 @@ from flora_jax.fused import combine, is_array, partition
 from flora_jax.interpreter import Traced, Use, Walk, exposed
 from flora_jax.keys import fold_path
 from flora_jax.plan import LeafPlan, leaf_plans
-from flora_jax.projection import Projection
+from flora_jax.projection import Projection, data_batch
 from flora_jax.rules import RULES
 from flora_jax.sketch import Spec
 from flora_jax.weight import Weight, merged
@@ -47,6 +47,7 @@ class Adapter:
       init: `(key, params) -> adapter_params`.
       factors: `(params, adapter_params) -> {path: Factors}`.
       projection: which leaves have an adapter, and of which rank.
+      scale: what `up` is multiplied by, per leaf, where the params are `{path: {"down", "up"}}`.
       prepare: `(params, adapter_params, weights) -> weights`, a last word on the weights by path
         before the walk; None where there is none.
     """
@@ -54,6 +55,7 @@ class Adapter:
     init: Callable[[jax.Array, Any], Any]
     factors: Callable[[Any, Any], dict[str, Factors]]
     projection: Projection
+    scale: Callable[[Spec], float] = lambda spec: 1.0
     prepare: Callable[[Any, Any, dict[str, Weight]], dict[str, Weight]] | None = None
 
     def apply(self, fun: Callable) -> Callable:
@@ -120,6 +122,31 @@ def specs(projection: Projection, params: Any) -> dict[str, Spec]:
 def down_shape(spec: Spec) -> tuple[int, ...]:
     """`(*B, *P, r)`."""
     return (*(spec.shape[axis] for axis in (*spec.batch, *spec.projected)), spec.rank)
+
+
+def to_matrices(spec: Spec, down: Any, up: Any) -> tuple[jax.Array, jax.Array]:
+    """The factors (or their gradients) as `(*B, m, r)` and `(*B, r, n)`."""
+    batch = tuple(spec.shape[axis] for axis in spec.batch)
+    up = jnp.moveaxis(up, *_up_order(spec))
+    return down.reshape(*batch, -1, spec.rank), up.reshape(*batch, spec.rank, -1)
+
+
+def from_matrices(spec: Spec, down: Any, up: Any) -> tuple[jax.Array, jax.Array]:
+    """Undoes `to_matrices`."""
+    source, goal = _up_order(spec)
+    up = up.reshape([spec.data_shape[axis] for axis in (*source, *_others(spec, source))])
+    return down.reshape(down_shape(spec)), jnp.moveaxis(up, goal, source)
+
+
+def _up_order(spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Moves the batch axes, then the rank, to the front of `up`."""
+    slot = spec.projected[0]
+    source = (*data_batch(spec), slot)
+    return source, tuple(range(len(source)))
+
+
+def _others(spec: Spec, source: tuple[int, ...]) -> list[int]:
+    return [axis for axis in range(len(spec.data_shape)) if axis not in source]
 
 
 def start_pair(key: jax.Array, spec: Spec, init: str = "kaiming") -> dict[str, jax.Array]:
