@@ -10,6 +10,7 @@ Source: Hu et al., arXiv 2106.09685, Section 4.1. The scale `α/√r`: Kalajdzie
 Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from flora_jax.adapters.low_rank import Adapter, Factors, as_projection, specs, start_pair
@@ -55,14 +56,17 @@ def lora(
     """
     projection = as_projection(rank)
 
-    def scale(spec: Spec) -> float:
-        if alpha is None:
-            return 1.0
-        return alpha / (spec.rank**0.5 if rank_stabilized else spec.rank)
+    scale = scaled(alpha, rank_stabilized)
 
     def init_fn(key: Any, params: Any) -> dict[str, dict[str, Any]]:
         found = specs(projection, params).values()
         return {spec.path: start_pair(key, spec, init) for spec in found}
+
+    return Adapter(init_fn, pair_factors(projection, scale), projection, scale)
+
+
+def pair_factors(projection: Projection, scale: Callable[[Spec], float]) -> Callable:
+    """`(params, {path: {"down", "up"}}) -> {path: Factors}`."""
 
     def factors(params: Any, adapter_params: Any) -> dict[str, Factors]:
         known = specs(projection, params)
@@ -71,4 +75,15 @@ def lora(
             for path, pair in adapter_params.items()
         }
 
-    return Adapter(init_fn, factors, projection, scale)
+    return factors
+
+
+def scaled(alpha: float | None, rank_stabilized: bool = False) -> Callable[[Spec], float]:
+    """`α/r`, or `α/√r`, of a leaf; 1 without an `α`."""
+
+    def scale(spec: Spec) -> float:
+        if alpha is None:
+            return 1.0
+        return alpha / (spec.rank**0.5 if rank_stabilized else spec.rank)
+
+    return scale
