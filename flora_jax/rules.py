@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flora_jax import explicit
 from flora_jax import weight as weights
 from flora_jax.interpreter import Traced, Walk, apply, exposed, is_inexact
+from flora_jax.made import Made
 from flora_jax.sharding import first_axis_dropped
 from flora_jax.weight import Joined, Kind, Weight, tap_shape
 
@@ -442,6 +443,15 @@ def _neg(walk: Walk, eqn, ins):
     return _active(weight.replace(value=apply(eqn, weight.value), tap=-weight.tap))
 
 
+def _convert(walk: Walk, eqn, ins):
+    weight, dtype = ins[0].value, eqn.params["new_dtype"]
+    if not isinstance(weight.value, Made):
+        return _same(walk, eqn, ins)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return None
+    return _active(weight.replace(value=weight.value.astype(dtype)))
+
+
 def _same(walk: Walk, eqn, ins):
     """The value passes through the operation, alone or among others; nothing is mixed."""
     del walk
@@ -694,6 +704,8 @@ def _constrained(traced: Sequence[Traced], shardings: Any) -> list[Traced]:
     def constrain(one: Traced, sharding: Any) -> Traced:
         if not isinstance(sharding, jax.sharding.Sharding):
             return one
+        if isinstance(one.value, Weight) and isinstance(one.value.value, Made):
+            return one
         if not isinstance(one.value, Weight):
             return one._replace(value=jax.lax.with_sharding_constraint(one.value, sharding))
         value = jax.lax.with_sharding_constraint(one.value.value, sharding)
@@ -744,8 +756,13 @@ def _scan(walk: Walk, eqn, ins):
             first[i] = expose(traced)
     fixed = [isinstance(traced.value, Weight) for traced in first]
     for i, traced in enumerate(slices):
-        if isinstance(traced.value, Weight) and traced.value.kinds[0] == "projected":
+        if not isinstance(traced.value, Weight):
+            continue
+        if traced.value.kinds[0] == "projected":
             slices[i] = expose(traced)
+        elif traced.value.kinds[0] == "kept" and isinstance(traced.value.value, Made):
+            value = traced.value.value.value()
+            slices[i] = traced._replace(value=traced.value.replace(value=value))
     active = any(traced.active for traced in ins)
     flags = [traced.active for traced in outer] + [active] * (len(first) + len(slices))
     run = _Body(walk, body.jaxpr, body.consts, flags)
@@ -863,7 +880,7 @@ RULES = {
     "neg": _neg,
     "copy": _same,
     "copy_p": _same,
-    "convert_element_type": _same,
+    "convert_element_type": _convert,
     "reduce_precision": _same,
     "name": _same,
     "sharding_constraint": _same,

@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding
 from flora_jax import distributions, explicit, sharding
 from flora_jax import projection as projections
 from flora_jax.blocks import Block, over_blocks
+from flora_jax.made import Made, product, value_of
 from flora_jax.sketch import Spec
 
 Kind = Literal["projected", "batch", "kept"]
@@ -38,7 +39,7 @@ class Weight:
     """A weight, or what came of it by operations that keep its projected axes to themselves.
 
     Attributes:
-      value: the array.
+      value: the array; where the factors are kept also a `Made` one.
       tap: zeros, of the shape of `value` with the rank in place of the first projected axis and 1 in
         place of the others.
       keys: uint32 key data `(*B, words)`; where the factors are kept, `A` itself, `(*B, m · r)`.
@@ -158,8 +159,9 @@ def merged(weight: Weight) -> jax.Array:
     down, tap = both_factors(weight)
     sums = jnp.promote_types(jnp.promote_types(down.dtype, tap.dtype), jnp.float32)
     equation = f"{down_labels(weight, labels)},{_tap_labels(weight, labels)}->{labels}"
-    product = jnp.einsum(equation, down, tap, preferred_element_type=sums)
-    return (weight.value + product).astype(weight.value.dtype)
+    change = jnp.einsum(equation, down, tap, preferred_element_type=sums)
+    value = value_of(weight.value)
+    return (value + change).astype(value.dtype)
 
 
 def both_factors(weight: Weight) -> tuple[jax.Array, jax.Array]:
@@ -228,7 +230,11 @@ def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tupl
         pair.reverse()
     else:
         return None
-    y, sums = bind(x, weight.value), jnp.promote_types(x.dtype, jnp.float32)
+    if isinstance(weight.value, Made):
+        y = product(weight.value, x, bind, labels)
+    else:
+        y = bind(x, weight.value)
+    sums = jnp.promote_types(x.dtype, jnp.float32)
     middle = of_x
     low_rank = x
     for (factor, of_factor), result in zip(pair, (of_middle, of_y), strict=True):
@@ -399,8 +405,8 @@ def outer(weight: Weight, left, of_left: str, right, of_right: str, of_weight: s
     """The product of two factors of which one has the rank, as a tap."""
     goal = _tap_labels(weight, of_weight)
     sums = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
-    product = jnp.einsum(f"{of_left},{of_right}->{goal}", left, right, preferred_element_type=sums)
-    return _to_tap(weight, product, goal, of_weight)
+    result = jnp.einsum(f"{of_left},{of_right}->{goal}", left, right, preferred_element_type=sums)
+    return _to_tap(weight, result, goal, of_weight)
 
 
 def _to_tap(weight: Weight, array: jax.Array, labels: str, of_weight: str) -> jax.Array:
