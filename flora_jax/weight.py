@@ -50,6 +50,8 @@ class Weight:
       looked_up: whether it is rows of the weight, found by index, rather than (a part of) the weight.
       place: the `NamedSharding` of the tap's cotangent; None where it is not known.
       kept: whether `A` and the tap are an adapter's, and the weight is `value + A tap`.
+      order: where the factors are kept, what computes `x (W + F G)` of matrices `(t, p)`, `(p, q)`,
+        `(p, r)` and `(r, q)`; static. None for `x W + (x F) G`.
     """
 
     value: Any
@@ -62,10 +64,12 @@ class Weight:
     looked_up: bool = False
     place: NamedSharding | None = None
     kept: bool = False
+    order: Callable[..., jax.Array] | None = None
 
     def tree_flatten(self):
         children = (self.value, self.tap, self.keys, self.columns, self.factors)
-        return children, (self.spec, self.kinds, self.looked_up, self.place, self.kept)
+        static = (self.spec, self.kinds, self.looked_up, self.place, self.kept, self.order)
+        return children, static
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -230,6 +234,8 @@ def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tupl
         pair.reverse()
     else:
         return None
+    if weight.order is not None and not weight.axes("batch") and not isinstance(weight.value, Made):
+        return _multiply_matrices(weight, x, bind, labels, pair)
     if isinstance(weight.value, Made):
         y = product(weight.value, x, bind, labels)
     else:
@@ -243,6 +249,31 @@ def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tupl
         low_rank = jnp.einsum(equation, low_rank, factor, preferred_element_type=sums)
         low_rank, middle = low_rank.astype(x.dtype), result
     return y + low_rank.astype(y.dtype)
+
+
+def _multiply_matrices(weight: Weight, x: jax.Array, bind: Callable, labels, pair) -> jax.Array:
+    """The product by `weight.order`; `pair` has the factor first that shares axes with `x`."""
+    assert weight.order is not None
+    of_x, of_weight, of_y = labels
+    (first, of_first), (second, of_second) = pair
+    summed = "".join(label for label in of_x if label not in of_y)
+    free = "".join(label for label in of_x if label in of_y)
+    results = "".join(label for label in of_y if label not in free)
+    outcome = jax.eval_shape(bind, x, weight.value)
+
+    def matrix(array, of_array, rows, columns):
+        array = jnp.einsum(f"{of_array}->{rows}{columns}", array)
+        return array.reshape(math.prod(array.shape[: len(rows)]), -1)
+
+    y = weight.order(
+        matrix(x, of_x, free, summed),
+        matrix(weight.value, of_weight, summed, results),
+        matrix(first, of_first, summed, "Z").astype(x.dtype),
+        matrix(second, of_second, "Z", results).astype(x.dtype),
+    )
+    lengths = [outcome.shape[of_y.index(label)] for label in free + results]
+    y = jnp.einsum(f"{free}{results}->{of_y}", y.reshape(lengths))
+    return y.astype(outcome.dtype)
 
 
 def use(

@@ -11,6 +11,7 @@ from flora_jax.adapters.lora_pro import lora_pro as lora_pro
 from flora_jax.adapters.lora_pro import lora_pro_inside as lora_pro_inside
 from flora_jax.adapters.low_rank import Adapter as Adapter
 from flora_jax.adapters.low_rank import Factors as Factors
+from flora_jax.adapters.run_lora import run_lora as run_lora
 from flora_jax.adapters.sora import proximal as proximal
 from flora_jax.adapters.sora import prune as prune
 from flora_jax.adapters.sora import sora as sora

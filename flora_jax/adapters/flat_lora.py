@@ -8,7 +8,8 @@
 
 Of the noise there is the key, and a number for each output; its entries are drawn by index, a
 block at a time, at each use and once more in the backward pass. So there is no second copy of a
-weight, and not of one layer's. As in the authors' method the noise does not answer to the gradient.
+weight, and not of one layer's. As in the authors' method the noise does not answer to the gradient;
+nor have the weights under noise one of their own: it is zero.
 
 Source: Li, He, Li, Wang, Shang, Huang, "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape",
 arXiv 2409.14396, Sections 3.2 and 3.3.

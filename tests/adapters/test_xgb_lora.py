@@ -21,7 +21,7 @@ def loss(p, x, goal):
 
 def test_rounds_by_hand():
     """Seven steps of SGD in rounds of three: gradients, merges and restarts in numpy."""
-    goal, rate = jnp.asarray(normal(2, (64, 16))), 0.05
+    goal, rate = jnp.asarray(normal(2, (64, 16))), 0.002
     adapter = xgb_lora(None, rule(1), alpha=2.0)
     run = boosting(loss, adapter, optax.sgd(rate), steps=3)
     state = run.init(KEY, PARAMS)
