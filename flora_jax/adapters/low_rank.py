@@ -11,6 +11,7 @@ Source: Hu et al., "LoRA", arXiv 2106.09685, Section 4.1; arXiv 2402.03293, Sect
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -122,6 +123,23 @@ def specs(projection: Projection, params: Any) -> dict[str, Spec]:
 def down_shape(spec: Spec) -> tuple[int, ...]:
     """`(*B, *P, r)`."""
     return (*(spec.shape[axis] for axis in (*spec.batch, *spec.projected)), spec.rank)
+
+
+def layer_name(path: str) -> str:
+    """The name of a leaf's layer: its path up to the first name that ends in a number, else the first name."""
+    names = path.split("/")
+    for i, name in enumerate(names):
+        if re.search(r"\d$", name):
+            return "/".join(names[: i + 1])
+    return names[0]
+
+
+def layer_names(spec: Spec, name_of: Callable[[str], str]) -> list[str]:
+    """The layers of a leaf: one, or one for each index of its first batch axis."""
+    name = name_of(spec.path)
+    if not spec.batch:
+        return [name]
+    return [f"{name}[{i}]" for i in range(spec.shape[spec.batch[0]])]
 
 
 def to_matrices(spec: Spec, down: Any, up: Any) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,6 @@ of LLMs", arXiv 2410.19694, Algorithm 1.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,9 +22,8 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax.adapters.lora import Init, lora
-from flora_jax.adapters.low_rank import Adapter, as_projection, specs
+from flora_jax.adapters.low_rank import Adapter, as_projection, layer_name, layer_names, specs
 from flora_jax.projection import Projection
-from flora_jax.sketch import Spec
 
 
 class BoostingState(NamedTuple):
@@ -85,20 +83,20 @@ def xgb_lora(
       ValueError: (on init) more `layers` than there are, or none.
     """
     base = lora(as_projection(rank), alpha=alpha, init=init)
-    name_of = layer_of or _layer
+    name_of = layer_of or layer_name
 
     def init_fn(key: jax.Array, params: Any) -> Any:
         own = base.init(key, params)
         if layers is None:
             return own
         known = specs(base.projection, params)
-        names = sorted({name for spec in known.values() for name in _names(spec, name_of)})
+        names = sorted({name for spec in known.values() for name in layer_names(spec, name_of)})
         if not 1 <= layers <= len(names):
             raise ValueError(f"layers must be from 1 to the {len(names)} there are, found {layers}")
         order = jax.random.permutation(jax.random.fold_in(key, 1), len(names))
         drawn = jnp.zeros(len(names), bool).at[order[:layers]].set(True)
         for path, spec in known.items():
-            index = jnp.array([names.index(name) for name in _names(spec, name_of)])
+            index = jnp.array([names.index(name) for name in layer_names(spec, name_of)])
             down = own[path]["down"]
             if spec.batch:
                 chosen = drawn[index].reshape(-1, *[1] * (down.ndim - 1))
@@ -166,19 +164,3 @@ def boosting(
         return adapter.merge(state.params, state.adapter_params)
 
     return Boosting(init, step, finish)
-
-
-def _layer(path: str) -> str:
-    names = path.split("/")
-    for i, name in enumerate(names):
-        if re.search(r"\d$", name):
-            return "/".join(names[: i + 1])
-    return names[0]
-
-
-def _names(spec: Spec, name_of: Callable[[str], str]) -> list[str]:
-    """The layers of a leaf: one, or one for each index of its first batch axis."""
-    name = name_of(spec.path)
-    if not spec.batch:
-        return [name]
-    return [f"{name}[{i}]" for i in range(spec.shape[spec.batch[0]])]
