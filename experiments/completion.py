@@ -35,7 +35,7 @@ class Config:
     """Of Deep LoRA and LoRA; an upper bound on twice the true one."""
     epsilon: float = 0.1
     gamma: float = 0.1
-    learning_rate: float = 0.1
+    learning_rate: float = 0.3
     steps: int = 2000
     seed: int = 0
     out: Path | None = None

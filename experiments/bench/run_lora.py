@@ -74,7 +74,7 @@ def products(config: Config) -> list[tuple[str, ...]]:
 
                 return partial(jax.jit(both), x, down, up)
 
-            runs = {order: step(partial(multiply, order)) for order in ORDERS}
+            runs: dict[Any, Any] = {order: step(partial(multiply, order)) for order in ORDERS}
             runs["plain"] = step(lambda x, w, down, up: x @ w + (x @ down) @ up)
             times = seconds(runs, config.rounds)
             choice = cheapest(*shape)

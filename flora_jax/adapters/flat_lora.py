@@ -106,7 +106,8 @@ def filter_scale(weight: Weight, sigma: jax.typing.ArrayLike) -> jax.Array:
     gram = jnp.einsum(f"{of_down},{of_down[:-1]}Y->{batch}ZY", down, down)
     of_other = of_tap.replace("Z", "Y")
     squares += jnp.einsum(f"{batch}ZY,{of_tap},{of_other}->{goal}", gram, tap, tap)
-    return jax.lax.stop_gradient(sigma * jnp.sqrt(jnp.maximum(squares, 0) / weight.spec.size))
+    scale = jnp.sqrt(jnp.maximum(squares, 0) / weight.spec.size)
+    return jax.lax.stop_gradient(jnp.asarray(sigma) * scale)
 
 
 def _noisy(weight: Weight, key: jax.Array, sigma: Any, block: int) -> Weight:

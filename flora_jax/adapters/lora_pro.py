@@ -81,7 +81,9 @@ def lora_pro_inside(
     """
     known = specs(adapter.projection, params)
 
-    def init_fn(own):
+    def init_fn(params):
+        own: Any = params
+
         def zeros(spec: Spec):
             batch = [spec.shape[axis] for axis in spec.batch]
             down, up = to_matrices(spec, own[spec.path]["down"], own[spec.path]["up"])
@@ -97,9 +99,10 @@ def lora_pro_inside(
             down, up = to_matrices(spec, **own[path])
             of_down, of_up = to_matrices(spec, **_adjusted(spec, scale, own[path], gradient))
             whole[path] = scale * (of_down @ up + down @ of_up)
-        whole, state = inner.update(whole, state)
+        steps: Any
+        steps, state = inner.update(whole, state)
         result = {}
-        for path, step in whole.items():
+        for path, step in steps.items():
             spec, scale = known[path], adapter.scale(known[path])
             down, up = to_matrices(spec, **own[path])
             pair = (scale * step @ _transposed(up), scale * _transposed(down) @ step)

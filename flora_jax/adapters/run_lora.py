@@ -88,7 +88,8 @@ class _Product:
     order: Order | None
 
     def __call__(self, x: jax.Array, w: jax.Array, first: jax.Array, second: jax.Array):
-        order = self.order or cheapest(*x.shape, w.shape[1], first.shape[1])
+        tokens, inputs = x.shape
+        order = self.order or cheapest(tokens, inputs, w.shape[1], first.shape[1])
         return multiply(order, x, w, first, second)
 
 

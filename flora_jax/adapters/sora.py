@@ -36,9 +36,9 @@ from flora_jax.projection import Projection
 
 
 class ProximalState(NamedTuple):
-    """`count`: int32, steps so far."""
+    """`steps`: int32, so far."""
 
-    count: jax.Array
+    steps: jax.Array
 
 
 def sora(rank: int | Projection, *, alpha: float | None = None, init: Init = "kaiming") -> Adapter:
@@ -93,7 +93,7 @@ def proximal(
     def update_fn(updates, state, params=None):
         if params is None:
             raise ValueError("proximal's update needs the adapter's params, found none")
-        threshold = _at(sparsity, state.count) * _at(learning_rate, state.count)
+        threshold = _at(sparsity, state.steps) * _at(learning_rate, state.steps)
 
         def step(path, update, value):
             if getattr(path[-1], "key", None) != "gate":
@@ -102,7 +102,7 @@ def proximal(
             return jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - threshold, 0) - value
 
         visit = jax.tree_util.tree_map_with_path
-        return visit(step, updates, params), ProximalState(optax.safe_increment(state.count))
+        return visit(step, updates, params), ProximalState(state.steps + 1)
 
     return optax.GradientTransformation(
         lambda params: ProximalState(jnp.zeros([], jnp.int32)), update_fn

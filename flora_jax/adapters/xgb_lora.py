@@ -34,7 +34,7 @@ class BoostingState(NamedTuple):
       adapter_params: of the present round.
       opt_state: of the present round.
       round: int32, rounds that are merged.
-      count: int32, steps of the present round.
+      steps: int32, of the present round.
       key: typed key of the run.
     """
 
@@ -42,7 +42,7 @@ class BoostingState(NamedTuple):
     adapter_params: Any
     opt_state: Any
     round: jax.Array
-    count: jax.Array
+    steps: jax.Array
     key: jax.Array
 
 
@@ -151,14 +151,14 @@ def boosting(
         value, grads = gradient(state.params, state.adapter_params, *batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.adapter_params)
         own = optax.apply_updates(state.adapter_params, updates)
-        state = state._replace(adapter_params=own, opt_state=opt_state, count=state.count + 1)
+        state = state._replace(adapter_params=own, opt_state=opt_state, steps=state.steps + 1)
 
         def next_round(state: BoostingState) -> BoostingState:
             params, round_ = adapter.merge(state.params, state.adapter_params), state.round + 1
             own, opt_state = start(state.key, params, round_)
             return BoostingState(params, own, opt_state, round_, jnp.int32(0), state.key)
 
-        return jax.lax.cond(state.count == steps, next_round, lambda state: state, state), value
+        return jax.lax.cond(state.steps == steps, next_round, lambda state: state, state), value
 
     def finish(state: BoostingState) -> Any:
         return adapter.merge(state.params, state.adapter_params)

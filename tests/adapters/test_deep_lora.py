@@ -156,7 +156,7 @@ def test_the_trajectory_of_the_full_width():
 def test_matrix_completion():
     """The paper's example: from 30 % of the entries the compressed factors find the matrix as the full ones
     do, where two factors fit what they see and not the rest."""
-    config = completion.Config(size=60, true_rank=2, seen=0.3, rank=8, steps=1500)
+    config = completion.Config(size=60, true_rank=2, seen=0.3, rank=8, learning_rate=0.3)
     figures = completion.compare(config)
     errors = {name: error for name, (error, _, _) in figures.items()}
     assert errors["Deep LoRA"] < 0.05

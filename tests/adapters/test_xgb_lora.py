@@ -40,7 +40,7 @@ def test_rounds_by_hand():
             w = w + 2 * down @ up
         state, found = step(state, X, goal)
         np.testing.assert_allclose(found, value, rtol=1e-5)
-        assert int(state.round) == (i + 1) // 3 and int(state.count) == (i + 1) % 3
+        assert int(state.round) == (i + 1) // 3 and int(state.steps) == (i + 1) % 3
         assert_close(state.params["w"], w, 1e-5)
     final = run.finish(state)
     assert set(final) == {"w"}  # no adapter left
