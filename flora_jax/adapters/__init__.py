@@ -4,6 +4,7 @@ Each method is an `Adapter`: `init(key, params) -> adapter_params`, `apply(fun)`
 `merge(params, adapter_params) -> params`.
 """
 
+from flora_jax.adapters import peft as peft
 from flora_jax.adapters.deep_lora import deep_lora as deep_lora
 from flora_jax.adapters.deep_lora import discrepant as discrepant
 from flora_jax.adapters.deep_lora import singular_vectors as singular_vectors

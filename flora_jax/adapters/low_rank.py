@@ -112,7 +112,7 @@ def specs(projection: Projection, params: Any) -> dict[str, Spec]:
     Raises:
       ValueError: no leaf has one.
     """
-    plans = leaf_plans(_arrays_apart(params)[0], projection)
+    plans = leaf_plans(arrays_apart(params)[0], projection)
     found = {plan.path: plan.spec for plan in plans if plan.spec}
     if not found:
         reasons = ", ".join(f"{plan.path!r}: {plan.reason}" for plan in plans[:4])
@@ -221,7 +221,7 @@ def _weights(adapter: Adapter, params: Any, adapter_params: Any) -> dict[str, We
 
 
 def _run(adapter: Adapter, walk: Walk, fun, params, adapter_params, args, kwargs) -> Any:
-    arrays, rest = _arrays_apart(params)
+    arrays, rest = arrays_apart(params)
     leaves, structure = jax.tree.flatten(arrays)
     adapted = _weights(adapter, arrays, adapter_params)
     if adapter.prepare is not None:
@@ -249,14 +249,14 @@ def _run(adapter: Adapter, walk: Walk, fun, params, adapter_params, args, kwargs
     return combine(results, plain)
 
 
-def _arrays_apart(params: Any) -> tuple[Any, Any]:
+def arrays_apart(params: Any) -> tuple[Any, Any]:
     """Arrays, and all else, each with None in place of the other."""
     arrays = jax.tree.map(lambda x: x if is_array(x) else None, params)
     return arrays, jax.tree.map(lambda x: None if is_array(x) else x, params)
 
 
 def _merged(adapter: Adapter, params: Any, adapter_params: Any, sign: int) -> Any:
-    arrays, rest = _arrays_apart(params)
+    arrays, rest = arrays_apart(params)
     leaves, structure = jax.tree.flatten(arrays)
     adapted = _weights(adapter, arrays, adapter_params)
     paths = [plan.path for plan in leaf_plans(arrays, adapter.projection)]
