@@ -184,14 +184,13 @@ def _of_params(method, rank, schedule, params, loss) -> Run:
         tx = flora_jax.flora(schedule, projection=projection, momentum=0.9, preset="advised")
         born = flora_jax.value_and_grad(loss, projection)
 
-        def gradient(params, opt_state, windows):
-            return born(params, windows, cycle=flora_jax.cycle(opt_state))
     else:
-        tx = optax.adam(schedule) if method == "full" else optax.adafactor(schedule)
+        born, tx = None, optax.adam(schedule) if method == "full" else optax.adafactor(schedule)
 
-        def gradient(params, opt_state, windows):
-            del opt_state
-            return jax.value_and_grad(loss)(params, windows)
+    def gradient(params: Any, opt_state: Any, windows: Any) -> Any:
+        if born is not None:
+            return born(params, windows, cycle=flora_jax.cycle(opt_state))
+        return jax.value_and_grad(loss)(params, windows)
 
     first = tx.init(params)
 

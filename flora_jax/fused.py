@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from flora_jax import explicit
 from flora_jax.interpreter import Traced, Use, Walk, exposed
+from flora_jax.made import is_made
 from flora_jax.plan import LeafPlan, Plan, leaf_plans
 from flora_jax.plan import plan as make_plan
 from flora_jax.projection import Projection
@@ -259,5 +260,5 @@ def partition(tree: Any) -> tuple[Any, Any]:
 def combine(left: Any, right: Any) -> Any:
     """The leaves of the one, and where it has None those of the other."""
     return jax.tree.map(
-        lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None
+        lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None or is_made(x)
     )

@@ -27,7 +27,7 @@ class Made:
       piece: `(parts, start, length) -> value[…, start : start + length, …]` along `axis`; static.
         None where it can only be made whole.
       axis: of the value, counted from the end.
-      dtype: of the value; None for what `make` gives.
+      cast: dtype that the value is turned into; None for what `make` gives.
       block: largest number of entries to make at a time.
     """
 
@@ -35,11 +35,11 @@ class Made:
     make: Callable[[Any], Any]
     piece: Callable[[Any, Any, int], Any] | None = None
     axis: int = -2
-    dtype: Any = None
+    cast: Any = None
     block: int = BLOCK
 
     def tree_flatten(self):
-        return (self.parts,), (self.make, self.piece, self.axis, self.dtype, self.block)
+        return (self.parts,), (self.make, self.piece, self.axis, self.cast, self.block)
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -54,18 +54,26 @@ class Made:
         return self._cast(self.piece(self.parts, start, length))
 
     def astype(self, dtype: Any) -> "Made":
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        return dataclasses.replace(self, cast=jnp.dtype(dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
         return jax.eval_shape(self.make, self.parts).shape
 
     @property
+    def dtype(self) -> Any:
+        return self.cast or jax.eval_shape(self.make, self.parts).dtype
+
+    @property
     def ndim(self) -> int:
         return len(self.shape)
 
     def _cast(self, value: jax.Array) -> jax.Array:
-        return value if self.dtype is None else value.astype(self.dtype)
+        return value if self.cast is None else value.astype(self.cast)
+
+
+def is_made(value: Any) -> bool:
+    return isinstance(value, Made)
 
 
 def value_of(value: Any) -> Any:

@@ -15,6 +15,7 @@ Source: arXiv 2402.03293, Section 2 and Algorithm 1.
 """
 
 import dataclasses
+import functools
 import math
 import string
 from collections.abc import Callable, Sequence
@@ -240,15 +241,17 @@ def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tupl
         y = product(weight.value, x, bind, labels)
     else:
         y = bind(x, weight.value)
+    (first, of_first), (second, of_second) = pair
     sums = jnp.promote_types(x.dtype, jnp.float32)
-    middle = of_x
-    low_rank = x
-    for (factor, of_factor), result in zip(pair, (of_middle, of_y), strict=True):
-        equation = f"{middle},{of_factor}->{result}"
-        factor = factor.astype(x.dtype)
-        low_rank = jnp.einsum(equation, low_rank, factor, preferred_element_type=sums)
-        low_rank, middle = low_rank.astype(x.dtype), result
-    return y + low_rank.astype(y.dtype)
+
+    def low_rank(x, first, second):
+        first, second = first.astype(x.dtype), second.astype(x.dtype)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=sums)
+        middle = einsum(f"{of_x},{of_first}->{of_middle}", x, first).astype(x.dtype)
+        return einsum(f"{of_middle},{of_second}->{of_y}", middle, second)
+
+    change = explicit.call(low_rank, explicit.place(y), x, first, second)
+    return y + change.astype(y.dtype)
 
 
 def _multiply_matrices(weight: Weight, x: jax.Array, bind: Callable, labels, pair) -> jax.Array:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flora_jax.fused import combine, is_array, partition
 from flora_jax.interpreter import Traced, Use, Walk, exposed
 from flora_jax.keys import fold_path
+from flora_jax.made import is_made, value_of
 from flora_jax.plan import LeafPlan, leaf_plans
 from flora_jax.projection import Projection, data_batch
 from flora_jax.rules import RULES
@@ -91,7 +92,10 @@ class Adapter:
         return tuple(walk.uses)
 
     def merge(self, params: Any, adapter_params: Any) -> Any:
-        """The params with the adapters added to them, rounded to the params' dtype."""
+        """The params with the adapters added to them, rounded to the params' dtype.
+
+        A quantised weight that has an adapter becomes one in floating point.
+        """
         return _merged(self, params, adapter_params, 1)
 
     def unmerge(self, params: Any, adapter_params: Any) -> Any:
@@ -112,7 +116,7 @@ def specs(projection: Projection, params: Any) -> dict[str, Spec]:
     Raises:
       ValueError: no leaf has one.
     """
-    plans = leaf_plans(arrays_apart(params)[0], projection)
+    plans = plans_of(projection, params)
     found = {plan.path: plan.spec for plan in plans if plan.spec}
     if not found:
         reasons = ", ".join(f"{plan.path!r}: {plan.reason}" for plan in plans[:4])
@@ -186,7 +190,7 @@ def start_pair(key: jax.Array, spec: Spec, init: str = "kaiming") -> dict[str, j
 
 def _checked(adapter: Adapter, params: Any, adapter_params: Any) -> dict[str, Factors]:
     """The factors, of which each fits a leaf."""
-    plans = {plan.path: plan for plan in leaf_plans(params, adapter.projection)}
+    plans = {plan.path: plan for plan in plans_of(adapter.projection, params)}
     factors = adapter.factors(params, adapter_params)
     for path, pair in factors.items():
         plan = plans.get(path)
@@ -211,8 +215,8 @@ def _weight(plan: LeafPlan, leaf: Any, pair: Factors) -> Weight:
 def _weights(adapter: Adapter, params: Any, adapter_params: Any) -> dict[str, Weight]:
     """The adapted leaves, by path."""
     factors = _checked(adapter, params, adapter_params)
-    plans = leaf_plans(params, adapter.projection)
-    leaves = zip(plans, jax.tree.leaves(params), strict=True)
+    plans = plans_of(adapter.projection, params)
+    leaves = zip(plans, jax.tree.leaves(params, is_leaf=is_made), strict=True)
     return {
         plan.path: _weight(plan, leaf, factors[plan.path])
         for plan, leaf in leaves
@@ -222,7 +226,7 @@ def _weights(adapter: Adapter, params: Any, adapter_params: Any) -> dict[str, We
 
 def _run(adapter: Adapter, walk: Walk, fun, params, adapter_params, args, kwargs) -> Any:
     arrays, rest = arrays_apart(params)
-    leaves, structure = jax.tree.flatten(arrays)
+    leaves, structure = jax.tree.flatten(arrays, is_leaf=is_made)
     adapted = _weights(adapter, arrays, adapter_params)
     if adapter.prepare is not None:
         adapted = adapter.prepare(arrays, adapter_params, adapted)
@@ -239,9 +243,12 @@ def _run(adapter: Adapter, walk: Walk, fun, params, adapter_params, args, kwargs
         outline[:] = [result_structure, plain]
         return results
 
-    jaxpr = jax.make_jaxpr(flat)(*leaves, *given)
-    paths = [plan.path for plan in leaf_plans(arrays, adapter.projection)]
-    ins = [Traced(adapted.get(path, leaf), False) for path, leaf in zip(paths, leaves, strict=True)]
+    jaxpr = jax.make_jaxpr(flat)(*map(_outline, leaves), *given)
+    paths = [plan.path for plan in plans_of(adapter.projection, arrays)]
+    ins = [
+        Traced(adapted[path] if path in adapted else value_of(leaf), False)
+        for path, leaf in zip(paths, leaves, strict=True)
+    ]
     ins += [Traced(value, False) for value in given]
     outs = exposed(walk.run(jaxpr.jaxpr, jaxpr.consts, ins))
     result_structure, plain = outline
@@ -250,16 +257,32 @@ def _run(adapter: Adapter, walk: Walk, fun, params, adapter_params, args, kwargs
 
 
 def arrays_apart(params: Any) -> tuple[Any, Any]:
-    """Arrays, and all else, each with None in place of the other."""
-    arrays = jax.tree.map(lambda x: x if is_array(x) else None, params)
-    return arrays, jax.tree.map(lambda x: None if is_array(x) else x, params)
+    """Arrays (`Made` ones too), and all else, each with None in place of the other."""
+
+    def pick(wanted: bool) -> Any:
+        def visit(x):
+            return x if (is_made(x) or is_array(x)) == wanted else None
+
+        return jax.tree.map(visit, params, is_leaf=is_made)
+
+    return pick(True), pick(False)
+
+
+def plans_of(projection: Projection, params: Any) -> list[LeafPlan]:
+    """The plan of every array, in the order of the tree."""
+    arrays, _ = arrays_apart(params)
+    return leaf_plans(jax.tree.map(_outline, arrays, is_leaf=is_made), projection)
+
+
+def _outline(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_made(leaf) else leaf
 
 
 def _merged(adapter: Adapter, params: Any, adapter_params: Any, sign: int) -> Any:
     arrays, rest = arrays_apart(params)
-    leaves, structure = jax.tree.flatten(arrays)
+    leaves, structure = jax.tree.flatten(arrays, is_leaf=is_made)
     adapted = _weights(adapter, arrays, adapter_params)
-    paths = [plan.path for plan in leaf_plans(arrays, adapter.projection)]
+    paths = [plan.path for plan in plans_of(adapter.projection, arrays)]
     results = []
     for path, leaf in zip(paths, leaves, strict=True):
         weight = adapted.get(path)

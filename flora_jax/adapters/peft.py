@@ -20,8 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flora_jax.adapters.lora import pair_factors
-from flora_jax.adapters.low_rank import Adapter, arrays_apart, from_matrices, specs, to_matrices
-from flora_jax.plan import leaf_plans
+from flora_jax.adapters.low_rank import Adapter, from_matrices, plans_of, specs, to_matrices
 from flora_jax.projection import Projection
 from flora_jax.sketch import Spec
 
@@ -200,12 +199,11 @@ def load(
 
 
 def _sides(projection: Projection, params: Any) -> dict[str, str | None]:
-    return {plan.path: plan.side for plan in leaf_plans(arrays_apart(params)[0], projection)}
+    return {plan.path: plan.side for plan in plans_of(projection, params)}
 
 
 def _all_specs(rule: Projection, params: Any) -> dict[str, Spec]:
-    plans = leaf_plans(arrays_apart(params)[0], rule)
-    return {plan.path: plan.spec for plan in plans if plan.spec}
+    return {plan.path: plan.spec for plan in plans_of(rule, params) if plan.spec}
 
 
 def _modules(spec: Spec, modules: Modules) -> Iterator[tuple[int | None, Any, str]]:
