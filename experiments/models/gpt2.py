@@ -26,7 +26,6 @@ class Shape:
     layers: int = 12
     heads: int = 12
     dtype: Any = jnp.float32
-    lora: int = 0
 
 
 SHAPES = {
@@ -77,7 +76,7 @@ class Layer(nn.Module):
         shape = self.shape
 
         def dense(features, name):
-            return Dense(features, shape.dtype, shape.lora, bias=True, name=name)
+            return Dense(features, shape.dtype, bias=True, name=name)
 
         def norm(name):
             return nn.LayerNorm(1e-5, name=name, dtype=shape.dtype, param_dtype=shape.dtype)

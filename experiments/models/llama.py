@@ -30,7 +30,6 @@ class Shape:
     dtype: Any = jnp.bfloat16
     remat: bool = True
     scan: bool = True
-    lora: int = 0
     cut: tuple[Any, ...] = ()
     """Mesh axes of `B` of the activations between layers; needs a mesh in context."""
 
@@ -106,7 +105,7 @@ class Layer(nn.Module):
 
 
 def _dense(shape: Shape, features: int, name: str) -> Dense:
-    return Dense(features, shape.dtype, shape.lora, name=name)
+    return Dense(features, shape.dtype, name=name)
 
 
 def _norm(shape: Shape, name: str) -> nn.RMSNorm:

@@ -29,7 +29,6 @@ class Shape:
     buckets: int = 32
     reach: int = 128
     dtype: Any = jnp.float32
-    lora: int = 0
 
 
 SHAPES = {
@@ -104,7 +103,7 @@ class Layer(nn.Module):
         shape = self.shape
 
         def dense(features, name):
-            return Dense(features, shape.dtype, shape.lora, name=name)
+            return Dense(features, shape.dtype, name=name)
 
         def attend(name, x, memory, bias):
             inner = shape.heads * shape.head_size
