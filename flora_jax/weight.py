@@ -343,12 +343,6 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
     """
     keys, columns, factors = source
     spec = weight.spec
-    if weight.kept:
-        down = draw(weight, source).astype(array.dtype)
-        result = contracted_labels(weight, labels, of_weight)
-        equation = f"{labels},{down_labels(weight, of_weight)}->{result}"
-        sums = jnp.promote_types(array.dtype, jnp.float32)
-        return jnp.einsum(equation, array, down, preferred_element_type=sums)
     projected = "".join(of_weight[axis] for axis in weight.axes("projected"))
     batch = "".join(of_weight[axis] for axis in weight.axes("batch"))
     result = contracted_labels(weight, labels, of_weight)
