@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from flora_jax import explicit
 from flora_jax.interpreter import Traced, Use, Walk, exposed
+from flora_jax.made import is_made
 from flora_jax.plan import LeafPlan, Plan, leaf_plans
 from flora_jax.plan import plan as make_plan
 from flora_jax.projection import Projection
@@ -128,7 +129,7 @@ class ValueAndGrad:
             places = [None] * len(taps)
             return function.walk(walk, 0, taps, function.differentiated, places)
 
-        arrays, rest = _partition((args, kwargs))
+        arrays, rest = partition((args, kwargs))
         jax.eval_shape(lambda arrays: traced(*combine(arrays, rest)), arrays)
         return tuple(walk.uses)
 
@@ -171,7 +172,7 @@ class _Function:
             else arg
             for place, arg in enumerate(args)
         ]
-        arrays, rest = _partition((held, kwargs))
+        arrays, rest = partition((held, kwargs))
         self.others, structure = jax.tree.flatten(arrays)
         count = len(self.differentiated)
 
@@ -187,7 +188,7 @@ class _Function:
                     f"{type(result).__name__}"
                 )
             value, aux = result if owner.has_aux else (result, None)
-            arrays, self.aux_rest = _partition(aux)
+            arrays, self.aux_rest = partition(aux)
             leaves, self.aux_structure = jax.tree.flatten(arrays)
             return [value, *leaves]
 
@@ -246,7 +247,7 @@ def is_differentiable(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _partition(tree: Any) -> tuple[Any, Any]:
+def partition(tree: Any) -> tuple[Any, Any]:
     """Arrays (and numbers), and all else, each with None in place of the other."""
 
     def is_number(x):
@@ -259,5 +260,5 @@ def _partition(tree: Any) -> tuple[Any, Any]:
 def combine(left: Any, right: Any) -> Any:
     """The leaves of the one, and where it has None those of the other."""
     return jax.tree.map(
-        lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None
+        lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None or is_made(x)
     )

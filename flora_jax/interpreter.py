@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core
 
+from flora_jax.made import Made
 from flora_jax.weight import Joined, Weight, expose
 
 
@@ -86,6 +87,7 @@ class Walk:
             return bind(eqn, ins)
         joined = any(isinstance(traced.value, Joined) for traced in ins)
         rule = self.rules.get("joined" if joined else eqn.primitive.name)
+        ins = _made(eqn, ins)
         outs = rule(self, eqn, ins) if rule else None
         if outs is None:
             self.note(eqn, ins, whole=True)
@@ -125,6 +127,34 @@ def _exposed(value: Any) -> Any:
     if isinstance(value, Joined):
         return jnp.concatenate([_exposed(part) for part in value.parts], value.axis)
     return expose(value) if isinstance(value, Weight) else value
+
+
+def _made(eqn: Any, ins: list[Traced]) -> list[Traced]:
+    """Values that are made where they are used, made, unless the operation is such a use or leads to it."""
+    if eqn.primitive.name in _MAKES_LATER:
+        return ins
+
+    def make(traced: Traced) -> Traced:
+        weight = traced.value
+        if isinstance(weight, Weight) and isinstance(weight.value, Made):
+            weight = weight.replace(value=weight.value.value())
+        return traced._replace(value=weight)
+
+    return [make(traced) for traced in ins]
+
+
+_MAKES_LATER = {
+    "convert_element_type",
+    "dot_general",
+    "scan",
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "remat2",
+    "checkpoint",
+    "cond",
+}
 
 
 def is_inexact(value: Any) -> bool:

@@ -37,8 +37,11 @@ def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32")
     Returns:
       A scalar typed key.
     """
-    low, high = struct.unpack("<II", hashlib.blake2s(path.encode(), digest_size=8).digest())
-    key = jax.random.key(seed, impl=impl)
-    for word in (low, high, cycle):
+    return jax.random.fold_in(fold_path(jax.random.key(seed, impl=impl), path), cycle)
+
+
+def fold_path(key: Key[Array, ""], path: str) -> Key[Array, ""]:
+    """A key of its own for the leaf of this name."""
+    for word in struct.unpack("<II", hashlib.blake2s(path.encode(), digest_size=8).digest()):
         key = jax.random.fold_in(key, word)
     return key

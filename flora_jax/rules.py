@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flora_jax import explicit
 from flora_jax import weight as weights
 from flora_jax.interpreter import Traced, Walk, apply, exposed, is_inexact
+from flora_jax.made import Made
 from flora_jax.sharding import first_axis_dropped
 from flora_jax.weight import Joined, Kind, Weight, tap_shape
 
@@ -32,6 +33,11 @@ def _values(ins: Sequence[Traced]) -> list[Any]:
 
 def _active(weight: Weight) -> list[Traced]:
     return [Traced(weight, True)]
+
+
+def _kept(traced: Traced) -> bool:
+    """Whether it is an adapted weight, whose value alone is not all of it."""
+    return isinstance(traced.value, Weight) and traced.value.kept
 
 
 def _only_first(ins: Sequence[Traced]) -> bool:
@@ -363,7 +369,8 @@ def _alike(ins: Sequence[Traced]) -> tuple[Kind, ...] | None:
     def fixed(weight: Weight):
         spec = weight.spec
         rule = (spec.rank, spec.distribution, spec.size, spec.impl, spec.block)
-        return rule, weight.kinds, weight.value.shape, weight.factors is None, weight.tap.dtype
+        shape = (weight.value.shape, weight.factors is None, weight.tap.dtype)
+        return rule, weight.kinds, shape, weight.kept
 
     if any(fixed(t.value) != fixed(first) for t in ins) or first.factors is not None:
         return None
@@ -436,12 +443,23 @@ def _neg(walk: Walk, eqn, ins):
     return _active(weight.replace(value=apply(eqn, weight.value), tap=-weight.tap))
 
 
+def _convert(walk: Walk, eqn, ins):
+    weight, dtype = ins[0].value, eqn.params["new_dtype"]
+    if not isinstance(weight.value, Made):
+        return _same(walk, eqn, ins)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return None
+    return _active(weight.replace(value=weight.value.astype(dtype)))
+
+
 def _same(walk: Walk, eqn, ins):
     """The value passes through the operation, alone or among others; nothing is mixed."""
     del walk
     result = apply(eqn, *_values(ins))
     if not eqn.primitive.multiple_results:
         result = [result]
+    if any(_kept(t) and not is_inexact(x) for t, x in zip(ins, result, strict=False)):
+        return None
     outs = []
     for value, traced in zip(result, ins[: len(result)], strict=True):
         if not isinstance(traced.value, Weight):
@@ -480,6 +498,8 @@ def _reshard(walk: Walk, eqn, ins):
 
 def _without_gradient(walk: Walk, eqn, ins):
     del walk
+    if any(map(_kept, ins)):
+        return None
     result = apply(eqn, *_values(ins))
     return [Traced(x, False) for x in (result if eqn.primitive.multiple_results else [result])]
 
@@ -534,6 +554,8 @@ def _conv_general_dilated(walk: Walk, eqn, ins):
     numbers = eqn.params["dimension_numbers"]
     output, channels, *taps = numbers.rhs_spec
     projected, batch = set(weight.axes("projected")), set(weight.axes("batch"))
+    if weight.kept:
+        return _adapted_convolution(walk, eqn, ins)
     if projected == {channels, *taps} and not batch:
         save, back = _by_patch(eqn, weight)
     elif projected in ({channels}, {output}) and batch in (set(), set(taps)):
@@ -543,6 +565,33 @@ def _conv_general_dilated(walk: Walk, eqn, ins):
     walk.note(eqn, ins, whole=False)
     y = weights.use(weight, (x,), lambda x, value: apply(eqn, x, value), save, back)
     return [Traced(y, True)]
+
+
+def _adapted_convolution(walk: Walk, eqn, ins):
+    """The two factors one after another; taps that are batch axes have no such order."""
+    x, weight = ins[0].value, ins[1].value
+    numbers = eqn.params["dimension_numbers"]
+    output, channels, *taps = numbers.rhs_spec
+    projected = set(weight.axes("projected"))
+    if weight.axes("batch") or projected not in ({channels, *taps}, {channels}, {output}):
+        return None
+    down, tap = (factor.astype(x.dtype) for factor in weights.both_factors(weight))
+    in_channel, out_channel = numbers.lhs_spec[1], numbers.out_spec[1]
+    if projected == {channels}:
+        x_down = jnp.moveaxis(jnp.tensordot(x, down, ((in_channel,), (0,))), -1, in_channel)
+        low_rank = apply(eqn, x_down, tap)
+    else:
+        if projected == {output}:
+            kernel, last = tap, down.T
+        else:
+            kernel, last = jnp.moveaxis(down, -1, output), tap
+            last = last if weight.slot < output else last.T
+        middle = apply(eqn, x, kernel)
+        low_rank = jnp.tensordot(middle, last, ((out_channel,), (0,)))
+        low_rank = jnp.moveaxis(low_rank, -1, out_channel)
+    walk.note(eqn, ins, whole=False)
+    y = apply(eqn, x, weight.value)
+    return [Traced(y + low_rank.astype(y.dtype), True)]
 
 
 def _by_patch(eqn, weight: Weight):
@@ -655,6 +704,8 @@ def _constrained(traced: Sequence[Traced], shardings: Any) -> list[Traced]:
     def constrain(one: Traced, sharding: Any) -> Traced:
         if not isinstance(sharding, jax.sharding.Sharding):
             return one
+        if isinstance(one.value, Weight) and isinstance(one.value.value, Made):
+            return one
         if not isinstance(one.value, Weight):
             return one._replace(value=jax.lax.with_sharding_constraint(one.value, sharding))
         value = jax.lax.with_sharding_constraint(one.value.value, sharding)
@@ -705,8 +756,13 @@ def _scan(walk: Walk, eqn, ins):
             first[i] = expose(traced)
     fixed = [isinstance(traced.value, Weight) for traced in first]
     for i, traced in enumerate(slices):
-        if isinstance(traced.value, Weight) and traced.value.kinds[0] == "projected":
+        if not isinstance(traced.value, Weight):
+            continue
+        if traced.value.kinds[0] == "projected":
             slices[i] = expose(traced)
+        elif traced.value.kinds[0] == "kept" and isinstance(traced.value.value, Made):
+            value = traced.value.value.value()
+            slices[i] = traced._replace(value=traced.value.replace(value=value))
     active = any(traced.active for traced in ins)
     flags = [traced.active for traced in outer] + [active] * (len(first) + len(slices))
     run = _Body(walk, body.jaxpr, body.consts, flags)
@@ -824,7 +880,7 @@ RULES = {
     "neg": _neg,
     "copy": _same,
     "copy_p": _same,
-    "convert_element_type": _same,
+    "convert_element_type": _convert,
     "reduce_precision": _same,
     "name": _same,
     "sharding_constraint": _same,

@@ -6,12 +6,16 @@ It has no part in the forward computation: what uses a weight says in its own ba
 its cotangent at the tap is. JAX's differentiation then sums the taps of all uses, over the steps
 of a `scan`, over micro-batches and over devices, and never sees the weight itself.
 
+The same array with an `A` and a `B` that are *kept*, in place of a drawn one and zero, is an adapter
+(`flora_jax.adapters`). It takes part in the forward computation, and all its derivatives are JAX's.
+
 In the shape descriptions `B` are the batch axes of a weight, `P` its projected ones.
 
 Source: arXiv 2402.03293, Section 2 and Algorithm 1.
 """
 
 import dataclasses
+import functools
 import math
 import string
 from collections.abc import Callable, Sequence
@@ -24,6 +28,7 @@ from jax.sharding import NamedSharding
 from flora_jax import distributions, explicit, sharding
 from flora_jax import projection as projections
 from flora_jax.blocks import Block, over_blocks
+from flora_jax.made import Made, product, value_of
 from flora_jax.sketch import Spec
 
 Kind = Literal["projected", "batch", "kept"]
@@ -35,16 +40,19 @@ class Weight:
     """A weight, or what came of it by operations that keep its projected axes to themselves.
 
     Attributes:
-      value: the array.
+      value: the array; where the factors are kept also a `Made` one.
       tap: zeros, of the shape of `value` with the rank in place of the first projected axis and 1 in
         place of the others.
-      keys: uint32 key data `(*B, words)`.
+      keys: uint32 key data `(*B, words)`; where the factors are kept, `A` itself, `(*B, m · r)`.
       columns: int32 `(*P,)`, which column of `A` each index is; None where none was moved.
       factors: float `(*P,)`, by what each column is multiplied; None for 1.
       spec: of the weight.
       kinds: what each axis of `value` is.
       looked_up: whether it is rows of the weight, found by index, rather than (a part of) the weight.
       place: the `NamedSharding` of the tap's cotangent; None where it is not known.
+      kept: whether `A` and the tap are an adapter's, and the weight is `value + A tap`.
+      order: where the factors are kept, what computes `x (W + F G)` of matrices `(t, p)`, `(p, q)`,
+        `(p, r)` and `(r, q)`; static. None for `x W + (x F) G`.
     """
 
     value: Any
@@ -56,10 +64,13 @@ class Weight:
     kinds: tuple[Kind, ...]
     looked_up: bool = False
     place: NamedSharding | None = None
+    kept: bool = False
+    order: Callable[..., jax.Array] | None = None
 
     def tree_flatten(self):
         children = (self.value, self.tap, self.keys, self.columns, self.factors)
-        return children, (self.spec, self.kinds, self.looked_up, self.place)
+        static = (self.spec, self.kinds, self.looked_up, self.place, self.kept, self.order)
+        return children, static
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -68,11 +79,6 @@ class Weight:
     @classmethod
     def start(cls, spec: Spec, cycle: Any, value: Any, tap: Any, place: Any = None) -> "Weight":
         """The weight itself; `tap` is of shape `spec.data_shape`, and `place` of that shape."""
-        kinds: list[Kind] = ["kept"] * len(spec.shape)
-        for axis in spec.projected:
-            kinds[axis] = "projected"
-        for axis in spec.batch:
-            kinds[axis] = "batch"
         if place is not None:
             cut = list(sharding.entries(place.spec, tap.ndim))
             for axis in spec.projected[1:]:
@@ -80,7 +86,14 @@ class Weight:
             place = NamedSharding(place.mesh, sharding.spec_of(cut))
         tap = jnp.expand_dims(tap, spec.projected[1:])
         keys = jax.random.key_data(projections.matrix_keys(spec, cycle))
-        return cls(value, tap, keys, None, None, spec, tuple(kinds), place=place)
+        return cls(value, tap, keys, None, None, spec, kinds_of(spec), place=place)
+
+    @classmethod
+    def adapted(cls, spec: Spec, value: Any, down: Any, up: Any) -> "Weight":
+        """`value` plus the product of `down`, `(*B, *P, r)`, and `up`, of shape `spec.data_shape`."""
+        tap = jnp.expand_dims(up, spec.projected[1:])
+        flat = down.reshape(*down.shape[: len(spec.batch)], -1)
+        return cls(value, tap, flat, None, None, spec, kinds_of(spec), kept=True)
 
     def axes(self, kind: Kind) -> tuple[int, ...]:
         return tuple(axis for axis, other in enumerate(self.kinds) if other == kind)
@@ -112,6 +125,16 @@ class Joined:
     axis: int
 
 
+def kinds_of(spec: Spec) -> tuple[Kind, ...]:
+    """What each axis of the weight itself is."""
+    kinds: list[Kind] = ["kept"] * len(spec.shape)
+    for axis in spec.projected:
+        kinds[axis] = "projected"
+    for axis in spec.batch:
+        kinds[axis] = "batch"
+    return tuple(kinds)
+
+
 def tap_shape(shape: Sequence[int], kinds: Sequence[Kind], rank: int) -> tuple[int, ...]:
     """The shape of the tap of a weight of these kinds."""
     slot = tuple(kinds).index("projected")
@@ -123,6 +146,8 @@ def tap_shape(shape: Sequence[int], kinds: Sequence[Kind], rank: int) -> tuple[i
 
 def expose(weight: Weight) -> jax.Array:
     """The value, for a use of any kind; its whole cotangent is projected as soon as it is there."""
+    if weight.kept:
+        return merged(weight)
     labels = string.ascii_lowercase[: weight.value.ndim]
 
     def back(kept, source, delta):
@@ -131,6 +156,23 @@ def expose(weight: Weight) -> jax.Array:
         return _to_tap(weight, sketch, contracted_labels(weight, labels, labels), labels)
 
     return use(weight, (), lambda value: value, lambda source: None, back)
+
+
+def merged(weight: Weight) -> jax.Array:
+    """The value with its adapter in it; the product is summed in float32 at least."""
+    labels = string.ascii_lowercase[: weight.value.ndim]
+    down, tap = both_factors(weight)
+    sums = jnp.promote_types(jnp.promote_types(down.dtype, tap.dtype), jnp.float32)
+    equation = f"{down_labels(weight, labels)},{_tap_labels(weight, labels)}->{labels}"
+    change = jnp.einsum(equation, down, tap, preferred_element_type=sums)
+    value = value_of(weight.value)
+    return (value + change).astype(value.dtype)
+
+
+def both_factors(weight: Weight) -> tuple[jax.Array, jax.Array]:
+    """`A`, `(*B, *P, r)`, and the tap without its axes of length 1 for projected ones."""
+    down = draw(weight, (weight.keys, weight.columns, weight.factors))
+    return down, jnp.squeeze(weight.tap, weight.axes("projected")[1:])
 
 
 def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
@@ -149,6 +191,8 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
     """
     of_x, of_weight, of_y = labels
     projected = {of_weight[axis] for axis in weight.axes("projected")}
+    if weight.kept:
+        return _multiply_adapted(weight, x, bind, labels)
     if projected <= set(of_x) - set(of_y):
         of_kept = contracted_labels(weight, of_x, of_weight)
 
@@ -176,6 +220,63 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
             weight, (x,), bind, lambda source, x: x, back_output, lambda _, x: explicit.place(x)
         )
     return None
+
+
+def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
+    """`x W + (x A) B`, or with the factors' roles changed; `W + A B` is not made."""
+    of_x, of_weight, of_y = labels
+    projected = {of_weight[axis] for axis in weight.axes("projected")}
+    down, tap = both_factors(weight)
+    pair = [(down, down_labels(weight, of_weight)), (tap, _tap_labels(weight, of_weight))]
+    if projected <= set(of_x) - set(of_y):
+        of_middle = contracted_labels(weight, of_x, of_weight)
+    elif projected <= set(of_y) - set(of_x):
+        of_middle = contracted_labels(weight, of_y, of_weight)
+        pair.reverse()
+    else:
+        return None
+    if weight.order is not None and not weight.axes("batch") and not isinstance(weight.value, Made):
+        return _multiply_matrices(weight, x, bind, labels, pair)
+    if isinstance(weight.value, Made):
+        y = product(weight.value, x, bind, labels)
+    else:
+        y = bind(x, weight.value)
+    (first, of_first), (second, of_second) = pair
+    sums = jnp.promote_types(x.dtype, jnp.float32)
+
+    def low_rank(x, first, second):
+        first, second = first.astype(x.dtype), second.astype(x.dtype)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=sums)
+        middle = einsum(f"{of_x},{of_first}->{of_middle}", x, first).astype(x.dtype)
+        return einsum(f"{of_middle},{of_second}->{of_y}", middle, second)
+
+    change = explicit.call(low_rank, explicit.place(y), x, first, second)
+    return y + change.astype(y.dtype)
+
+
+def _multiply_matrices(weight: Weight, x: jax.Array, bind: Callable, labels, pair) -> jax.Array:
+    """The product by `weight.order`; `pair` has the factor first that shares axes with `x`."""
+    assert weight.order is not None
+    of_x, of_weight, of_y = labels
+    (first, of_first), (second, of_second) = pair
+    summed = "".join(label for label in of_x if label not in of_y)
+    free = "".join(label for label in of_x if label in of_y)
+    results = "".join(label for label in of_y if label not in free)
+    outcome = jax.eval_shape(bind, x, weight.value)
+
+    def matrix(array, of_array, rows, columns):
+        array = jnp.einsum(f"{of_array}->{rows}{columns}", array)
+        return array.reshape(math.prod(array.shape[: len(rows)]), -1)
+
+    y = weight.order(
+        matrix(x, of_x, free, summed),
+        matrix(weight.value, of_weight, summed, results),
+        matrix(first, of_first, summed, "Z").astype(x.dtype),
+        matrix(second, of_second, "Z", results).astype(x.dtype),
+    )
+    lengths = [outcome.shape[of_y.index(label)] for label in free + results]
+    y = jnp.einsum(f"{free}{results}->{of_y}", y.reshape(lengths))
+    return y.astype(outcome.dtype)
 
 
 def use(
@@ -276,10 +377,22 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
 def draw(weight: Weight, source: Any) -> jax.Array:
     """`A` of the weight, `(*B, *P, r)`, scaled; whole. `source` is `(keys, columns, factors)`."""
     keys, columns, factors = source
+    if weight.kept:
+        return _kept(weight, keys, columns, factors)
     columns = weight.indices() if columns is None else columns
     spec = weight.spec
     scale = distributions.scale(spec.distribution, spec.rank, spec.size)
     return _draw(spec, keys, columns, factors) * scale
+
+
+def _kept(weight: Weight, flat, columns, factors) -> jax.Array:
+    batch, rank = flat.shape[:-1], weight.spec.rank
+    if columns is None:
+        lengths = [weight.value.shape[axis] for axis in weight.axes("projected")]
+        down = flat.reshape(*batch, *lengths, rank)
+    else:
+        down = jnp.take(flat.reshape(*batch, -1, rank), columns, axis=len(batch))
+    return down if factors is None else down * factors[..., None].astype(down.dtype)
 
 
 def _draw(spec: Spec, keys, columns, factors) -> jax.Array:
@@ -291,6 +404,12 @@ def _draw(spec: Spec, keys, columns, factors) -> jax.Array:
         one = jax.vmap(one)
     drawn = one(keys)
     return drawn if factors is None else drawn * factors[..., None]
+
+
+def down_labels(weight: Weight, of_weight: str) -> str:
+    """Those of `A`: of the batch axes, of the projected ones, and `Z`, the rank."""
+    axes = (*weight.axes("batch"), *weight.axes("projected"))
+    return "".join(of_weight[axis] for axis in axes) + "Z"
 
 
 def contracted_labels(weight: Weight, labels: str, of_weight: str) -> str:
@@ -314,8 +433,8 @@ def outer(weight: Weight, left, of_left: str, right, of_right: str, of_weight: s
     """The product of two factors of which one has the rank, as a tap."""
     goal = _tap_labels(weight, of_weight)
     sums = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
-    product = jnp.einsum(f"{of_left},{of_right}->{goal}", left, right, preferred_element_type=sums)
-    return _to_tap(weight, product, goal, of_weight)
+    result = jnp.einsum(f"{of_left},{of_right}->{goal}", left, right, preferred_element_type=sums)
+    return _to_tap(weight, result, goal, of_weight)
 
 
 def _to_tap(weight: Weight, array: jax.Array, labels: str, of_weight: str) -> jax.Array:

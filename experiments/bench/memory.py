@@ -12,7 +12,6 @@ weight of the layers with Adam. GaLore is `optax.contrib.galore` on each layer o
 accumulated micro-steps, its SVD left out, which libtpu had not compiled after twelve minutes: what it takes at least.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,8 @@ import flora_jax
 from experiments import optimizers, report
 from experiments.bench import topology
 from experiments.models import gpt2, llama, t5
-from flora_jax.fused import combine
+from flora_jax import Projection
+from flora_jax.adapters import Adapter, lora
 
 STEPS = 16
 FAMILIES = {
@@ -110,21 +110,16 @@ def without_svd(build: Callable):
     return patched
 
 
-def lora(rank: int):
-    """Adapters on every weight of the layers, trained by Adam; the weights are frozen."""
+def adapted(adapter: Adapter):
+    """An adapter's parameters, trained by Adam; the weights are frozen."""
 
     def build(model: Any, loss_of: Callable):
-        model = type(model)(dataclasses.replace(model.shape, lora=rank))
-        tx = optax.adam(1e-3)
+        tx, loss = optax.adam(1e-3), adapter.apply(partial(loss_of, model))
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, windows):
             frozen, own = params
-
-            def loss(own):
-                return loss_of(model, combine(own, frozen), windows)
-
-            value, grads = jax.value_and_grad(loss)(own)
+            value, grads = jax.value_and_grad(loss, argnums=1)(frozen, own, windows)
             updates, state = tx.update(grads, state, own)
             return (frozen, optax.apply_updates(own, updates)), state, value
 
@@ -136,21 +131,8 @@ def lora(rank: int):
     return build
 
 
-def adapters_apart(params: Any) -> tuple[Any, Any]:
-    """Frozen weights and LoRA's factors, each with None in the places of the other."""
-
-    def is_factor(path) -> bool:
-        return path[-1].key in ("a", "b")
-
-    visit = jax.tree_util.tree_map_with_path
-    return (
-        visit(lambda path, x: None if is_factor(path) else x, params),
-        visit(lambda path, x: x if is_factor(path) else None, params),
-    )
-
-
-LORA = lora(128)
-METHODS_WITH_ADAPTERS = {LORA: 128}
+LORA = lora(Projection(128, side="input", select=lambda path, shape: "layers" in path))
+WITH_LORA = adapted(LORA)
 METHODS = {
     "Flora, born compressed, rank 128": flora(128),
     "Flora, born compressed, rank 256": flora(256),
@@ -159,7 +141,7 @@ METHODS = {
     "MultiSteps + GaLore, rank 128, at least": without_svd(
         multisteps(layered(galore(1e-3, rank=128)))
     ),
-    "LoRA + Adam, rank 128": LORA,
+    "LoRA + Adam, rank 128": WITH_LORA,
 }
 
 
@@ -184,12 +166,10 @@ def measure(config: Config, build, chip: str) -> topology.Program | None:
 
     tokens = jnp.zeros((1, 8), jnp.int32)
     tx, lower = build(model, loss)
-    if rank := METHODS_WITH_ADAPTERS.get(build):
-        model = family(dataclasses.replace(shape, lora=rank))
     given = (tokens, tokens) if family is t5.T5 else (tokens,)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), *given)["params"])
-    if rank:
-        params = adapters_apart(params)
+    if build is WITH_LORA:
+        params = (params, jax.eval_shape(partial(LORA.init, jax.random.key(0)), params))
     state = jax.eval_shape(tx.init, params)
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
     everywhere = NamedSharding(mesh, PartitionSpec())

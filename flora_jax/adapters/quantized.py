@@ -1,0 +1,64 @@
+"""Frozen weights in 8 or 4 bits under an adapter, as QLoRA has them.
+
+The integers and their scales are `qwix`'s (Google's quantisation library for JAX, which also has the
+kernels for whom quantised arithmetic is the aim); what is done here is to carry them as the weight of
+an adapter. A weight is turned into floating point where it is used, one matrix of one layer at a
+time, and once more in the backward pass. Needs `qwix` (`pip install flora-jax[quantized]`).
+
+Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer, "QLoRA", arXiv 2305.14314, Section 3 (blocks of 64
+entries, NF4).
+"""
+
+from typing import Any, Literal
+
+import jax
+
+from flora_jax.adapters.low_rank import Adapter, arrays_apart, plans_of
+from flora_jax.fused import combine
+from flora_jax.made import Made, is_made
+from flora_jax.sketch import Spec
+
+Kind = Literal["int8", "int4", "nf4"]
+
+
+def quantize(adapter: Adapter, params: Any, kind: Kind = "int8", *, tile: int | None = None) -> Any:
+    """The params with every weight that has an adapter in integers and scales.
+
+    Args:
+      adapter: whose projection says which weights.
+      params: of the model.
+      kind: `int8`, `int4`, or `nf4` (quantiles of a normal distribution).
+      tile: entries of the input side that share a scale; by default all for `int8`, and 64 for 4 bits
+        where that divides it.
+
+    Returns:
+      A tree for `apply` and `merge` of an adapter: with a `Made` in the place of each such weight.
+
+    Raises:
+      ValueError: another kind, a tile that does not divide the input side.
+    """
+    if kind not in ("int8", "int4", "nf4"):
+        raise ValueError(f"kind must be one of int8, int4, nf4, found {kind!r}")
+    arrays, rest = arrays_apart(params)
+    leaves, structure = jax.tree.flatten(arrays, is_leaf=is_made)
+    plans = plans_of(adapter.projection, arrays)
+    results = [
+        _quantized(plan.spec, leaf, kind, tile) if plan.spec and not is_made(leaf) else leaf
+        for plan, leaf in zip(plans, leaves, strict=True)
+    ]
+    return combine(jax.tree.unflatten(structure, results), rest)
+
+
+def _quantized(spec: Spec, leaf: Any, kind: Kind, tile: int | None) -> Made:
+    import qwix
+
+    axis = spec.projected[-1]
+    length = spec.shape[axis]
+    if tile is None and kind != "int8" and length % 64 == 0:
+        tile = 64
+    if tile is not None and length % tile:
+        raise ValueError(f"tile must divide the {length} of {spec.path!r}, found {tile}")
+    others = tuple(i for i in range(len(spec.shape)) if i not in spec.projected)
+    tiles = {axis: tile} if tile else None
+    parts = qwix.quantize(leaf, kind, channelwise_axes=others, tiled_axes=tiles)
+    return Made(parts, qwix.dequantize)

@@ -1,0 +1,164 @@
+"""SoRA: LoRA with a gate on each rank, driven to zero by a proximal step; zeros are pruned away.
+
+| paper | here |
+|---|---|
+| `h = W₀ x + W_u (g ⊙ (W_d x))`, equation 5 | `y = x W + s ((x down) · gate) up` |
+| `g ← T_{ηλ}(g − η ∇_g L)`, `T_ξ(x) = sign(x) max(\\|x\\| − ξ, 0)`, equations 7 and 8 | `proximal`, after the optimizer |
+| schedule of the sparsity | `sparsity`, an optax schedule |
+
+The authors' code leaves the learning rate out of the threshold by default; `learning_rate=1.0` does so.
+
+Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 2311.11696,
+Section 3.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from flora_jax.adapters.lora import Init, pair_factors, scaled
+from flora_jax.adapters.low_rank import (
+    Adapter,
+    Factors,
+    as_projection,
+    from_matrices,
+    specs,
+    start_pair,
+    to_matrices,
+)
+from flora_jax.keys import fold_path
+from flora_jax.projection import Projection
+
+
+class ProximalState(NamedTuple):
+    """`steps`: int32, so far."""
+
+    steps: jax.Array
+
+
+def sora(rank: int | Projection, *, alpha: float | None = None, init: Init = "kaiming") -> Adapter:
+    """LoRA with gates.
+
+    Args:
+      rank: the largest rank; see `lora`.
+      alpha: the update is scaled by `alpha / rank`; by default by 1.
+      init: of `down`; gates start as standard normal numbers.
+
+    Returns:
+      An `Adapter`, whose params are `{path: {"down", "gate": (*B, r), "up"}}`.
+    """
+    projection, scale = as_projection(rank), scaled(alpha)
+    of_pairs = pair_factors(projection, scale)
+
+    def init_fn(key: Any, params: Any) -> dict[str, dict[str, Any]]:
+        own = {}
+        for path, spec in specs(projection, params).items():
+            shape = (*(spec.shape[axis] for axis in spec.batch), spec.rank)
+            of_gate = jax.random.fold_in(fold_path(key, path), 1)
+            gate = jax.random.normal(of_gate, shape, jnp.dtype(spec.dtype))
+            own[path] = {**start_pair(key, spec, init), "gate": gate}
+        return own
+
+    def factors(params: Any, adapter_params: Any) -> dict[str, Factors]:
+        pairs = {path: _gated(own) for path, own in adapter_params.items()}
+        return of_pairs(params, pairs)
+
+    return Adapter(init_fn, factors, projection, scale)
+
+
+def proximal(
+    sparsity: optax.ScalarOrSchedule, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """Soft threshold `ηλ` on the gates; goes last in the chain, after the optimizer.
+
+    Args:
+      sparsity: `λ`, a number or a schedule of the step.
+      learning_rate: `η`, that of the optimizer.
+
+    Returns:
+      A transformation of updates of `{path: {…, "gate"}}`; its update needs the params. What is no
+      gate passes.
+
+    Raises:
+      ValueError: a negative `sparsity`; (on update) no params.
+    """
+    if not callable(sparsity) and not isinstance(sparsity, jax.Array) and sparsity < 0:
+        raise ValueError(f"sparsity must be at least 0, found {sparsity!r}")
+
+    def update_fn(updates, state, params=None):
+        if params is None:
+            raise ValueError("proximal's update needs the adapter's params, found none")
+        threshold = _at(sparsity, state.steps) * _at(learning_rate, state.steps)
+
+        def step(path, update, value):
+            if getattr(path[-1], "key", None) != "gate":
+                return update
+            moved = value + update
+            return jnp.sign(moved) * jnp.maximum(jnp.abs(moved) - threshold, 0) - value
+
+        visit = jax.tree_util.tree_map_with_path
+        return visit(step, updates, params), ProximalState(state.steps + 1)
+
+    return optax.GradientTransformation(
+        lambda params: ProximalState(jnp.zeros([], jnp.int32)), update_fn
+    )
+
+
+def prune(adapter: Adapter, params: Any, adapter_params: Any) -> tuple[Adapter, Any]:
+    """LoRA without the ranks whose gate is zero, and with the gates in `down`; the same outputs.
+
+    Layers that are stacked keep as many ranks as the one that has most. A leaf with none left has no
+    adapter any more.
+
+    Args:
+      adapter: from `sora`.
+      params: of the model, or their shapes.
+      adapter_params: after training; concrete arrays.
+
+    Returns:
+      The LoRA adapter, and its params.
+    """
+    known, pruned, ranks = specs(adapter.projection, params), {}, {}
+    for path, own in adapter_params.items():
+        spec, gate = known[path], np.asarray(own["gate"])
+        rank = int((gate != 0).sum(axis=-1).max())
+        if not rank:
+            continue
+        order = np.argsort(gate == 0, axis=-1, kind="stable")[..., :rank]
+        down, up = to_matrices(spec, **_gated(own))
+        down = jnp.take_along_axis(down, order[..., None, :], axis=-1)
+        up = jnp.take_along_axis(up, order[..., :, None], axis=-2)
+        ranks[path] = rank
+        smaller = dataclasses.replace(spec, rank=rank)
+        pair = from_matrices(smaller, down, up)
+        pruned[path] = dict(zip(("down", "up"), pair, strict=True))
+
+    def scale(spec: Any) -> float:
+        return adapter.scale(known[spec.path])  # α over the rank before pruning
+
+    projection = dataclasses.replace(
+        adapter.projection, rank=lambda path, shape: ranks.get(path, 1)
+    )
+
+    def init_fn(key: Any, params: Any) -> dict[str, dict[str, Any]]:
+        found = specs(projection, params)
+        return {path: start_pair(key, found[path]) for path in pruned}
+
+    return Adapter(init_fn, pair_factors(projection, scale), projection, scale), pruned
+
+
+def _gated(own: dict[str, Any]) -> dict[str, Any]:
+    """The pair with the gates in `down`."""
+    down, gate = own["down"], own["gate"]
+    between = down.ndim - gate.ndim  # the projected axes
+    gate = gate.reshape(*gate.shape[:-1], *[1] * between, gate.shape[-1])
+    return {"down": down * gate, "up": own["up"]}
+
+
+def _at(value: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
+    return value(count) if callable(value) else value
