@@ -49,6 +49,8 @@ class Block(NamedTuple):
         """The block's part of an array along this axis."""
         if self.size == self.total:
             return array
+        if self.runs == 1:  # XLA copies what it has to look at in another shape
+            return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis)
         part = jax.lax.dynamic_slice_in_dim(
             self._cut(array, axis), self.start, self.length, axis + 1
         )
@@ -58,6 +60,8 @@ class Block(NamedTuple):
         """The array with the block's part of it replaced."""
         if self.size == self.total:
             return part
+        if self.runs == 1:
+            return jax.lax.dynamic_update_slice_in_dim(array, part, self.start, axis)
         shape = (*array.shape[:axis], self.runs, self.length, *array.shape[axis + 1 :])
         cut, part = self._cut(array, axis), part.reshape(shape)
         written = jax.lax.dynamic_update_slice_in_dim(cut, part, self.start, axis + 1)
