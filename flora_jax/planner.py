@@ -322,6 +322,7 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
                 f'<text x="{place + 17}" y="22.5" fill="#222">{name}</text>'
             )
             place += 28 + 7.2 * len(name)
+    labels = []
     for i, e in enumerate(found):
         y = top + row * i
         name = e.method + (f", {e.rank}" if e.rank else "")
@@ -339,8 +340,9 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
                 )
             start += size
         weight = "bold" if e.fits else "normal"
-        lines.append(
-            f'<text x="{x(start) + 7:.1f}" y="{y + 16}" font-weight="{weight}" '
+        labels.append(
+            f'<text x="{x(start) + 7:.1f}" y="{y + 16}" font-weight="{weight}" paint-order="stroke" '
+            'stroke="#ffffff" stroke-width="5" '
             f'fill="{"#1b5e20" if e.fits else "#b00020"}">{start / GIB:.2f} GiB</text>'
         )
     end = top + row * len(found)
@@ -350,9 +352,9 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
         f'<line x1="{full:.1f}" x2="{full:.1f}" y1="{top - 8}" y2="{end + 4}" stroke="#111" '
         'stroke-width="1.5" stroke-dasharray="5 3"/>'
         f'<text x="{full:.1f}" y="{end + 20}" text-anchor="{anchor}" fill="#111">'
-        f"a chip's {setting.capacity / GIB:.2f} GiB</text></svg>"
+        f"a chip's {setting.capacity / GIB:.2f} GiB</text>"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *labels, "</svg>"])
 
 
 def to_html(setting: Setting, found: list[Estimate]) -> str:
