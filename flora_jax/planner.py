@@ -341,8 +341,8 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
             start += size
         weight = "bold" if e.fits else "normal"
         labels.append(
-            f'<text x="{x(start) + 7:.1f}" y="{y + 16}" font-weight="{weight}" paint-order="stroke" '
-            'stroke="#ffffff" stroke-width="5" '
+            f'<rect x="{x(start) + 4:.1f}" y="{y + 2}" width="76" height="18" fill="#ffffff"/>'
+            f'<text x="{x(start) + 7:.1f}" y="{y + 16}" font-weight="{weight}" '
             f'fill="{"#1b5e20" if e.fits else "#b00020"}">{start / GIB:.2f} GiB</text>'
         )
     end = top + row * len(found)
