@@ -1,4 +1,4 @@
-"""Sets up a virtual environment and runs ruff, pyright and pytest; arguments go to pytest.
+"""Sets up a virtual environment and runs ruff, pyright, mkdocs and pytest; arguments go to pytest.
 
 With `--lowest` as the first argument pytest alone runs, at the lowest versions of the dependencies,
 and without `tests/parity`: comparisons with torch need it once.
@@ -12,6 +12,7 @@ LINTERS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("pyright", "--pythonpath", "{python}"),
+    ("mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site"),
 )
 
 

@@ -1,0 +1,172 @@
+"""flora-jax: the planner at the prompt.
+
+flora-jax plan --model LLaMA-7B --chip v5e --rank 128
+flora-jax plan --config path/to/config.json --chip v6e --chips 4 --batch 4 --html plan.html
+flora-jax shapes
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import jax.numpy as jnp
+
+from flora_jax import planner, shapes
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Method = Literal["flora", "flora-ordinary", "lora", "galore", "adam", "multisteps"]
+METHODS: dict[str, str] = dict(zip(get_args(Method), planner.METHODS, strict=True))
+HEADS = ("params", "state", "grads", "sketch", "activ.", "update", "gather")
+
+
+def build(
+    model: str = "LLaMA-7B",
+    config: Path | None = None,
+    chip: str = "v5e",
+    hbm: float | None = None,
+    chips: int = 1,
+    length: int = 2048,
+    batch: int = 1,
+    rank: int = 128,
+    dtype: Dtype = "bfloat16",
+) -> planner.Setting:
+    """The setting that these words name.
+
+    Raises:
+      ValueError: an unknown model or chip, a config that cannot be read, a number below 1.
+    """
+    if hbm is None and chip not in planner.CHIPS:
+        raise ValueError(
+            f"chip must be one of {', '.join(planner.CHIPS)}, or hbm be given, found {chip!r}"
+        )
+    found = (
+        shapes.read(config, jnp.dtype(dtype)) if config else shapes.named(model, jnp.dtype(dtype))
+    )
+    capacity = round((planner.CHIPS[chip] if hbm is None else hbm) * planner.GIB)
+    return planner.Setting(found, rank, length, batch, chips, capacity)
+
+
+def table(setting: planner.Setting, found: list[planner.Estimate]) -> Any:
+    """A rich table of the methods; the last column is the largest rank that fits."""
+    from rich import box
+    from rich.table import Table
+
+    used = [name for name in planner.PARTS if any(e.parts[name] for e in found)]
+    caption = "GiB on each chip, estimated to within 10 % of the TPU compiler's"
+    result = Table(title=planner.title(setting), caption=caption, box=box.SIMPLE_HEAD, padding=0)
+    heads = [head for head, name in zip(HEADS, planner.PARTS, strict=True) if name in used]
+    for head in ("method", "rank", *heads, "total", "fits", "most"):
+        result.add_column(
+            head, justify="left" if head == "method" else "right", no_wrap=head != "method"
+        )
+    for e in found:
+        sizes = (f"{e.parts[name] / planner.GIB:.2f}" for name in used)
+        largest = str(e.largest_rank or ("none" if e.rank else "-"))
+        total, fits = f"{e.total / planner.GIB:.2f}", "yes" if e.fits else "no"
+        style = "green" if e.fits else "red"
+        result.add_row(
+            e.method,
+            str(e.rank or "-"),
+            *sizes,
+            f"[{style}]{total}[/]",
+            f"[{style}]{fits}[/]",
+            largest,
+        )
+    return result
+
+
+def advice(setting: planner.Setting, chosen: planner.Estimate) -> str:
+    """What to do about one method, in a sentence."""
+    total, most = chosen.total / planner.GIB, setting.capacity / planner.GIB
+    name = chosen.method + (f" at rank {chosen.rank}" if chosen.rank else "")
+    if chosen.fits:
+        text = f"{name} fits: {total:.2f} of {most:.2f} GiB"
+        return text + (f"; rank {chosen.largest_rank} still does." if chosen.largest_rank else ".")
+    text = f"{name} does not fit: {total:.2f} GiB, a chip has {most:.2f}"
+    if chosen.largest_rank:
+        return f"{text}; rank {chosen.largest_rank} does."
+    return f"{text}; take more chips, a shorter sequence or a smaller batch."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+      0; 1 where `plan` was asked about a method that does not fit; 2 for a wrong argument.
+    """
+    try:
+        import tyro
+        from rich.console import Console
+    except ModuleNotFoundError as error:
+        print(
+            f"flora-jax needs tyro and rich, found no {error.name}: pip install 'flora-jax[cli]'",
+            file=sys.stderr,
+        )
+        return 2
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only
+    app = tyro.extras.SubcommandApp()
+
+    @app.command(name="plan")
+    def plan(
+        model: str = "LLaMA-7B",
+        config: Path | None = None,
+        chip: str = "v5e",
+        hbm: float | None = None,
+        chips: int = 1,
+        length: int = 2048,
+        batch: int = 1,
+        method: Annotated[Method, tyro.conf.arg(aliases=["--optimizer"])] = "flora",
+        rank: int = 128,
+        dtype: Dtype = "bfloat16",
+        json: bool = False,
+        html: Path | None = None,
+    ) -> int:
+        """Says whether a training step fits, by method and by part.
+
+        Args:
+          model: a name that `flora-jax shapes` lists.
+          config: a Hugging Face config.json, or its folder, in place of a name.
+          chip: a name that `flora-jax shapes` lists.
+          hbm: GiB of a chip that a program may use, in place of a chip's name.
+          chips: over which the weights are cut, and the batch where they divide it.
+          length: tokens of a sequence.
+          batch: sequences of a micro-step, over all chips.
+          method: the one that the answer is about.
+          rank: of Flora, GaLore and LoRA.
+          dtype: of the parameters.
+          json: print JSON, bytes, in place of the table.
+          html: write one page with a picture to this file.
+        """
+        setting = build(model, config, chip, hbm, chips, length, batch, rank, dtype)
+        found = planner.estimates(setting)
+        if html:
+            html.write_text(planner.to_html(setting, found), encoding="utf-8")
+        chosen = found[planner.METHODS.index(METHODS[method])]
+        if json:
+            print(planner.to_json(setting, found))
+        else:
+            console = Console()
+            console.print(table(setting, found))
+            console.print(advice(setting, chosen), highlight=False)
+        return int(not chosen.fits)
+
+    @app.command(name="shapes")
+    def list_shapes() -> int:
+        """Lists the models and chips that have a name."""
+        print("models:     ", ", ".join(shapes.NAMED))
+        print("model_types:", ", ".join(shapes.FAMILIES))
+        print("methods:    ", "; ".join(f"{k} ({v})" for k, v in METHODS.items()))
+        print("chips, GiB: ", ", ".join(f"{k} {v:g}" for k, v in planner.CHIPS.items()))
+        return 0
+
+    try:
+        return app.cli(prog="flora-jax", description="Flora for JAX.", args=arguments)
+    except (ValueError, OSError) as error:
+        print(f"flora-jax: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,400 @@
+"""Planner: bytes of HBM that a training step takes on a chip, by part and by method; what fits.
+
+An estimate, by this model of a compiled step (bfloat16 parameters, layers under `scan` with remat,
+attention and loss over `CHUNK` tokens at a time, the micro-step and the boundary in one program):
+
+    parameters + optimizer state + gradients + max(activations, update)
+
+| part | bytes |
+|---|---|
+| gradients | those of the largest stack of layers and of all leaves outside of the stacks: what an earlier stack gave has been added up by then. Born compressed: its sketches |
+| activations | the states between layers, and what one layer, or one chunk of the loss, takes at a time |
+| update | of the largest leaf, where a tree of updates is made |
+| gathered | with several chips: the weights of the layer at work, and its gradient where that is whole |
+
+The figures of the state are those of `flora_jax.plan`. `tests/test_planner.py` holds the estimate to
+within 10 % of what the TPU compiler says (`python -m experiments.bench.memory`).
+"""
+
+import html
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.plan import Plan, plan, tree_bytes
+from flora_jax.projection import Projection
+from flora_jax.shapes import Model
+
+GIB = 2**30
+CHUNK = 512
+"""Tokens whose logits, and whose attention scores, exist at a time."""
+PARTS = ("parameters", "state", "gradients", "sketches", "activations", "update", "gathered")
+METHODS = (
+    "Flora, born compressed",
+    "Flora, ordinary gradients",
+    "LoRA + Adam",
+    "GaLore",
+    "Adam",
+    "MultiSteps + Adafactor",
+)
+RANKED = METHODS[:4]
+"""Those that have a rank."""
+CHIPS = {
+    "v5e": 15.75,
+    "v6e": 31.24,
+    "v5p": 95.73,
+    "A100-40GB": 37.0,
+    "A100-80GB": 75.0,
+    "H100-80GB": 75.0,
+    "H200-141GB": 133.0,
+}
+"""GiB that a program may use. TPUs: as their compiler says. GPUs: some 95 % of the memory, to be had by
+`XLA_PYTHON_CLIENT_MEM_FRACTION=0.95`; the parts are calibrated on TPUs alone."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one method.
+
+    Attributes:
+      method: of `METHODS`.
+      rank: None where it has none.
+      parts: bytes on each chip at the worst moment, by the names in `PARTS`.
+      capacity: bytes that a program may use.
+      largest_rank: the largest multiple of 8 that fits; None where none does or there is no rank.
+    """
+
+    method: str
+    rank: int | None
+    parts: Mapping[str, int]
+    capacity: int
+    largest_rank: int | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.capacity
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be trained, and on what.
+
+    Attributes:
+      model: of `flora_jax.shapes`.
+      rank: of Flora, GaLore and LoRA.
+      length: tokens of a sequence.
+      batch: sequences of a micro-step, over all chips.
+      chips: over which every weight is cut evenly, and the batch where they divide it.
+      capacity: bytes of a chip that a program may use.
+
+    Raises:
+      ValueError: a number below 1.
+    """
+
+    model: Model
+    rank: int = 128
+    length: int = 2048
+    batch: int = 1
+    chips: int = 1
+    capacity: int = round(CHIPS["v5e"] * GIB)
+
+    def __post_init__(self):
+        for name in ("rank", "length", "batch", "chips", "capacity"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+
+
+def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate:
+    """Bytes of one method.
+
+    Args:
+      setting: what is trained.
+      method: of `METHODS`.
+      rank: in place of the setting's.
+
+    Raises:
+      ValueError: an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {'; '.join(METHODS)}, found {method!r}")
+    rank = (rank or setting.rank) if method in RANKED else None
+    projection = Projection(rank or setting.rank, resample_every=2)
+    planned = plan(setting.model.params, projection, accumulation_steps=2)
+    held = _held(setting.model, planned, method, rank)
+    gathered = _gathered(setting, whole=method not in ("Flora, born compressed", "LoRA + Adam"))
+    activations = _activations(setting)
+    update = 0
+    if method not in ("Flora, born compressed", "LoRA + Adam"):
+        largest = max(tree_bytes(leaf) for leaf in jax.tree.leaves(setting.model.params))
+        update = max(0, largest // setting.chips - activations - gathered)
+    parts = {name: math.ceil(size / setting.chips) for name, size in held.items()}
+    parts |= {"activations": activations, "update": update, "gathered": gathered}
+    return Estimate(method, rank, {name: parts.get(name, 0) for name in PARTS}, setting.capacity)
+
+
+def estimates(setting: Setting) -> list[Estimate]:
+    """Every method's, each with the largest rank that fits."""
+    return [
+        Estimate(e.method, e.rank, e.parts, e.capacity, largest_rank(setting, e.method))
+        for e in (estimate(setting, method) for method in METHODS)
+    ]
+
+
+def largest_rank(setting: Setting, method: str) -> int | None:
+    """The largest multiple of 8 at which a method fits, below every compressed matrix's smaller side.
+
+    None where the method has no rank, or does not fit at rank 8.
+    """
+    if method not in RANKED:
+        return None
+    planned = plan(setting.model.params, Projection(8))
+    sides = [_smaller(leaf) for leaf in planned.leaves if leaf.spec]
+    low, high = 0, (min(sides, default=8) - 1) // 8
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = estimate(setting, method, 8 * middle).fits
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return 8 * low or None
+
+
+def _smaller(leaf: Any) -> int:
+    batch = math.prod(leaf.shape[axis] for axis in leaf.spec.batch)
+    return min(leaf.spec.size, math.prod(leaf.shape) // batch // leaf.spec.size)
+
+
+def _held(model: Model, planned: Plan, method: str, rank: int | None) -> dict[str, int]:
+    """Parameters, state, gradients and sketches, on all chips together."""
+    params = tree_bytes(model.params)
+    if method == "LoRA + Adam":
+        factors = [_factors(leaf, rank or 0) for leaf in _in_stacks(model)]
+        gradients = max(sum(sizes) for sizes in factors)
+        own = sum(map(sum, factors))
+        return {"parameters": params + own, "state": 2 * own, "gradients": gradients}
+    if method == "Flora, born compressed":
+        sketched = {
+            leaf.path: size for leaf, size in zip(planned.leaves, planned.sketch_bytes, strict=True)
+        }
+        largest = _largest_stack(model, sketched)
+        return {"parameters": params, "state": planned.state_bytes["Flora"], "sketches": largest}
+    state = "Flora" if method.startswith("Flora") else method
+    whole = {
+        leaf.path: math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in planned.leaves
+    }
+    gradients = _largest_stack(model, whole)
+    return {"parameters": params, "state": planned.state_bytes[state], "gradients": gradients}
+
+
+def _largest_stack(model: Model, sizes: Mapping[str, int]) -> int:
+    """Of the largest stack, and of all that is in none."""
+    stacks = dict.fromkeys((stack.name for stack in model.stacks), 0)
+    outside = 0
+    for path, size in sizes.items():
+        name = path.split("/")[0]
+        if name in stacks:
+            stacks[name] += size
+        else:
+            outside += size
+    return max(stacks.values()) + outside
+
+
+def _in_stacks(model: Model) -> list[list[Any]]:
+    """Kernels of each stack."""
+    return [
+        [leaf for leaf in jax.tree.leaves(model.params[stack.name]) if len(leaf.shape) == 3]
+        for stack in model.stacks
+    ]
+
+
+def _factors(kernels: list[Any], rank: int) -> list[int]:
+    """Bytes of LoRA's two factors on each stacked kernel."""
+    return [
+        x.shape[0] * rank * (x.shape[1] + x.shape[2]) * jnp.dtype(x.dtype).itemsize for x in kernels
+    ]
+
+
+def _activations(setting: Setting) -> int:
+    model, item = setting.model, jnp.dtype(jax.tree.leaves(setting.model.params)[0].dtype).itemsize
+    length = model.length or setting.length
+    split = setting.chips if setting.batch % setting.chips == 0 else 1
+    tokens = setting.batch * length // split
+    saved = sum(stack.layers * tokens * stack.width for stack in model.stacks) * item
+    layers = []
+    for stack in model.stacks:
+        scores = tokens * stack.heads * (min(length, CHUNK) if stack.chunked else length) * 4
+        states = tokens * (6 * stack.width + 3 * stack.hidden) * item
+        layers.append(scores + states)
+    chunk = (
+        1 if model.length else min(length, CHUNK)
+    )  # ViT has the logits of an image, not of a patch
+    loss = 2 * 4 * (setting.batch // split) * chunk * model.outputs
+    return saved + max(loss, *layers)
+
+
+def _gathered(setting: Setting, whole: bool) -> int:
+    """Of the layer at work, whose weights each chip needs whole, and gradients where they are."""
+    if setting.chips == 1 or setting.batch % setting.chips:
+        return 0
+    layers = [
+        tree_bytes(setting.model.params[stack.name]) // stack.layers
+        for stack in setting.model.stacks
+    ]
+    return max(layers) * (2 if whole else 1)
+
+
+def as_dict(setting: Setting, found: list[Estimate]) -> dict[str, Any]:
+    """Setting and estimates as plain data, ready for JSON; bytes on each chip."""
+    return {
+        "model": setting.model.name,
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(setting.model.params)),
+        "length": setting.model.length or setting.length,
+        "batch": setting.batch,
+        "chips": setting.chips,
+        "capacity": setting.capacity,
+        "methods": [
+            {
+                "method": e.method,
+                "rank": e.rank,
+                "fits": e.fits,
+                "bytes": e.total,
+                "parts": dict(e.parts),
+                "largest_rank": e.largest_rank,
+            }
+            for e in found
+        ],
+    }
+
+
+def to_json(setting: Setting, found: list[Estimate]) -> str:
+    return json.dumps(as_dict(setting, found), indent=2)
+
+
+def title(setting: Setting) -> str:
+    """One line on what is planned."""
+    length = setting.model.length or setting.length
+    chips = "one chip" if setting.chips == 1 else f"{setting.chips} chips"
+    return (
+        f"{setting.model.name}, {setting.batch} x {length} tokens, {chips} of "
+        f"{setting.capacity / GIB:.2f} GiB"
+    )
+
+
+COLOURS = {
+    "parameters": "#4c566a",
+    "state": "#d08770",
+    "gradients": "#bf616a",
+    "sketches": "#5e81ac",
+    "activations": "#a3be8c",
+    "update": "#b48ead",
+    "gathered": "#ebcb8b",
+}
+
+
+def to_svg(setting: Setting, found: list[Estimate]) -> str:
+    """A bar for each method, cut into its parts, and a line where the chip is full."""
+    left, right, top, row, bar = 210, 90, 46, 34, 22
+    width = 900
+    most = max(setting.capacity, *(e.total for e in found))
+    height = top + row * len(found) + 34
+
+    def x(size: float) -> float:
+        return left + (width - left - right) * size / most
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="system-ui, sans-serif" font-size="13" role="img">',
+        f"<title>{html.escape(title(setting))}: memory by part</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    place = left
+    for name in PARTS:
+        if any(e.parts[name] for e in found):
+            lines.append(
+                f'<rect x="{place}" y="12" width="12" height="12" fill="{COLOURS[name]}"/>'
+                f'<text x="{place + 17}" y="22.5" fill="#222">{name}</text>'
+            )
+            place += 28 + 7.2 * len(name)
+    labels = []
+    for i, e in enumerate(found):
+        y = top + row * i
+        name = e.method + (f", {e.rank}" if e.rank else "")
+        lines.append(
+            f'<text x="{left - 10}" y="{y + 16}" text-anchor="end" fill="#222">{html.escape(name)}</text>'
+        )
+        start = 0
+        for part in PARTS:
+            size = e.parts[part]
+            if size:
+                lines.append(
+                    f'<rect x="{x(start):.1f}" y="{y}" width="{x(start + size) - x(start):.1f}" '
+                    f'height="{bar}" fill="{COLOURS[part]}"><title>{part}: {size / GIB:.2f} GiB'
+                    "</title></rect>"
+                )
+            start += size
+        weight = "bold" if e.fits else "normal"
+        labels.append(
+            f'<rect x="{x(start) + 4:.1f}" y="{y + 2}" width="76" height="18" fill="#ffffff"/>'
+            f'<text x="{x(start) + 7:.1f}" y="{y + 16}" font-weight="{weight}" '
+            f'fill="{"#1b5e20" if e.fits else "#b00020"}">{start / GIB:.2f} GiB</text>'
+        )
+    end = top + row * len(found)
+    full = x(setting.capacity)
+    anchor = "start" if full < width / 2 else "end"
+    lines.append(
+        f'<line x1="{full:.1f}" x2="{full:.1f}" y1="{top - 8}" y2="{end + 4}" stroke="#111" '
+        'stroke-width="1.5" stroke-dasharray="5 3"/>'
+        f'<text x="{full:.1f}" y="{end + 20}" text-anchor="{anchor}" fill="#111">'
+        f"a chip's {setting.capacity / GIB:.2f} GiB</text>"
+    )
+    return "\n".join([*lines, *labels, "</svg>"])
+
+
+def to_html(setting: Setting, found: list[Estimate]) -> str:
+    """One page with the picture and the table; it loads nothing from elsewhere."""
+    used = [name for name in PARTS if any(e.parts[name] for e in found)]
+    heads = ["method", "rank", *used, "total, GiB", "fits", "largest rank that fits"]
+    rows = []
+    for e in found:
+        cells = [e.method, str(e.rank or "–"), *(f"{e.parts[name] / GIB:.2f}" for name in used)]
+        cells += [f"{e.total / GIB:.2f}", "yes" if e.fits else "no"]
+        cells.append(str(e.largest_rank or ("none" if e.rank else "–")))
+        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    name = html.escape(title(setting))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>
+body {{ font: 15px system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; }}
+svg {{ width: 100%; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: right; padding: .35em .6em; border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; }}
+</style>
+</head>
+<body>
+<h1>{name}</h1>
+{to_svg(setting, found)}
+<table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table>
+<p>An estimate, GiB on each chip, of one compiled training step: layers under <code>scan</code> with
+remat, attention and loss {CHUNK} tokens at a time. Made by <code>flora-jax plan</code>.</p>
+</body>
+</html>
+"""

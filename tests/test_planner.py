@@ -1,0 +1,151 @@
+"""The planner's estimate against the TPU compiler's figures, and against sums by hand."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+import flora_jax
+from flora_jax import planner, shapes
+from flora_jax.planner import GIB, METHODS, PARTS, Setting, estimate
+
+BORN, ORDINARY, LORA, _, ADAM, MULTISTEPS = METHODS
+
+# GiB a chip by the compiler, README.md: `python -m experiments.bench.memory`, `experiments.bench.pods`
+COMPILED = [
+    ("LLaMA-7B", BORN, 128, 2048, 1, 1, 14.35),
+    ("LLaMA-7B", BORN, 256, 2048, 1, 1, 15.31),
+    ("LLaMA-7B", BORN, 128, 4096, 1, 1, 15.31),
+    ("LLaMA-7B", LORA, 128, 2048, 1, 1, 16.03),
+    ("LLaMA-7B", ORDINARY, 128, 2048, 1, 1, 28.26),
+    ("LLaMA-7B", MULTISTEPS, 128, 2048, 1, 1, 51.48),
+    ("LLaMA-13B", BORN, 128, 2048, 1, 2, 13.47),
+    ("T5-3B", BORN, 128, 512, 1, 1, 5.92),
+    ("T5-3B", LORA, 128, 512, 1, 1, 8.22),
+    ("T5-3B", MULTISTEPS, 128, 512, 1, 1, 19.38),
+    ("GPT-2-XL", BORN, 128, 1024, 1, 1, 3.47),
+    ("GPT-2-XL", LORA, 128, 1024, 1, 1, 4.29),
+    ("GPT-2-XL", MULTISTEPS, 128, 1024, 1, 1, 12.46),
+    ("LLaMA-7B", BORN, 128, 2048, 16, 16, 1.95),
+    ("LLaMA-7B", MULTISTEPS, 128, 2048, 16, 16, 4.39),
+    ("LLaMA-70B", BORN, 128, 2048, 256, 256, 5.09),
+    ("LLaMA-70B", MULTISTEPS, 128, 2048, 256, 256, 7.92),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "rank", "length", "batch", "chips", "gib"), COMPILED)
+def test_within_a_tenth_of_the_compiler(model, method, rank, length, batch, chips, gib):
+    setting = Setting(shapes.named(model), rank, length, batch, chips)
+    assert estimate(setting, method).total / GIB == pytest.approx(gib, rel=0.1)
+
+
+def test_what_fits_a_v5e_chip_is_what_the_compiler_lets_fit():
+    for model, method, rank, length, batch, chips, gib in COMPILED:
+        if abs(gib / 15.75 - 1) < 0.02:  # LoRA at 16.03: closer to the border than the estimate is
+            continue
+        setting = Setting(shapes.named(model), rank, length, batch, chips)
+        assert estimate(setting, method).fits == (gib <= 15.75), (model, method)
+
+
+def test_parts_by_hand():
+    config = {
+        "model_type": "llama",
+        "vocab_size": 1000,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    model = shapes.from_config(config)
+    count = 2 * 1000 * 256 + 256 + 3 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256)
+    setting = Setting(model, rank=16, length=128)
+    parts = estimate(setting, ADAM).parts
+    assert parts["parameters"] == 2 * count
+    assert parts["state"] == 2 * 2 * count + 4
+    assert parts["gradients"] == 2 * count
+    # saved states, then one layer: scores in float32, 6 widths and 3 hidden in bfloat16
+    layer = 128 * 4 * 128 * 4 + 128 * (6 * 256 + 3 * 512) * 2
+    assert parts["activations"] == 3 * 128 * 256 * 2 + max(layer, 2 * 4 * 128 * 1000)
+    lora = estimate(setting, LORA).parts
+    factors = 2 * 3 * 16 * (4 * (256 + 256) + 3 * (256 + 512))
+    assert lora["parameters"] == 2 * count + factors
+    assert lora["state"] == 2 * factors
+    # sketches: the larger side is projected away, float32; vectors stay whole
+    born = estimate(setting, BORN).parts
+    sketches = 4 * (3 * 7 * 16 * 256 + 16 * 1000 + 16 * 256)
+    whole = 4 * (256 + 3 * 2 * 256)
+    tables = born["sketches"] - 4 * 3 * 7 * 16 * 256 - whole
+    assert tables in (4 * 16 * (1000 + 256), 4 * 16 * (1000 + 1000), 4 * 16 * (256 + 256)), sketches
+
+
+def test_state_is_the_plan_s():
+    model = shapes.named("T5-small")
+    projection = flora_jax.Projection(64, resample_every=2)
+    state = flora_jax.plan(model.params, projection, accumulation_steps=2).state_bytes
+    setting = Setting(model, 64, 512)
+    for method, name in ((BORN, "Flora"), (ADAM, "Adam"), ("GaLore", "GaLore")):
+        assert estimate(setting, method).parts["state"] == state[name]
+
+
+@pytest.mark.parametrize("method", [BORN, LORA])
+def test_the_largest_rank_fits_and_the_next_does_not(method):
+    setting = Setting(shapes.named("LLaMA-7B"))
+    rank = planner.largest_rank(setting, method)
+    assert rank is not None
+    assert estimate(setting, method, rank).fits
+    assert not estimate(setting, method, rank + 8).fits
+
+
+def test_no_rank_where_none_fits_or_there_is_none():
+    setting = Setting(shapes.named("LLaMA-7B"))
+    assert planner.largest_rank(setting, ORDINARY) is None
+    assert planner.largest_rank(setting, ADAM) is None
+
+
+def test_a_rank_is_below_the_matrices_smaller_side():
+    setting = Setting(shapes.named("GPT-2"), 64, 128)
+    assert planner.largest_rank(setting, BORN) == 760
+
+
+def test_chips_divide_weights_and_the_batch():
+    model = shapes.named("LLaMA-7B")
+    one, four = (estimate(Setting(model, batch=4, chips=chips), ADAM).parts for chips in (1, 4))
+    for name in ("parameters", "state", "gradients", "activations"):
+        assert four[name] == pytest.approx(one[name] / 4, abs=1)
+    assert one["gathered"] == 0
+    assert four["gathered"] == 2 * 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+
+
+def test_json_and_page_say_the_same():
+    setting = Setting(shapes.named("LLaMA-7B"))
+    found = planner.estimates(setting)
+    data = json.loads(planner.to_json(setting, found))
+    assert [row["method"] for row in data["methods"]] == list(METHODS)
+    assert data["parameters"] == 6738415616
+    for row, e in zip(data["methods"], found, strict=True):
+        assert row["bytes"] == sum(row["parts"].values()) == e.total
+    picture = ElementTree.fromstring(planner.to_svg(setting, found))
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [node for node in picture.iter(f"{space}rect") if node.find(f"{space}title") is not None]
+    assert len(bars) == sum(bool(e.parts[name]) for e in found for name in PARTS)
+    widths = sum(float(bar.get("width", 0)) for bar in bars[:4])
+    last = sum(float(bar.get("width", 0)) for bar in bars[-5:])
+    assert widths / last == pytest.approx(found[0].total / found[-1].total, rel=0.01)
+    page = planner.to_html(setting, found)
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert f"{found[0].total / GIB:.2f}" in page
+
+
+def test_names_are_escaped():
+    config = {**shapes.NAMED["GPT-2"], "model_type": "gpt2"}
+    setting = Setting(shapes.from_config(config, name="<b>&"))
+    page = planner.to_html(setting, planner.estimates(setting))
+    assert "<b>" not in page and "&lt;b&gt;&amp;" in page
+
+
+def test_wrong_arguments_get_a_sentence():
+    model = shapes.named("GPT-2")
+    with pytest.raises(ValueError, match="chips must be at least 1, found 0"):
+        Setting(model, chips=0)
+    with pytest.raises(ValueError, match=r"method must be one of .*, found 'SGD'"):
+        estimate(Setting(model), "SGD")
