@@ -83,10 +83,10 @@ def program(problem: Problem, method: methods.Method, sizes: Sizes) -> Program:
     """Nothing is computed yet, nor compiled."""
     adapted = method.kind == "lora"
     loss = partial(problem.loss, problem.model)
-    adapter = lora.adapter(method.rank)
-    merge = jax.jit(partial(lora.merge, adapter)) if adapted else lambda params: params
-    if adapted:
-        loss = lora.apply(adapter, loss)
+    adapter = lora.adapter(method.rank) if adapted else None
+    merge = lambda params: params  # noqa: E731
+    if adapter is not None:
+        loss, merge = lora.apply(adapter, loss), jax.jit(partial(lora.merge, adapter))
     build = partial(
         methods.build, method, accumulation=sizes.accumulation, boundaries=sizes.boundaries
     )
@@ -96,7 +96,7 @@ def program(problem: Problem, method: methods.Method, sizes: Sizes) -> Program:
             params = problem.init(problem.model, seed)
         else:
             params = jax.tree.map(jnp.asarray, problem.params)
-        if adapted:
+        if adapter is not None:
             params = lora.start(adapter, params, seed)
         trained = lora.apart(params)[1] if adapted else params
         state = jax.jit(build(1.0)[0].init)(trained)
