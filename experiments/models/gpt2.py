@@ -36,7 +36,6 @@ class Shape:
     layers: int = 12
     heads: int = 12
     dtype: Any = jnp.float32
-    lora: int = 0
     epsilon: float = 1e-5
     remat: bool = True
 
@@ -99,7 +98,7 @@ class Layer(nn.Module):
         shape = self.shape
 
         def dense(features, name):
-            return Dense(features, shape.dtype, shape.lora, bias=True, name=name)
+            return Dense(features, shape.dtype, bias=True, name=name)
 
         def norm(name):
             return nn.LayerNorm(

@@ -1,4 +1,4 @@
-"""What the models share: a product with room for an adapter; attention, its cache, loss in parts.
+"""What the models share: a product; attention, its cache, loss in parts.
 
 In the shape descriptions `B` is the batch, `T` the sequence, `D` the width, `L` the slots of a cache.
 """
@@ -16,23 +16,18 @@ CHUNK = 512
 
 
 class Dense(nn.Module):
-    """`x W (+ bias)`; with a rank, LoRA's `x W + (x a) b` (Hu et al., arXiv 2106.09685)."""
+    """`x W (+ bias)`."""
 
     features: int
     dtype: Any
-    rank: int = 0
     bias: bool = False
     init: Any = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        make, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
         y = x @ self.param("kernel", self.init, (x.shape[-1], self.features), self.dtype)
-        if self.rank:
-            a = self.param("a", make, (x.shape[-1], self.rank), self.dtype)
-            y = y + (x @ a) @ self.param("b", zeros, (self.rank, self.features), self.dtype)
         if self.bias:
-            y = y + self.param("bias", zeros, (self.features,), self.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
         return y
 
 

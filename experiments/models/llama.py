@@ -42,7 +42,6 @@ class Shape:
     dtype: Any = jnp.bfloat16
     remat: bool = True
     scan: bool = True
-    lora: int = 0
     cut: tuple[Any, ...] = ()
     """Mesh axes of `B` of the activations between layers; needs a mesh in context."""
     theta: float = 10000.0
@@ -156,7 +155,7 @@ def make_cache(shape: Shape, batch: int, slots: int) -> Cache:
 
 
 def _dense(shape: Shape, features: int, name: str) -> Dense:
-    return Dense(features, shape.dtype, shape.lora, name=name)
+    return Dense(features, shape.dtype, name=name)
 
 
 def _norm(shape: Shape, name: str) -> nn.RMSNorm:

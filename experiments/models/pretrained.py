@@ -367,7 +367,7 @@ def save(folder: Path, model: Any, params: Any, shard_bytes: int = 5 * 10**9) ->
 
     Args:
       folder: to be made.
-      model: of the kinds of `load`, without LoRA and with its layers stacked.
+      model: of the kinds of `load`, with its layers stacked.
       params: its params.
       shard_bytes: where the weights are more than this, they go to several files.
 

@@ -34,7 +34,6 @@ class Shape:
     buckets: int = 32
     reach: int = 128
     dtype: Any = jnp.float32
-    lora: int = 0
     epsilon: float = 1e-6
     gated: bool = False
     tied: bool = True
@@ -172,7 +171,7 @@ class Layer(nn.Module):
         scaled = nn.initializers.variance_scaling(1 / shape.head_size, "fan_in", "normal")
 
         def dense(features, **options):
-            return Dense(features, shape.dtype, shape.lora, **options)
+            return Dense(features, shape.dtype, **options)
 
         self.self_norm, self.feed_forward_norm = _norm(shape), _norm(shape)
         self.self_query = dense(

@@ -31,7 +31,6 @@ class Shape:
     hidden: int = 3072
     classes: int = 1000
     dtype: Any = jnp.float32
-    lora: int = 0
     epsilon: float = 1e-12
     remat: bool = True
 
@@ -81,7 +80,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         shape = self.shape
-        dense = partial(Dense, dtype=shape.dtype, rank=shape.lora, bias=True)
+        dense = partial(Dense, dtype=shape.dtype, bias=True)
         y = _norm(shape, "attention_norm")(x)
         q, k, v = (
             dense(shape.width, name=name)(y).reshape(*y.shape[:-1], shape.heads, -1)

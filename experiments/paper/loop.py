@@ -41,16 +41,16 @@ class Trial(NamedTuple):
     """A method, compiled: `run(rate, seed)` trains from the start.
 
     Attributes:
-      model: with factors where the method is LoRA.
-      start: `seed -> (params, state)`.
+      start: `seed -> (params, state)`; the params have factors where the method is LoRA.
       cycle: `(params, state, batches, rate) -> (params, state, losses)`, a boundary.
+      merge: `params -> params` of the model.
       evaluate: `params -> validation loss`.
       nbytes: of it all.
     """
 
-    model: Any
     start: Callable[[int], tuple[Any, Any]]
     cycle: Callable[..., Any]
+    merge: Callable[[Any], Any]
     evaluate: Callable[[Any], float]
     nbytes: Bytes
 
@@ -59,14 +59,16 @@ class Program(NamedTuple):
     """What is to be compiled for a method, and the shapes it is compiled for.
 
     Attributes:
-      model: with factors where the method is LoRA.
+      loss: `(params, batch) -> scalar`, through the factors where the method is LoRA.
+      merge: `params -> params` of the model.
       start: `seed -> (params, state)`.
       cycle: `(params, state, batches, rate) -> (params, state, losses)`, under `jit`.
       shapes: of the four.
       extra: bytes of LoRA's factors.
     """
 
-    model: Any
+    loss: Callable[[Any, Any], jax.Array]
+    merge: Callable[[Any], Any]
     start: Callable[[int], tuple[Any, Any]]
     cycle: Any
     shapes: tuple[Any, Any, Any, Any]
@@ -80,21 +82,27 @@ class Program(NamedTuple):
 def program(problem: Problem, method: methods.Method, sizes: Sizes) -> Program:
     """Nothing is computed yet, nor compiled."""
     adapted = method.kind == "lora"
-    model = lora.adapted(problem.model, method.rank) if adapted else problem.model
+    loss = partial(problem.loss, problem.model)
+    adapter = lora.adapter(method.rank) if adapted else None
+    merge = lambda params: params  # noqa: E731
+    if adapter is not None:
+        loss, merge = lora.apply(adapter, loss), jax.jit(partial(lora.merge, adapter))
     build = partial(
         methods.build, method, accumulation=sizes.accumulation, boundaries=sizes.boundaries
     )
 
     def start(seed: int) -> tuple[Any, Any]:
-        params = problem.init(model, seed)
-        if problem.params is not None:
-            given = jax.tree.map(jnp.asarray, problem.params)
-            params = lora.with_factors(given, params) if adapted else given
+        if problem.params is None:
+            params = problem.init(problem.model, seed)
+        else:
+            params = jax.tree.map(jnp.asarray, problem.params)
+        if adapter is not None:
+            params = lora.start(adapter, params, seed)
         trained = lora.apart(params)[1] if adapted else params
         state = jax.jit(build(1.0)[0].init)(trained)
         return params, methods.from_cycle(state, CYCLES * seed)
 
-    cycle = jax.jit(partial(_cycle, problem, model, build, adapted), donate_argnums=(0, 1))
+    cycle = jax.jit(partial(_cycle, loss, build, adapted), donate_argnums=(0, 1))
     params, state = jax.eval_shape(partial(start, 0))
     batch = {
         name: jax.ShapeDtypeStruct((sizes.accumulation, sizes.batch, *x.shape[1:]), x.dtype)
@@ -103,14 +111,14 @@ def program(problem: Problem, method: methods.Method, sizes: Sizes) -> Program:
     shapes = (params, state, batch, jax.ShapeDtypeStruct((), jnp.float32))
     plain = jax.eval_shape(partial(problem.init, problem.model, 0))
     extra = tree_bytes(params) - tree_bytes(plain)
-    return Program(model, start, cycle, shapes, extra)
+    return Program(loss, merge, start, cycle, shapes, extra)
 
 
 def prepare(problem: Problem, method: methods.Method, sizes: Sizes) -> Trial:
     """Compiles the method for the problem."""
     parts = program(problem, method, sizes)
     compiled = parts.cycle.lower(*parts.shapes).compile()
-    of_batch = jax.jit(lambda params, batch: problem.loss(parts.model, params, batch))
+    of_batch = jax.jit(parts.loss)
 
     def evaluate(params) -> float:
         many = list(batches.in_order(problem.validation, 64))
@@ -119,22 +127,20 @@ def prepare(problem: Problem, method: methods.Method, sizes: Sizes) -> Trial:
         return float(np.average(losses, weights=counts))
 
     nbytes = parts.nbytes(report.compiled_bytes(compiled))
-    return Trial(parts.model, parts.start, compiled, evaluate, nbytes)
+    return Trial(parts.start, compiled, parts.merge, evaluate, nbytes)
 
 
-def _cycle(problem: Problem, model: Any, build: Any, adapted: bool, params, state, many, rate):
+def _cycle(loss: Any, build: Any, adapted: bool, params, state, many, rate):
     """All micro-steps of a boundary; Flora's with no gradient and no tree of updates whole."""
     tx, projection = build(rate)
-    loss = partial(problem.loss, model)
-    held = None
+    held, inner = None, loss
     if adapted:
         held, params = lora.apart(params)
-        whole = loss
-        loss = lambda own, batch: whole(combine(own, held), batch)  # noqa: E731
+        inner = lambda own, batch: loss(combine(own, held), batch)  # noqa: E731
     if projection is None:
-        step = optimizers.ordinary_step(loss, tx)
+        step = optimizers.ordinary_step(inner, tx)
     else:
-        step = flora_jax.make_train_step(loss, tx, projection)
+        step = flora_jax.make_train_step(inner, tx, projection)
 
     def micro_step(carry, batch):
         params, state, value = step(*carry, batch)
@@ -184,6 +190,9 @@ def run(
             if checkpoints and (boundary + 1) % sizes.checkpoint_every == 0:
                 kept = {"params": params, "state": state}
                 checkpoints.save(boundary + 1, kept, {"losses": losses})
-    figures = {"validation": trial.evaluate(params), **problem.score(trial.model, params)}
+    figures = {
+        "validation": trial.evaluate(params),
+        **problem.score(problem.model, trial.merge(params)),
+    }
     log(sizes.boundaries, figures)
     return {**figures, "losses": [round(loss, 5) for loss in losses]}

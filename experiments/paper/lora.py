@@ -1,36 +1,62 @@
-"""LoRA as a baseline: the models' own factors `x W + (x a) b`; `W` is frozen, all else is trained.
+"""LoRA as a baseline: the library's adapter on the weights of the layers; they are frozen, all else is trained.
 
-The one place that knows how. Source: Hu et al., arXiv 2106.09685.
+Params with factors are those of the model and one entry more, `lora`, with what the adapter trains.
 """
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flora_jax import Projection
+from flora_jax.adapters import Adapter
+from flora_jax.adapters import lora as library
+from flora_jax.keys import path_name
+
+FACTORS = "lora"
+"""The entry of the factors, by the path of their weight."""
 
 
-def adapted(model: Any, rank: int) -> Any:
-    """The model with factors of this rank beside each weight of its layers."""
-    return type(model)(dataclasses.replace(model.shape, lora=rank))
+def adapter(rank: int) -> Adapter:
+    """Factors of this rank, on the input side of each weight of the layers."""
+
+    def select(path: str, _: Any) -> bool:
+        return "layer" in path and path.endswith(
+            "/kernel"
+        )  # stacked, a norm's vectors are matrices
+
+    return library(Projection(rank, side="input", min_dim=1, select=select))
 
 
-def with_factors(params: Any, fresh: Any) -> Any:
-    """Params, and the factors out of `fresh`, which are those of the adapted model."""
-    found = flatten_dict(params)
-    return unflatten_dict({path: found.get(path, x) for path, x in flatten_dict(fresh).items()})
+def start(adapter: Adapter, params: Any, seed: int) -> Any:
+    """Params, and fresh factors; the random one as wide as the weights' own start, variance 1/m."""
+    own = adapter.init(jax.random.key(seed), params)
+    own = {path: {**pair, "down": pair["down"] * 3**0.5} for path, pair in own.items()}  # from 1/3m
+    return {**params, FACTORS: own}
+
+
+def apply(adapter: Adapter, fun: Callable) -> Callable:
+    """`fun(params, *args)` for params with factors."""
+
+    def adapted(params: Any, *args: Any) -> Any:
+        return adapter.apply(fun)(*_split(params), *args)
+
+    return adapted
+
+
+def merge(adapter: Adapter, params: Any) -> Any:
+    """The model's own params, with the factors added to them."""
+    return adapter.merge(*_split(params))
 
 
 def apart(params: Any) -> tuple[Any, Any]:
     """What is frozen and what is trained, each with None in the places of the other."""
-    paths = set(flatten_dict(params))
-
-    def frozen(path) -> bool:
-        names = tuple(key.key for key in path)
-        return names[-1] == "kernel" and (*names[:-1], "a") in paths
-
     visit = jax.tree_util.tree_map_with_path
     return (
-        visit(lambda path, x: x if frozen(path) else None, params),
-        visit(lambda path, x: None if frozen(path) else x, params),
+        visit(lambda path, x: x if path_name(path) in params[FACTORS] else None, params),
+        visit(lambda path, x: None if path_name(path) in params[FACTORS] else x, params),
     )
+
+
+def _split(params: Any) -> tuple[Any, Any]:
+    return {name: x for name, x in params.items() if name != FACTORS}, params[FACTORS]

@@ -3,7 +3,7 @@
     python -m experiments.paper.lora_dynamics
     python -m experiments.paper.lora_dynamics --model LLaMA-60M --rank 128
 
-With `y = x W + x a b` and `b = 0` at first, `∂L/∂b = aᵀ G` and `∂L/∂a = G bᵀ`, where `G = ∂L/∂W`. So the
+The library's LoRA, whose `down` and `up` are `a` and `b` here. With `y = x W + x a b` and `b = 0` at first, `∂L/∂b = aᵀ G` and `∂L/∂a = G bᵀ`, where `G = ∂L/∂W`. So the
 first step of SGD leaves `a` alone, and `a b = -η a aᵀ G`: the gradient, projected at random and back.
 Section 2 of the paper bounds what later steps add while `a` has hardly moved. Here LoRA trains by SGD,
 and after `t` steps its change of the weights, `a b`, is compared with `-η a₀ a₀ᵀ Σ G`.
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.progress import track
 
@@ -50,22 +50,20 @@ class Options:
     out: Path = Path("runs/paper/lora_dynamics")
 
 
-def factored(tree: Any) -> dict[tuple[str, ...], tuple[Any, Any, Any]]:
-    """`kernel`, `a`, `b` of each weight that has factors, by its path."""
-    found: dict[Any, Any] = flatten_dict(tree)
-    paths = [path[:-1] for path in found if path[-1] == "a"]
-    return {p: (found[*p, "kernel"], found[*p, "a"], found[*p, "b"]) for p in paths}
+def factored(tree: Any) -> dict[str, tuple[Any, Any, Any]]:
+    """The weight, `a` and `b`, of each weight that has factors, by its path."""
+    found: dict[Any, Any] = flatten_dict(tree, sep="/")
+    pairs = tree[lora.FACTORS].items()
+    return {path: (found[path], pair["down"], pair["up"]) for path, pair in pairs}
 
 
 def step(loss: Any, params: Any, sums: Any, batch: Any, rate: Any) -> tuple[Any, Any, Any]:
     """One step of SGD on the factors alone, and the sums of the gradients of their weights."""
     value, gradients = jax.value_and_grad(loss)(params, batch)
-    found = flatten_dict(params)
-    for path, (kernel, a, b) in factored(gradients).items():
-        sums = {**sums, path: sums[path] + kernel}
-        found[(*path, "a")] -= rate * a
-        found[(*path, "b")] -= rate * b
-    return unflatten_dict(found), sums, value
+    sums = {path: sums[path] + weight for path, (weight, _, _) in factored(gradients).items()}
+    own = (tree[lora.FACTORS] for tree in (params, gradients))
+    own = jax.tree.map(lambda x, gradient: x - rate * gradient, *own)
+    return {**params, lora.FACTORS: own}, sums, value
 
 
 def compare(first: Any, params: Any, sums: Any, rate: Any) -> dict[str, jax.Array]:
@@ -98,10 +96,11 @@ def compare(first: Any, params: Any, sums: Any, rate: Any) -> dict[str, jax.Arra
 
 def run(given: problem.Problem, options: Options, rate: float, seed: int) -> list[dict[str, float]]:
     """The comparison after each of the steps that are asked for."""
-    model = lora.adapted(given.model, options.rank)
-    params = first = given.init(model, seed)
+    adapter = lora.adapter(options.rank)
+    params = first = lora.start(adapter, given.init(given.model, seed), seed)
     sums = {path: jnp.zeros_like(kernel) for path, (kernel, _, _) in factored(params).items()}
-    advance = jax.jit(partial(step, partial(given.loss, model)))
+    loss = lora.apply(adapter, partial(given.loss, given.model))
+    advance = jax.jit(partial(step, loss))
     order = batches.source(given.train, options.batch, seed)
     lines = []
     for t in range(max(options.steps)):

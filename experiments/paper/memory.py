@@ -79,12 +79,13 @@ def _program(given: problem.Problem, method: Method, light: bool, sizes: Sizes) 
     tx, projection = methods.build(
         method, 1e-3, accumulation=sizes.accumulation, boundaries=sizes.boundaries
     )
-    model = lora.adapted(given.model, method.rank) if method.kind == "lora" else given.model
-    loss = partial(given.loss, model)
-    params = jax.eval_shape(partial(given.init, model, 0))
+    loss = partial(given.loss, given.model)
+    params = jax.eval_shape(partial(given.init, given.model, 0))
     batch = jax.eval_shape(lambda: given.train)
     if method.kind == "lora":
-        held, own = lora.apart(params)
+        adapter = lora.adapter(method.rank)
+        loss = lora.apply(adapter, loss)
+        held, own = lora.apart(jax.eval_shape(lambda x: lora.start(adapter, x, 0), params))
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, batch):

@@ -64,7 +64,7 @@ class Problem(NamedTuple):
     """What a method is tried on.
 
     Attributes:
-      model: without factors of LoRA.
+      model: in Flax.
       params: to begin with, or None for random ones.
       loss: `(model, params, batch) -> scalar`.
       train: arrays with the examples along their first axis.

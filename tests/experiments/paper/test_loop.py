@@ -10,7 +10,7 @@ import pytest
 
 import flora_jax
 from experiments.models import llama, vit
-from experiments.paper import loop, lora, methods, problem
+from experiments.paper import loop, methods, problem
 from experiments.paper.methods import Method
 from experiments.tasks import batches
 from tests.helpers import assert_tree_close, assert_tree_equal, normal
@@ -18,6 +18,7 @@ from tests.helpers import assert_tree_close, assert_tree_equal, normal
 SIZES = problem.Sizes("ViT-test", (0, 0), 3, 2, 3)
 MODEL = vit.Vit(vit.Shape(8, 4, 2, 128, 1, 2, 128, 5, remat=False))
 RATE = 0.1
+LAYERS = ("query", "key", "value", "out", "up", "down")
 
 
 def vit_loss(model, params, batch):
@@ -30,18 +31,25 @@ def make(score=lambda *_: {"accuracy": 1.0}):
 
 
 def trained(given, method, sizes=SIZES, seed=1):
-    """Params at the end, and the losses, of the loop."""
-    ends = []
-    trial = loop.prepare(
-        given._replace(score=lambda _, params: ends.append(params) or {}), method, sizes
-    )
-    figures = loop.run(
-        given._replace(score=lambda _, p: ends.append(p) or {}), trial, sizes, RATE, seed
-    )
-    return trial, ends[-1], figures
+    """The params that are scored at the end, those that are trained, and the losses, of the loop."""
+    ends, raw = [], []
+    given = given._replace(score=lambda _, params: ends.append(params) or {})
+    trial = loop.prepare(given, method, sizes)
+    watched = trial._replace(merge=lambda params: raw.append(params) or trial.merge(params))
+    figures = loop.run(given, watched, sizes, RATE, seed)
+    return trial, ends[-1], raw[-1], figures
 
 
-def by_hand(given, model, tx, params, state, trainable=lambda tree: (None, tree), seed=1):
+def by_hand(
+    given,
+    model,
+    tx,
+    params,
+    state,
+    trainable=lambda tree: (None, tree),
+    seed=1,
+    added=lambda tree: tree,
+):
     order = batches.source(given.train, SIZES.batch, seed)
     losses = []
 
@@ -49,7 +57,7 @@ def by_hand(given, model, tx, params, state, trainable=lambda tree: (None, tree)
     def step(params, state, batch):
         held, own = trainable(params)
         value, grads = jax.value_and_grad(
-            lambda own: vit_loss(model, own if held is None else merged(held, own), batch)
+            lambda own: vit_loss(model, added(own if held is None else merged(held, own)), batch)
         )(own)
         updates, state = tx.update(grads, state, own)
         own = optax.apply_updates(own, updates)
@@ -72,9 +80,10 @@ def merged(held, own):
     return jax.tree.map(lambda a, b: b if a is None else a, held, own, is_leaf=lambda x: x is None)
 
 
+@pytest.mark.slow
 def test_flora_is_the_chain_with_ordinary_gradients():
     given, method = make(), Method("flora", 16)
-    _, found, figures = trained(given, method)
+    _, found, _, figures = trained(given, method)
     tx = flora_jax.flora(
         optax.warmup_cosine_decay_schedule(0.0, RATE, 1, 3), rank=16, accumulation_steps=2
     )
@@ -90,18 +99,28 @@ def test_flora_is_the_chain_with_ordinary_gradients():
     np.testing.assert_allclose(figures["losses"], losses, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_lora_trains_its_factors_and_what_it_does_not_patch():
     given, method = make(), Method("lora", 3)
-    trial, found, figures = trained(given, method)
-    model = vit.Vit(dataclasses.replace(MODEL.shape, lora=3))
+    trial, found, raw, figures = trained(given, method)
     tx = optax.MultiSteps(
         optax.adafactor(optax.warmup_cosine_decay_schedule(0.0, RATE, 1, 3)), 2
     ).gradient_transformation()
-    params = given.init(model, 1)
+    params = trial.start(1)[0]
+    plain = {name: x for name, x in params.items() if name != "lora"}
+    assert_tree_equal(plain, given.init(MODEL, 1))
+
+    def added(tree):
+        """The model's params with the factors' products in them."""
+        layers = dict(tree["layers"])
+        for name in LAYERS:
+            pair = tree["lora"][f"layers/{name}/kernel"]
+            kernel = layers[name]["kernel"] + pair["down"] @ pair["up"]
+            layers[name] = {**layers[name], "kernel": kernel}
+        return {**{name: x for name, x in tree.items() if name != "lora"}, "layers": layers}
 
     def trainable(tree):
-        layers = {"query", "key", "value", "out", "up", "down"}
-        frozen = lambda path: path[-1].key == "kernel" and path[-2].key in layers  # noqa: E731
+        frozen = lambda path: path[-1].key == "kernel" and path[-2].key in LAYERS  # noqa: E731
         visit = jax.tree_util.tree_map_with_path
         return (
             visit(lambda path, x: x if frozen(path) else None, tree),
@@ -109,14 +128,15 @@ def test_lora_trains_its_factors_and_what_it_does_not_patch():
         )
 
     state = tx.init(trainable(params)[1])
-    expected, losses = by_hand(given, model, tx, params, state, trainable)
+    expected, losses = by_hand(given, MODEL, tx, params, state, trainable, added=added)
     np.testing.assert_allclose(figures["losses"], losses, atol=2e-5)
-    held, own = lora.apart(found)
-    before, moved = lora.apart(params)
-    assert_close_but_for_noise(jax.tree.map(np.asarray, found), expected)
+    held, own = trainable(raw)
+    before, moved = trainable(params)
+    assert_close_but_for_noise(jax.tree.map(np.asarray, found), added(expected))
+    assert_close_but_for_noise(jax.tree.map(np.asarray, raw), expected)
     assert_tree_equal(held, before)
     assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (own, moved)), strict=True))
-    factors = sum(x.size for p, x in jax.tree_util.tree_leaves_with_path(own) if p[-1].key in "ab")
+    factors = sum(x.size for x in jax.tree.leaves(own["lora"]))
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert trial.nbytes.state == state_bytes + 4 * factors
     assert trial.nbytes.params == sum(4 * x.size for x in jax.tree.leaves(given.init(MODEL, 0)))
@@ -138,6 +158,7 @@ def test_another_seed_draws_other_projections(momentum):
     assert jax.tree.all(grown)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_bit_equal(tmp_path):
     given, method = make(), Method("flora", 16)
     sizes = dataclasses.replace(SIZES, checkpoint_every=1)
@@ -163,6 +184,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_equal(tmp_path):
     assert_tree_equal(ends[1], ends[0])
 
 
+@pytest.mark.slow
 def test_galore_is_what_optax_has_over_accumulation():
     shape = llama.Shape(20, 8, 12, 1, 2, 2, jnp.float32, remat=False, scan=False)
     model = llama.Llama(shape)
@@ -173,7 +195,7 @@ def test_galore_is_what_optax_has_over_accumulation():
         return model.apply({"params": params}, batch["tokens"], batch["targets"])
 
     given = make()._replace(model=model, loss=of_batch, train=arrays, validation=arrays)
-    _, found, _ = trained(given, Method("galore", 2))
+    _, found, _, _ = trained(given, Method("galore", 2))
     rate = optax.warmup_cosine_decay_schedule(0.0, RATE, 1, 3)
     tx = optax.MultiSteps(optax.contrib.galore(rate, rank=2), 2).gradient_transformation()
     params = given.init(model, 1)

@@ -3,26 +3,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.paper import lora_dynamics
+from experiments.paper import lora, lora_dynamics
+from flora_jax import Projection
+from flora_jax.adapters import lora as library
 from tests.helpers import normal
 
 RATE = 0.3
 
 
-def loss(params, batch):
-    w = params["w"]
-    y = jnp.tanh(batch @ w["kernel"] + batch @ w["a"] @ w["b"])
-    return jnp.sum(jnp.sin(y))
+def plain(params, batch):
+    return jnp.sum(jnp.sin(jnp.tanh(batch @ params["w"]["kernel"])))
+
+
+loss = lora.apply(library(Projection(2, side="input", min_dim=1)), plain)
 
 
 def start():
-    w = {"kernel": normal(0, (6, 5)), "a": normal(1, (6, 2)), "b": np.zeros((2, 5), np.float32)}
-    return {"w": jax.tree.map(jnp.asarray, w)}
+    pair = {"down": normal(1, (6, 2)), "up": np.zeros((2, 5), np.float32)}
+    tree = {"w": {"kernel": normal(0, (6, 5))}, "lora": {"w/kernel": pair}}
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def naive(steps):
     """The two changes of the weight, in float64, with the gradient of tanh and sin by hand."""
-    w, a, b = (np.asarray(start()["w"][name], np.float64) for name in ("kernel", "a", "b"))
+    pair = start()["lora"]["w/kernel"]
+    arrays = (start()["w"]["kernel"], pair["down"], pair["up"])
+    w, a, b = (np.asarray(array, np.float64) for array in arrays)
     a0, total = a.copy(), np.zeros_like(w)
     for i in range(steps):
         x = normal(10 + i, (4, 6)).astype(np.float64)
@@ -36,7 +42,7 @@ def naive(steps):
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_against_a_naive_computation(steps):
     params = first = start()
-    sums = {("w",): jnp.zeros((6, 5))}
+    sums = {"w/kernel": jnp.zeros((6, 5))}
     for i in range(steps):
         params, sums, _ = lora_dynamics.step(
             loss, params, sums, jnp.asarray(normal(10 + i, (4, 6))), RATE
