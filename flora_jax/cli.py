@@ -54,7 +54,7 @@ def table(setting: planner.Setting, found: list[planner.Estimate]) -> Any:
     from rich.table import Table
 
     used = [name for name in planner.PARTS if any(e.parts[name] for e in found)]
-    caption = "GiB on each chip, estimated to within 10 % of the TPU compiler's"
+    caption = "GiB on each chip, estimated from figures of the TPU compiler"
     result = Table(title=planner.title(setting), caption=caption, box=box.SIMPLE_HEAD, padding=0)
     heads = [head for head, name in zip(HEADS, planner.PARTS, strict=True) if name in used]
     for head in ("method", "rank", *heads, "total", "fits", "most"):
