@@ -34,11 +34,13 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("model", "method", "rank", "length", "batch", "chips", "gib"), COMPILED)
+@pytest.mark.newest  # MultiSteps of older optax accumulates in the params' dtype
 def test_within_a_tenth_of_the_compiler(model, method, rank, length, batch, chips, gib):
     setting = Setting(shapes.named(model), rank, length, batch, chips)
     assert estimate(setting, method).total / GIB == pytest.approx(gib, rel=0.1)
 
 
+@pytest.mark.newest  # MultiSteps of older optax accumulates in the params' dtype
 def test_what_fits_a_v5e_chip_is_what_the_compiler_lets_fit():
     for model, method, rank, length, batch, chips, gib in COMPILED:
         if abs(gib / 15.75 - 1) < 0.02:  # LoRA at 16.03: closer to the border than the estimate is
