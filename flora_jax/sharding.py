@@ -42,7 +42,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
 
     Example:
       >>> import flora_jax, jax, jax.numpy as jnp
-      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((1,), ("model",))
       >>> kernel = jax.device_put(jnp.ones((256, 512)), NamedSharding(mesh, P(None, "model")))
       >>> params = {"kernel": kernel}
