@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.checkpoint import Checkpoints
+from experiments.checkpoint import FORMAT, Checkpoints
 
 SETTINGS = {"rank": 16, "seed": 0, "distribution": "srht", "side": "larger"}
 
@@ -129,7 +129,7 @@ def test_history_is_saved_as_it_was_when_save_was_called(tmp_path):
 )
 def test_a_run_of_other_settings_is_refused(tmp_path, name, other):
     save(tmp_path, [1])
-    was = {"format": 2, **SETTINGS}[name]
+    was = {"format": FORMAT, **SETTINGS}[name]
     message = f"{name}: the run in .* was started with {was!r}, this one has {other!r}; give the"
     with pytest.raises(ValueError, match=message):
         Checkpoints(tmp_path, {**SETTINGS, name: other})
