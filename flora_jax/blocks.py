@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flora_jax import manual
+
 MOST_RUNS = 256
 
 
@@ -72,6 +74,14 @@ class Block(NamedTuple):
         return array.reshape(*array.shape[:axis], self.runs, run, *array.shape[axis + 1 :])
 
 
+def runs(total: int, most: int) -> int:
+    """Into how many equal runs an axis is cut for blocks of so many indices: a power of two."""
+    count = 1
+    while 2 * count <= min(MOST_RUNS, most) and total % (2 * count) == 0:
+        count *= 2
+    return count
+
+
 def over_blocks(total: int, most: int, body: Callable[[Block, Any], Any], carry: Any) -> Any:
     """Runs `carry = body(block, carry)` until every index was in a block.
 
@@ -85,12 +95,10 @@ def over_blocks(total: int, most: int, body: Callable[[Block, Any], Any], carry:
     """
     if most >= total:
         return body(Block(total, 1, 0, total, 0), carry)
-    runs = 1
-    while 2 * runs <= min(MOST_RUNS, most) and total % (2 * runs) == 0:
-        runs *= 2
-    run, step = total // runs, max(1, most // runs)
+    count = runs(total, most)
+    run, step = total // count, max(1, most // count)
 
     def visit(i, carry):
-        return body(Block(total, runs, jnp.minimum(i * step, run - step), step, i * step), carry)
+        return body(Block(total, count, jnp.minimum(i * step, run - step), step, i * step), carry)
 
-    return jax.lax.fori_loop(0, -(-run // step), visit, carry)
+    return manual.fori_loop(0, -(-run // step), visit, carry)

@@ -23,7 +23,7 @@ import optax
 from jax.extend import core
 from jax.sharding import NamedSharding
 
-from flora_jax import explicit, sharding
+from flora_jax import explicit, manual, sharding
 from flora_jax import projection as projections
 from flora_jax.blocks import Block
 from flora_jax.interpreter import apply
@@ -96,7 +96,8 @@ def apply_gradients(
     leaves = jax.tree.leaves(params)
     places = list(map(explicit.place, leaves))
     if shardings is not None:
-        places = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
+        given = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
+        places = [own if one is None else one for one, own in zip(given, places, strict=True)]
 
     def by_leaf(*args):
         return _apply(whole, args, slice_above, places)
@@ -555,7 +556,7 @@ class _Slices:
                 for node, old, new in zip(nodes, sums, partial(i), strict=True)
             ]
 
-        return jax.lax.fori_loop(1, self.count, add, partial(0))
+        return manual.fori_loop(1, self.count, add, partial(0))
 
     def _force_whole(self, goals: Sequence[Atom], whole: Values) -> None:
         """Evaluates, outside of the loop, the whole variables that the loop will read."""
@@ -604,6 +605,6 @@ class _Slices:
             self._block(0).take(array, self.axes[goal])
             for goal, array in zip(sliced, start, strict=True)
         ]
-        arrays, last = jax.lax.fori_loop(0, self.count, body, (start, first))
+        arrays, last = manual.fori_loop(0, self.count, body, (start, first))
         written = dict(zip(sliced, put(self.count - 1, arrays, last), strict=True))
         return [written[g] if isinstance(g, Var) and g in written else whole(g) for g in self.goals]

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax import manual
+
 BLOCK = 2**22
 """Largest number of entries that are made at a time."""
 
@@ -157,4 +159,4 @@ def _by_slabs(made: Made, x: jax.Array, labels: tuple[str, str, str], step: int,
             return jax.lax.dynamic_update_slice_in_dim(y, part.astype(y.dtype), start, axis)
 
         body, zeros = write, jnp.zeros(outcome.shape, outcome.dtype)
-    return jax.lax.fori_loop(0, -(-total // step), body, zeros).astype(outcome.dtype)
+    return manual.fori_loop(0, -(-total // step), body, zeros).astype(outcome.dtype)

@@ -14,6 +14,7 @@ Source: Hao, Cao, Mou, arXiv 2402.03293, Algorithms 1 and 2.
 """
 
 import dataclasses
+import functools
 import math
 import string
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from flora_jax import distributions, keys
-from flora_jax.blocks import Block, over_blocks
+from flora_jax.blocks import MOST_RUNS, Block, over_blocks, runs
 from flora_jax.sketch import Every, Spec
 
 Side = Literal["input", "output", "larger"]
@@ -155,9 +156,8 @@ def project(
       float32 array (float64 for a float64 gradient) of shape `spec.data_shape`.
     """
 
-    def one(key, matrix):
+    def one(axes, key, matrix):
         accumulator = jnp.promote_types(matrix.dtype, jnp.float32)
-        axes = _Axes(spec)
 
         def add(block, data):
             columns = axes.columns(key, block, repeat=False).astype(matrix.dtype)
@@ -190,8 +190,7 @@ def decompress(
 def decompress_with(spec: Spec, drawn_with: jax.Array, data: jax.Array) -> jax.Array:
     """`decompress`, given the keys of the matrices, `B`."""
 
-    def one(key, sketch):
-        axes = _Axes(spec)
+    def one(axes, key, sketch):
         sketch = sketch * _scale(spec)
 
         def write(block, gradient):  # columns that two blocks share are written twice, alike
@@ -221,9 +220,7 @@ def transfer(
       Array of the shape and dtype of `data`.
     """
 
-    def one(pair, sketch):
-        axes = _Axes(spec)
-
+    def one(axes, pair, sketch):
         def add(block, product):
             left = axes.columns(pair[0], block, repeat=False)
             right = axes.columns(pair[1], block)
@@ -284,23 +281,38 @@ class _Axes:
         return over_blocks(total, most, body, carry)
 
 
-def _over_batch(spec: Spec, one: Callable, keys, array: jax.Array, axes_in, axes_out) -> jax.Array:
-    """Applies `one(key, matrix)` along the batch axes, as many at a time as `spec.block` allows."""
-    if not spec.batch:
-        return one(keys, array)
+def _over_batch(
+    spec: Spec, one: Callable, drawn_with: Any, array: jax.Array, axes_in, axes_out
+) -> jax.Array:
+    """Applies `one(axes, key, matrix)` along the batch axes; no more than a block of `A` is drawn.
+
+    As many matrices are looked at side by side as a batch axis has runs (see `blocks`), each with a
+    smaller block of its own: where that axis is cut over devices, each looks at its own. A matrix
+    whose columns must be drawn all at once is looked at alone.
+    """
+    apart = MOST_RUNS if distributions.is_columnwise(spec.distribution) else 1
+
+    def over(axis: int, block: int, apart: int, drawn_with: Any, array: jax.Array) -> jax.Array:
+        if axis == len(spec.batch):
+            return one(_Axes(dataclasses.replace(spec, block=block)), drawn_with, array)
+        inner = math.prod(array.shape[1 : len(spec.batch) - axis])
+        total = array.shape[0]
+        side_by_side = runs(total, apart)
+        together = min(total, max(side_by_side, block // (spec.rank * spec.size * inner)))
+        each = jax.vmap(
+            functools.partial(over, axis + 1, max(1, block // together), apart // side_by_side)
+        )
+
+        def write(part: Block, result: jax.Array) -> jax.Array:
+            keys, matrices = jax.tree.map(lambda x: part.take(x, 0), (drawn_with, array))
+            return part.put(result, each(keys, matrices), 0)
+
+        shape = jax.eval_shape(each, drawn_with, array)
+        return over_blocks(total, together, write, jnp.zeros(shape.shape, shape.dtype))
+
     leading = tuple(range(len(spec.batch)))
     array = jnp.moveaxis(array, axes_in, leading)
-    lengths = array.shape[: len(spec.batch)]
-    together = max(1, spec.block // (spec.rank * spec.size))
-    if together >= math.prod(lengths):
-        for _ in leading:
-            one = jax.vmap(one)
-        result = one(keys, array)
-    else:
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lengths) :]), (keys, array))
-        result = jax.lax.map(lambda pair: one(*pair), flat, batch_size=together)
-        result = result.reshape(*lengths, *result.shape[1:])
-    return jnp.moveaxis(result, leading, axes_out)
+    return jnp.moveaxis(over(0, spec.block, apart, drawn_with, array), leading, axes_out)
 
 
 def data_batch(spec: Spec) -> tuple[int, ...]:

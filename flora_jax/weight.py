@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from flora_jax import distributions, explicit, sharding
+from flora_jax import distributions, explicit, manual, sharding
 from flora_jax import projection as projections
 from flora_jax.blocks import Block, over_blocks
 from flora_jax.made import Made, product, value_of
@@ -325,7 +325,7 @@ def use(
         return (pull(delta) if pull else ()), None, of_tap, None
 
     run.defvjp(forward, backward)
-    return run(*_varying_alike((inputs, weight.value, weight.tap, source)))
+    return run(*manual.alike((inputs, weight.value, weight.tap, source)))
 
 
 def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weight: str):
@@ -370,8 +370,7 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
         return sketch + jnp.einsum(equation, slab, drawn, preferred_element_type=sums)
 
     shape = jax.eval_shape(lambda: add(Block(total, 1, 0, total, 0), jnp.zeros([], sums))).shape
-    zeros = _varying_alike((jnp.zeros(shape, sums), array))[0]
-    return over_blocks(total, most, add, zeros) * scale
+    return over_blocks(total, most, add, jnp.zeros(shape, sums)) * scale
 
 
 def draw(weight: Weight, source: Any) -> jax.Array:
@@ -448,31 +447,3 @@ def _tap_labels(weight: Weight, of_weight: str) -> str:
         for axis, label in enumerate(of_weight)
         if axis == weight.slot or weight.kinds[axis] != "projected"
     )
-
-
-def _varying_alike(tree: Any) -> Any:
-    """Inside `shard_map`: marks every leaf as varying over the axes that any leaf varies over.
-
-    The transpose of this mark is the sum over devices that an ordinary gradient gets there.
-    """
-    every = frozenset().union(*map(_varying, jax.tree.leaves(tree)))
-    if not every:
-        return tree
-
-    def mark(leaf):
-        missing = tuple(sorted(every - _varying(leaf)))
-        if not missing:
-            return leaf
-        if pvary := getattr(jax.lax, "pvary", None):  # before jax 0.9
-            return pvary(leaf, missing)
-        return jax.lax.pcast(leaf, missing, to="varying")
-
-    return jax.tree.map(mark, tree)
-
-
-def _varying(leaf: Any) -> frozenset[str]:
-    """The manual mesh axes over which an array varies."""
-    kind = jax.typeof(leaf)
-    if hasattr(kind, "manual_axis_type"):  # as of jax 0.10
-        return kind.manual_axis_type.varying
-    return getattr(kind, "vma", frozenset())

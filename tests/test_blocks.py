@@ -1,10 +1,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
+import flora_jax
 from flora_jax.blocks import over_blocks
+from tests.helpers import normal
 
 LENGTHS = st.integers(1, 70)
 
@@ -47,3 +53,21 @@ def test_a_block_has_a_part_of_every_run():
     assert (block.runs, block.length) == (8, 1)
     starts = np.asarray(jax.jit(lambda: block._replace(start=2).indices())())
     assert list(starts) == [2, 6, 10, 14, 18, 22, 26, 30]
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "orthonormal"])
+@pytest.mark.parametrize("stack", [(), (6,)])
+def test_blocks_inside_shard_map(distribution, stack):
+    """Each device's own gradient through `project` and `decompress`, as it would be without blocks."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    grads = jnp.asarray(normal(0, (4, *stack, 64, 48)))
+    params = jnp.zeros(grads.shape[1:])
+
+    def through(block):
+        projection = flora_jax.Projection(8, min_dim=16, block=block, distribution=distribution)
+        tx = optax.chain(flora_jax.project(projection), flora_jax.decompress())
+        state = tx.init(params)
+        return jax.vmap(lambda grad: tx.update(grad, state, params)[0])
+
+    cut = jax.shard_map(through(2**7), mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    np.testing.assert_allclose(jax.jit(cut)(grads), through(2**22)(grads), rtol=1e-4, atol=1e-5)

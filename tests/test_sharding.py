@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flora_jax
 from experiments.bench import traffic
@@ -15,7 +15,7 @@ SIZES = {"fsdp": 4, "model": 2}
 
 
 def make_mesh():
-    return jax.make_mesh((4, 2), ("fsdp", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return jax.make_mesh((4, 2), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def cut_params(mesh):
@@ -148,7 +148,7 @@ def gathered(program):
 @pytest.mark.parametrize("distribution", ["gaussian", "srht", "rademacher"])
 def test_a_device_draws_its_own_part_and_gathers_nothing_but_a_sketch(distribution, block):
     """A weight of 1024 x 512 cut eight ways along the side that is projected away, to 64 rows."""
-    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     program, words = compiled_step(
         mesh,
         lambda params, x: jnp.mean((x @ params["w"]) ** 2),
@@ -162,14 +162,34 @@ def test_a_device_draws_its_own_part_and_gathers_nothing_but_a_sketch(distributi
     assert gathered(program) == [4 * 64 * 512]
 
 
-def test_a_device_draws_for_its_own_experts_and_gathers_nothing():
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_device_draws_for_its_own_experts_and_gathers_nothing(kind):
     """Eight experts of 256 x 512, one on each device, with the tokens that were sent to them."""
-    mesh = jax.make_mesh((8,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
-    program, words = compiled_step(
-        mesh,
-        lambda params, x: jnp.mean(jnp.einsum("ecd,edf->ecf", x, params["w"]) ** 2),
-        ((8, 256, 512), ("expert",)),
-        ((8, 16, 256), ("expert",)),
-    )
+    mesh = jax.make_mesh((8,), ("expert",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        program, words = compiled_step(
+            mesh,
+            lambda params, x: jnp.mean(jnp.einsum("ecd,edf->ecf", x, params["w"]) ** 2),
+            ((8, 256, 512), ("expert",)),
+            ((8, 16, 256), ("expert",)),
+        )
     assert words <= 64 * 256
+    assert gathered(program) == []
+
+
+@pytest.mark.parametrize("experts, axes", [((8,), ("expert",)), ((3, 8), (None, "expert"))])
+@pytest.mark.parametrize("block", [2**22, 2**15, 2**11])
+def test_the_chain_gathers_no_expert(experts, axes, block):
+    """Gradients that are whole, each on the device of its expert, through all links."""
+    mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec(*axes))
+    params = {"w": jax.ShapeDtypeStruct((*experts, 64, 128), jnp.float32, sharding=place)}
+    projection = flora_jax.Projection(32, min_dim=64, block=block, resample_every=2)
+    tx = flora_jax.flora(1e-2, projection=projection, accumulation_steps=2)
+    state = jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        jax.eval_shape(tx.init, params),
+        flora_jax.state_shardings(tx, params),
+    )
+    program = jax.jit(tx.update).lower(params, state, params).compile().as_text()
     assert gathered(program) == []
