@@ -207,7 +207,7 @@ def _evaluate(program: _Program, values: Values) -> list[Any]:
 
         return run
 
-    results = iter(jax.lax.switch(values(split.ins[0]), [taken(branch) for branch in branches]))
+    results = iter(manual.switch(values(split.ins[0]), [taken(branch) for branch in branches]))
     return [next(results) if i in inside else values(out) for i, out in enumerate(program.outs)]
 
 
@@ -355,7 +355,9 @@ _ELEMENTWISE = frozenset(
         "nextafter",
         "not",
         "or",
+        "pcast",
         "pow",
+        "pvary",
         "reduce_precision",
         "rem",
         "round",
@@ -475,7 +477,7 @@ class _Slices:
 
     def _is_filled(self, node: Node) -> bool:
         """Whether it repeats what it has along the axis, up to the shape of the weight."""
-        if node.name != "broadcast_in_dim" or node.outs[0].shape != self.spec.shape:
+        if node.name != "broadcast_in_dim" or node.outs[0].shape != self.spec.part_shape:
             return False
         dims = node.eqn.params["broadcast_dimensions"]
         return len(node.ins) == 1 and self.axis not in dims
@@ -533,11 +535,12 @@ class _Slices:
         found[node.outs[0]] = apply(node.eqn, *ins, **changes)
 
     def _decompressed(self, cut, data) -> jax.Array:
-        shape = list(self.spec.shape)
+        shape, cut = list(self.spec.shape), list(self.spec.cut)
         shape[self.axis] = self.width  # each device has but one of them, of which a block is held
-        spec = dataclasses.replace(
-            self.spec, shape=tuple(shape), block=self.spec.block * self.width
-        )
+        if cut:
+            cut[self.axis] = ()
+        block = self.spec.block * self.width
+        spec = dataclasses.replace(self.spec, shape=tuple(shape), cut=tuple(cut), block=block)
         place = projections.data_batch(self.spec)[0]
         return projections.decompress_with(spec, cut(self.keys, 0), cut(data, place))
 

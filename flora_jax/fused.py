@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax import explicit
+from flora_jax import explicit, manual
 from flora_jax.interpreter import Traced, Use, Walk, exposed
 from flora_jax.made import is_made
 from flora_jax.plan import LeafPlan, Plan, leaf_plans
@@ -23,7 +23,7 @@ from flora_jax.plan import plan as make_plan
 from flora_jax.projection import Projection
 from flora_jax.rules import RULES
 from flora_jax.sharding import constrain, of_sketch
-from flora_jax.sketch import Sketch
+from flora_jax.sketch import Sketch, Spec
 from flora_jax.weight import Weight
 
 
@@ -98,8 +98,10 @@ class ValueAndGrad:
 
         value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(taps, wholes)
         leaves = [
-            grad if plan.spec is None else Sketch(data, None, plan.spec)
-            for plan, data, grad in zip(function.plans, *grads, strict=True)
+            grad if plan.spec is None else Sketch(_total(plan.spec, leaf, data), None, plan.spec)
+            for plan, leaf, data, grad in zip(
+                function.plans, function.differentiated, *grads, strict=True
+            )
         ]
         grads = function.gradients(leaves)
         return (value if self.has_aux else value[0]), grads
@@ -229,8 +231,15 @@ class _Function:
 def _tap(plan: LeafPlan, leaf: Any) -> jax.Array | None:
     if plan.spec is None:
         return None
-    zeros = jnp.zeros(plan.spec.data_shape, jnp.promote_types(plan.spec.dtype, jnp.float32))
+    spec = plan.spec
+    zeros = jnp.zeros(spec.part_data_shape, jnp.promote_types(spec.dtype, jnp.float32))
+    zeros = manual.vary(zeros, manual.varying(leaf) - set(spec.summed))
     return explicit.put(zeros, of_sketch(plan.spec, explicit.place(leaf)))
+
+
+def _total(spec: Spec, leaf: Any, data: jax.Array) -> jax.Array:
+    """The sum over devices that cut projected axes, where types do not tell JAX to make it."""
+    return manual.total(data, sorted(set(spec.summed) - manual.varying(leaf)))
 
 
 def is_array(x: Any) -> bool:

@@ -1,6 +1,8 @@
 """Manual: mesh axes inside `jax.shard_map`, over which the type of an array says whether it varies."""
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,23 +24,74 @@ def alike(tree: Any) -> Any:
     The transpose of this mark is the sum over devices that an ordinary gradient gets there.
     """
     every = frozenset().union(*map(varying, jax.tree.leaves(tree)))
-    return jax.tree.map(lambda leaf: _vary(leaf, every), tree)
+    return jax.tree.map(lambda leaf: vary(leaf, every), tree)
+
+
+def here(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the mesh axes that are manual where this is called."""
+    manual = _manual_axes()
+    return tuple(name for name in names if name in manual)
+
+
+def parts(names: Iterable[str]) -> int:
+    """Into how many parts these axes cut an array here: 1 outside of `shard_map`."""
+    return math.prod(jax.lax.axis_size(name) for name in here(names))
+
+
+def index(names: Iterable[str]) -> Any:
+    """Which of these parts this device has; an int 0, or an int32 scalar."""
+    names = here(names)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def total(array: jax.Array, names: Iterable[str]) -> jax.Array:
+    """The sum over the devices along these axes."""
+    names = here(names)
+    return jax.lax.psum(array, names) if names else array
 
 
 def fori_loop(lower: int, upper: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """`jax.lax.fori_loop`, whose carry may start with arrays that do not vary, such as zeros."""
-    if getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()):
+    if _manual_axes():
         result = jax.make_jaxpr(body)(jnp.int32(lower), carry).out_avals
         leaves, structure = jax.tree.flatten(carry)
-        marked = [_vary(a, varying(b)) for a, b in zip(leaves, result, strict=True)]
+        marked = [vary(a, varying(b)) for a, b in zip(leaves, result, strict=True)]
         carry = jax.tree.unflatten(structure, marked)
     return jax.lax.fori_loop(lower, upper, body, carry)
 
 
-def _vary(leaf: Any, axes: frozenset[str]) -> Any:
+def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
+    """`jax.lax.switch` between branches whose results may vary over other axes, as zeros do.
+
+    `index` may be a bool, of two branches.
+    """
+    if _manual_axes():
+        results = [jax.make_jaxpr(branch)(*operands).out_avals for branch in branches]
+        every = [frozenset().union(*map(varying, each)) for each in zip(*results, strict=True)]
+        branches = [functools.partial(_marked, branch, every) for branch in branches]
+    return jax.lax.switch(jnp.asarray(index, jnp.int32), branches, *operands)
+
+
+def _marked(branch: Callable, every: list[frozenset[str]], *operands: Any) -> Any:
+    leaves, structure = jax.tree.flatten(branch(*operands))
+    return jax.tree.unflatten(structure, map(vary, leaves, every))
+
+
+def everywhere(condition: jax.Array) -> jax.Array:
+    """Whether it holds on all devices along the axes that it varies over."""
+    axes = tuple(sorted(varying(condition)))
+    return jax.lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
+
+
+def vary(leaf: Any, axes: frozenset[str]) -> Any:
+    """Marks an array as varying over these axes."""
     missing = tuple(sorted(axes - varying(leaf)))
     if not missing:
         return leaf
     if pvary := getattr(jax.lax, "pvary", None):  # before jax 0.9
         return pvary(leaf, missing)
     return jax.lax.pcast(leaf, missing, to="varying")
+
+
+def _manual_axes() -> tuple[str, ...]:
+    return tuple(getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()))

@@ -63,7 +63,7 @@ def scale_by_official(
     def init_fn(params):
         leaves, structure = jax.tree.flatten(params)
         shapes = [
-            spec.data_shape if spec else leaf.shape
+            spec.part_data_shape if spec else leaf.shape
             for spec, leaf in zip(_specs(params, rank, seed), leaves, strict=True)
         ]
         zeros = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]

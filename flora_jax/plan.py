@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from flora_jax import storage
+from flora_jax import manual, sharding, storage
 from flora_jax.interpreter import Use
 from flora_jax.keys import path_name
 from flora_jax.projection import DimensionNumbers, Projection
@@ -25,7 +26,7 @@ class LeafPlan:
 
     Attributes:
       path: name of the leaf.
-      shape: of the weight.
+      shape: of the weight; inside `shard_map` of the part that is here.
       dtype: of the weight, by name.
       spec: of its sketch; None where the leaf is left whole.
       side: `input` or `output`; None where the leaf is left whole.
@@ -42,7 +43,7 @@ class LeafPlan:
     @property
     def data_shape(self) -> tuple[int, ...]:
         """Shape of what is accumulated: the sketch's, or the weight's own."""
-        return self.spec.data_shape if self.spec else self.shape
+        return self.spec.part_data_shape if self.spec else self.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,16 +165,22 @@ def plan(
 def leaf_plans(tree: Any, projection: Projection) -> list[LeafPlan]:
     """The plan of every leaf of params, gradients or sketches, in the order of the tree."""
     paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_sketch)
-    shapes = [
-        jax.ShapeDtypeStruct(leaf.spec.shape, leaf.spec.dtype) if is_sketch(leaf) else leaf
+    here = [
+        jax.ShapeDtypeStruct(leaf.spec.part_shape, leaf.spec.dtype) if is_sketch(leaf) else leaf
         for _, leaf in paths
+    ]
+    names = [path_name(path) for path, _ in paths]
+    cuts = _cuts(projection, jax.tree.unflatten(structure, here), names)
+    shapes = [
+        jax.ShapeDtypeStruct(_whole_shape(part.shape, cut), part.dtype)
+        for part, cut in zip(here, cuts, strict=True)
     ]
     outline = jax.tree.unflatten(structure, shapes)
     masks = _broadcast("mask", projection.mask, outline, lambda x: isinstance(x, bool), True)
     numbers = _dimension_numbers(projection, outline)
     return [
-        _leaf_plan(path_name(path), leaf, masked, number, projection)
-        for (path, _), leaf, masked, number in zip(paths, shapes, masks, numbers, strict=True)
+        _leaf_plan(*given, projection)
+        for given in zip(names, here, shapes, cuts, masks, numbers, strict=True)
     ]
 
 
@@ -184,11 +191,13 @@ def tree_bytes(tree: Any) -> int:
     )
 
 
-def _leaf_plan(path: str, leaf: Any, masked: Any, numbers: Any, projection: Projection):
+def _leaf_plan(
+    path: str, here: Any, leaf: Any, cut: Any, masked: Any, numbers: Any, projection: Projection
+):
     shape, dtype = tuple(leaf.shape), str(jnp.dtype(leaf.dtype))
 
     def whole(reason: str) -> LeafPlan:
-        return LeafPlan(path, shape, dtype, None, None, reason)
+        return LeafPlan(path, tuple(here.shape), dtype, None, None, reason)
 
     if not masked:
         return whole("masked")
@@ -233,8 +242,40 @@ def _leaf_plan(path: str, leaf: Any, masked: Any, numbers: Any, projection: Proj
         key_index=key_index,
         impl=projection.prng,
         block=projection.block,
+        cut=cut,
     )
-    return LeafPlan(path, shape, dtype, spec, side, "")
+    return LeafPlan(path, spec.part_shape, dtype, spec, side, "")
+
+
+def _cuts(projection: Projection, tree: Any, names: list[str]) -> list[Any]:
+    """For each leaf what `Spec.cut` says; `tree` has the arrays that are here."""
+
+    def is_leaf(node):
+        return node is None or isinstance(node, PartitionSpec | NamedSharding)
+
+    given = _broadcast("partition_specs", projection.partition_specs, tree, is_leaf, None)
+    return [
+        _cut(name, len(leaf.shape), getattr(one, "spec", one))
+        for name, leaf, one in zip(names, jax.tree.leaves(tree), given, strict=True)
+    ]
+
+
+def _cut(name: str, axes: int, spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...]:
+    if spec is None or not any(spec):
+        return ()
+    if not isinstance(spec, PartitionSpec) or len(spec) > axes:
+        raise ValueError(
+            f"partition_specs of {name!r} must be a PartitionSpec of at most {axes} entries, found "
+            f"{spec}"
+        )
+    return sharding.entries(spec, axes)
+
+
+def _whole_shape(shape: tuple[int, ...], cut: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
+    """Of the weight that a device has a part of this shape of."""
+    if not cut:
+        return tuple(shape)
+    return tuple(length * manual.parts(names) for length, names in zip(shape, cut, strict=True))
 
 
 def _is_embedding(path: str, shape: tuple[int, ...], projection: Projection) -> bool:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from flora_jax import distributions, keys
+from flora_jax import distributions, keys, manual
 from flora_jax.blocks import MOST_RUNS, Block, over_blocks, runs
 from flora_jax.sketch import Every, Spec
 
@@ -79,6 +79,9 @@ class Projection:
       prng: name of the PRNG implementation. With others than `threefry2x32` (`rbg` is faster on TPU)
         values may differ between layouts over devices.
       block: largest number of entries of `A` that is held at a time, per weight.
+      partition_specs: pytree of `PartitionSpec` (or a prefix of one, None for whole), or a function of
+        the params that gives it: how weights are cut inside `jax.shard_map`, where the arrays do not
+        tell. Each device then draws its own part of the one `A`. Without it a part counts as a weight.
     """
 
     rank: int | float | Callable[[str, tuple[int, ...]], int]
@@ -96,6 +99,7 @@ class Projection:
     stacked: Callable[[str], tuple[str, int] | None] | None = None
     prng: str = "threefry2x32"
     block: int = 2**22
+    partition_specs: Any = None
 
     def __post_init__(self):
         _check_rank(self.rank)
@@ -128,8 +132,7 @@ def sample(spec: Spec, cycle: ArrayLike) -> jax.Array:
       float32 array of shape `(B, r, P)`.
     """
     _check_prng(spec)
-    lengths = [spec.shape[axis] for axis in spec.projected]
-    indices = jnp.arange(spec.size, dtype=jnp.int32).reshape(lengths)
+    indices = spec.positions(spec.projected)
 
     def draw(key):
         drawn = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
@@ -153,7 +156,8 @@ def project(
       gradient: of shape `spec.shape`.
 
     Returns:
-      float32 array (float64 for a float64 gradient) of shape `spec.data_shape`.
+      float32 array (float64 for a float64 gradient) of shape `spec.data_shape`; of parts of both
+      where manual axes cut the weight.
     """
 
     def one(axes, key, matrix):
@@ -168,7 +172,9 @@ def project(
 
         return axes.loop(add, jnp.zeros(axes.data_shape, accumulator)) * _scale(spec)
 
-    return _over_batch(spec, one, matrix_keys(spec, cycle), gradient, spec.batch, data_batch(spec))
+    keys = matrix_keys(spec, cycle)
+    data = _over_batch(spec, one, keys, gradient, spec.batch, data_batch(spec))
+    return manual.total(data, spec.summed)
 
 
 def decompress(
@@ -228,6 +234,7 @@ def transfer(
             return product + jnp.tensordot(left, right, (over, over))
 
         product = axes.loop(add, jnp.zeros((spec.rank, spec.rank), jnp.float32))
+        product = manual.total(product, spec.summed)
         product = (product * _scale(spec) ** 2).astype(sketch.dtype)
         moved = jnp.tensordot(sketch, product, ((axes.projected[0],), (0,)))
         return jnp.moveaxis(moved, -1, axes.projected[0])
@@ -242,7 +249,7 @@ class _Axes:
     def __init__(self, spec: Spec):
         kept = [axis for axis in range(len(spec.shape)) if axis not in spec.batch]
         self.spec = spec
-        self.shape = tuple(spec.shape[axis] for axis in kept)
+        self.shape = tuple(spec.part_shape[axis] for axis in kept)
         self.projected = tuple(kept.index(axis) for axis in spec.projected)
         labels = string.ascii_lowercase[: len(kept)]
         whole = labels
@@ -262,11 +269,8 @@ class _Axes:
 
     def columns(self, key: jax.Array, block: Block, repeat: bool = True) -> jax.Array:
         """Columns of a block of the first projected axis; without `repeat` zero where it repeats."""
-        lengths = [self.shape[axis] for axis in self.projected]
-        inner = jnp.arange(math.prod(lengths[1:]), dtype=jnp.int32)
-        indices = block.indices()[:, None] * inner.size + inner
-        indices = indices.reshape(block.size, *lengths[1:])
         spec = self.spec
+        indices = spec.positions(spec.projected, block.indices())
         drawn = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
         if repeat or block.size == block.total:
             return drawn
@@ -329,9 +333,8 @@ def matrix_keys(spec: Spec, cycle: ArrayLike) -> jax.Array:
         key = jax.random.fold_in(key, spec.key_index)
     if not spec.batch:
         return key
-    lengths = [spec.shape[axis] for axis in spec.batch]
-    index = jnp.arange(math.prod(lengths), dtype=jnp.int32)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index).reshape(lengths)
+    index = spec.positions(spec.batch)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index.reshape(-1)).reshape(index.shape)
 
 
 def _scale(spec: Spec) -> float:

@@ -8,7 +8,7 @@ from. What is lost with a projected axis goes to the rank: where a weight is cut
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,9 @@ Entry = tuple[str, ...]
 """The mesh axes along which one axis of an array is cut."""
 
 
-def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
+def state_shardings(
+    tx: optax.GradientTransformation, params: Any, *, manual_axes: Collection[str] = ()
+) -> Any:
     """Shardings for the state of any transformation, made from those of the params.
 
     For `jax.jit(tx.init, out_shardings=...)`, for a train step's arguments, and for restoring a
@@ -32,6 +34,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     Args:
       tx: `flora_jax.flora`, or any optax transformation.
       params: tree of arrays, or of `jax.ShapeDtypeStruct`, each with a `NamedSharding` on one mesh.
+      manual_axes: mesh axes that are manual where `tx.update` runs, inside `jax.shard_map` (see
+        `Projection.partition_specs`): there each device holds all of the rank.
 
     Returns:
       A tree of `NamedSharding`, of the structure of `tx.init(params)`. A leaf of the state belongs to
@@ -66,16 +70,17 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     if mesh is None:
         raise ValueError("params must have at least one array, found none")
 
-    return derived(jax.eval_shape(tx.init, params), owners, mesh)
+    return derived(jax.eval_shape(tx.init, params), owners, mesh, manual_axes)
 
 
-def derived(tree: Any, owners: dict[Any, Any], mesh: Any) -> Any:
+def derived(tree: Any, owners: dict[Any, Any], mesh: Any, manual_axes: Collection[str] = ()) -> Any:
     """Shardings for a tree of shapes: each leaf's after the owner whose path ends its own.
 
     Args:
       tree: of `jax.ShapeDtypeStruct`; sketches may be among its nodes.
       owners: `jax.ShapeDtypeStruct` with a `NamedSharding`, by key path.
       mesh: of them all; what has no owner is on every device of it.
+      manual_axes: see `state_shardings`.
     """
 
     def of(path, leaf):
@@ -85,7 +90,7 @@ def derived(tree: Any, owners: dict[Any, Any], mesh: Any) -> Any:
         if owner is None or leaf.shape == ():
             return whole
         last = any(getattr(key, "name", None) == "v_col" for key in path)
-        return _derived(owner.shape, owner.sharding, leaf.shape, last)
+        return _derived(owner.shape, owner.sharding, leaf.shape, last, manual_axes)
 
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.tree_util.tree_map_with_path(of, tree, is_leaf=is_sketch)
@@ -97,6 +102,7 @@ def partition(
     state: Sequence[int],
     sizes: dict[str, int],
     last: bool = False,
+    manual_axes: Collection[str] = (),
 ) -> PartitionSpec:
     """How a part of the state is cut that came of a weight by replacing or dropping axes.
 
@@ -106,6 +112,7 @@ def partition(
       state: shape of the part.
       sizes: of the mesh axes.
       last: which of two equal axes has been dropped, the first (as in Adafactor's `v_col`) or the last.
+      manual_axes: mesh axes that are not for the axis that was replaced.
 
     Returns:
       For each axis of the part the mesh axes of the weight's axis that it came from, if they divide
@@ -125,7 +132,7 @@ def partition(
     lost = [name for axis, names in enumerate(cut) if axis not in kept for name in names]
     if False in same:
         slot = same.index(False)
-        for name in lost:
+        for name in (name for name in lost if name not in manual_axes):
             together = (*result[slot], name)
             if state[slot] % math.prod(sizes[n] for n in together) == 0:
                 result[slot] = together
@@ -190,9 +197,13 @@ def spec_of(cut: Sequence[Entry]) -> PartitionSpec:
 
 
 def _derived(
-    shape: Sequence[int], sharding: NamedSharding, state: Sequence[int], last: bool = False
+    shape: Sequence[int],
+    sharding: NamedSharding,
+    state: Sequence[int],
+    last: bool = False,
+    manual_axes: Collection[str] = (),
 ) -> NamedSharding:
     """`partition` of a weight's sharding."""
     cut = entries(sharding.spec, len(shape))
     sizes = dict(sharding.mesh.shape)
-    return NamedSharding(sharding.mesh, partition(shape, cut, state, sizes, last=last))
+    return NamedSharding(sharding.mesh, partition(shape, cut, state, sizes, last, manual_axes))

@@ -1,14 +1,14 @@
 """Sketch: the compressed gradient `C = G Aᵀ`, which knows how to find the key of its `A`."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 
-from flora_jax import distributions
+from flora_jax import distributions, manual
 
 Every = int | Callable[[Any], Any]
 """A number of micro-steps, or a schedule of it, as in `optax.MultiSteps`."""
@@ -32,6 +32,7 @@ class Spec:
       key_index: folded into the key where not None: the place of an unstacked layer in its stack.
       impl: name of the PRNG implementation.
       block: largest number of entries of `A` that are held at a time.
+      cut: for each axis the mesh axes that cut it where they are manual; empty for none at all.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Spec:
     key_index: int | None
     impl: str
     block: int
+    cut: tuple[tuple[str, ...], ...] = ()
 
     @property
     def size(self) -> int:
@@ -59,9 +61,52 @@ class Spec:
     @property
     def data_shape(self) -> tuple[int, ...]:
         """The weight's shape, with the rank in place of the projected axes."""
+        return self._compressed(self.shape)
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of the part of the weight that a device has here, inside `shard_map`; `shape` elsewhere."""
+        if not self.cut:
+            return self.shape
+        return tuple(
+            length // manual.parts(names)
+            for length, names in zip(self.shape, self.cut, strict=True)
+        )
+
+    @property
+    def part_data_shape(self) -> tuple[int, ...]:
+        """Of the sketch's part here."""
+        return self._compressed(self.part_shape)
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """The mesh axes that cut projected axes: a sketch is the sum over the devices along them."""
+        return tuple(name for axis in self.projected if self.cut for name in self.cut[axis])
+
+    def positions(self, axes: Sequence[int], first: Any = None) -> Any:
+        """Where in the whole weight each index of some axes is that a device has here.
+
+        Args:
+          axes: of the weight, ascending.
+          first: int32 indices of the first of them; by default all.
+
+        Returns:
+          int32 array, one axis for each; its entries count the whole weight's, the last axis fastest.
+        """
+        result = jnp.zeros((), jnp.int32)
+        for number, axis in enumerate(axes):
+            length = self.part_shape[axis]
+            given = number == 0 and first is not None
+            index = first if given else jnp.arange(length, dtype=jnp.int32)
+            if self.cut:
+                index = index + manual.index(self.cut[axis]) * length
+            result = result[..., None] * self.shape[axis] + index
+        return result
+
+    def _compressed(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(
             self.rank if axis == self.projected[0] else length
-            for axis, length in enumerate(self.shape)
+            for axis, length in enumerate(shape)
             if axis == self.projected[0] or axis not in self.projected
         )
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import boundary, explicit, keys, storage
+from flora_jax import boundary, explicit, keys, manual, storage
 from flora_jax import projection as projections
 from flora_jax.plan import LeafPlan, leaf_plans
 from flora_jax.projection import Projection, check_every
@@ -222,8 +222,8 @@ def accumulate(
             return zeros, inner_state, kept
 
         is_boundary = state.mini_step + 1 >= length
-        result, inner_state, kept = jax.lax.cond(
-            is_boundary, boundary, between, sums, state.inner_state
+        result, inner_state, kept = manual.switch(
+            is_boundary, (between, boundary), sums, state.inner_state
         )
         return result, AccumulateState(
             mini_step=jnp.where(is_boundary, 0, state.mini_step + 1),
@@ -277,10 +277,12 @@ def momentum(
                 return data
             return projections.transfer(leaf.spec, state.cycle, cycle, data)
 
-        moved = jax.lax.cond(
+        moved = manual.switch(
             cycle == state.cycle,
-            lambda tree: tree,
-            lambda tree: jax.tree.map(move, sketches, tree, is_leaf=is_sketch),
+            (
+                lambda tree: jax.tree.map(move, sketches, tree, is_leaf=is_sketch),
+                lambda tree: tree,
+            ),
             kept,
         )
         mixed = jax.tree.map(
@@ -315,6 +317,7 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
         finite = jnp.array(True)
         for leaf in jax.tree.leaves(_numbers(updates)):
             finite &= jnp.all(jnp.isfinite(leaf))
+        finite = manual.everywhere(finite)
 
         def proceed(inner_state):
             return inner.update(updates, inner_state, params, **extra_args)
@@ -324,7 +327,7 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
         def skip(inner_state):
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), inner_state
 
-        result, inner_state = jax.lax.cond(finite, proceed, skip, state.inner_state)
+        result, inner_state = manual.switch(finite, (skip, proceed), state.inner_state)
         bad = optax.safe_increment(state.notfinite_count)
         total = optax.safe_increment(state.total_notfinite)
         return result, optax.ApplyIfFiniteState(

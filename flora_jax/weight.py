@@ -78,7 +78,7 @@ class Weight:
 
     @classmethod
     def start(cls, spec: Spec, cycle: Any, value: Any, tap: Any, place: Any = None) -> "Weight":
-        """The weight itself; `tap` is of shape `spec.data_shape`, and `place` of that shape."""
+        """The weight itself, or the part that is here; `place` is of the tap's shape."""
         if place is not None:
             cut = list(sharding.entries(place.spec, tap.ndim))
             for axis in spec.projected[1:]:
@@ -86,7 +86,8 @@ class Weight:
             place = NamedSharding(place.mesh, sharding.spec_of(cut))
         tap = jnp.expand_dims(tap, spec.projected[1:])
         keys = jax.random.key_data(projections.matrix_keys(spec, cycle))
-        return cls(value, tap, keys, None, None, spec, kinds_of(spec), place=place)
+        columns = spec.positions(spec.projected) if spec.summed else None
+        return cls(value, tap, keys, columns, None, spec, kinds_of(spec), place=place)
 
     @classmethod
     def adapted(cls, spec: Spec, value: Any, down: Any, up: Any) -> "Weight":
