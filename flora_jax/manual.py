@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 def varying(array: Any) -> frozenset[str]:
     """The manual axes over which an array varies, or an array of this type does."""
-    kind = array if isinstance(array, jax.core.AbstractValue) else jax.typeof(array)
+    kind: Any = array if isinstance(array, jax.core.AbstractValue) else jax.typeof(array)
     if hasattr(kind, "manual_axis_type"):  # as of jax 0.10
         return kind.manual_axis_type.varying
     return getattr(kind, "vma", frozenset())

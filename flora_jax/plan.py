@@ -179,8 +179,10 @@ def leaf_plans(tree: Any, projection: Projection) -> list[LeafPlan]:
     masks = _broadcast("mask", projection.mask, outline, lambda x: isinstance(x, bool), True)
     numbers = _dimension_numbers(projection, outline)
     return [
-        _leaf_plan(*given, projection)
-        for given in zip(names, here, shapes, cuts, masks, numbers, strict=True)
+        _leaf_plan(name, part, leaf, cut, masked, number, projection)
+        for name, part, leaf, cut, masked, number in zip(
+            names, here, shapes, cuts, masks, numbers, strict=True
+        )
     ]
 
 

@@ -83,7 +83,7 @@ class Spec:
         """The mesh axes that cut projected axes: a sketch is the sum over the devices along them."""
         return tuple(name for axis in self.projected if self.cut for name in self.cut[axis])
 
-    def positions(self, axes: Sequence[int], first: Any = None) -> Any:
+    def positions(self, axes: Sequence[int], first: Any = None) -> jax.Array:
         """Where in the whole weight each index of some axes is that a device has here.
 
         Args:
@@ -93,11 +93,12 @@ class Spec:
         Returns:
           int32 array, one axis for each; its entries count the whole weight's, the last axis fastest.
         """
-        result = jnp.zeros((), jnp.int32)
+        result: Any = jnp.zeros((), jnp.int32)
         for number, axis in enumerate(axes):
             length = self.part_shape[axis]
-            given = number == 0 and first is not None
-            index = first if given else jnp.arange(length, dtype=jnp.int32)
+            index: Any = jnp.arange(length, dtype=jnp.int32)
+            if number == 0 and first is not None:
+                index = first
             if self.cut:
                 index = index + manual.index(self.cut[axis]) * length
             result = result[..., None] * self.shape[axis] + index

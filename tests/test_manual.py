@@ -209,3 +209,21 @@ def test_specs_that_do_not_fit():
     message = "partition_specs of 'w' must be a PartitionSpec of at most 2 entries, found"
     with pytest.raises(ValueError, match=message):
         flora_jax.plan({"w": jnp.ones((64, 32))}, projection)
+
+
+def test_the_part_of_a_is_that_of_the_whole_to_the_last_bit():
+    """Columns and matrices of `A` by `sample`, inside and outside."""
+    projection = flora_jax.Projection(8, min_dim=16, side="input", partition_specs=SPECS)
+    specs = {
+        leaf.path: leaf.spec for leaf in flora_jax.plan(VALUES, projection).leaves if leaf.spec
+    }
+
+    def all_of():
+        return {name: flora_jax.projection.sample(spec, 3) for name, spec in specs.items()}
+
+    cut = {"up": P(), "down": P(None, "model"), "experts": P("model"), "heads": P()}
+    run = jax.shard_map(all_of, mesh=MESH, in_specs=(), out_specs=cut)
+    found, whole = jax.jit(run)(), jax.jit(all_of)()
+    assert set(found) == set(specs)
+    for name in found:
+        np.testing.assert_array_equal(found[name], whole[name])
