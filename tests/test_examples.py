@@ -5,17 +5,24 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
+from types import ModuleType
 from xml.etree import ElementTree
 
+import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import flora_jax
-from flora_jax import planner, shapes
+from flora_jax import adapters, planner, shapes
+from flora_jax.adapters import peft, quantized
+from flora_jax.plan import tree_bytes
 from tests.test_planner import COMPILED
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(info.name for info in pkgutil.walk_packages(flora_jax.__path__, "flora_jax."))
+APART = ((peft, "save"), (peft, "load"), (quantized, "quantize"))
+"""Public functions of the adapters' modules that need packages of their own."""
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
 
 GIVEN = """
@@ -66,6 +73,57 @@ def test_page(page):
     assert execute(page)
 
 
+CHANGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```diff" in path.read_text())
+OF_TORCH = ("Flora(model.parameters()", "FloraAccelerator(")
+"""What the tests have no package for."""
+
+
+def changed(page: Path, sign: str) -> list[str]:
+    """Lines of the page's diffs that go (`-`) or come (`+`)."""
+    found = re.findall(r"^```diff\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [line[2:] for block in found for line in block.splitlines() if line[0] == sign]
+
+
+@pytest.mark.parametrize("page", CHANGES, ids=lambda page: page.stem)
+def test_changes_of_a_line(page):
+    """Both lines make an optax transformation, and the second holds less than the first."""
+    params = {"kernel": jnp.ones((512, 512))}
+
+    def state_bytes(line):
+        names = {"optax": optax, "flora_jax": flora_jax}
+        exec(compile(line, page.name, "exec"), names)
+        state = jax.eval_shape(names["tx"].init, params)
+        return tree_bytes(state)
+
+    gone, come = changed(page, "-"), changed(page, "+")
+    assert len(gone) == len(come) > 0
+    for before, after in zip(gone, come, strict=True):
+        assert 0 < state_bytes(after) < tree_bytes(params)
+        if any(word in before for word in OF_TORCH):
+            compile(before, page.name, "exec")
+        else:
+            assert state_bytes(after) < state_bytes(before)
+
+
+def test_changes_are_of_these_pages():
+    assert [page.stem for page in CHANGES] == ["flora-opt", "galore", "multisteps"]
+
+
+def test_the_layout_of_maxtext():
+    """Layers along axis 1 are a batch axis, each kernel has a sketch, no gradient is whole, and it learns."""
+    names = execute(ROOT / "docs" / "how-to" / "frameworks.md")
+    specs = {leaf.path: leaf.spec for leaf in names["plan"].leaves}
+    assert {path: spec.data_shape for path, spec in specs.items()} == {
+        "wi/kernel": (256, 4, 16),
+        "wo/kernel": (16, 4, 256),
+    }
+    assert all(spec.batch == (1,) for spec in specs.values())
+    params, x = names["params"], names["x"]
+    grad_fn = flora_jax.value_and_grad(names["loss"], names["projection"])
+    assert not grad_fn.plan(params, x).whole_uses
+    assert names["loss"](params, x) < names["value"]
+
+
 def test_every_public_name_is_in_the_reference():
     told = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     names = {name for name in vars(flora_jax) if not name.startswith("_")}
@@ -73,6 +131,22 @@ def test_every_public_name_is_in_the_reference():
     modules = {name.removeprefix("flora_jax.").split(".")[0] for name in MODULES}
     public = {name for name in names if name not in modules or callable(getattr(flora_jax, name))}
     assert public == named
+
+
+def test_every_public_name_of_the_adapters_is_in_the_reference():
+    told = (ROOT / "docs" / "reference" / "adapters.md").read_text()
+    named = re.findall(r"^::: flora_jax\.adapters\.([\w.]+)$", told, re.M)
+    assert len(named) == len(set(named))
+    public = {
+        name
+        for name, value in vars(adapters).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    modules = {
+        f"{module.__name__.rpartition('.')[2]}.{name}": (module, name) for module, name in APART
+    }
+    assert set(named) == public | set(modules)
+    assert all(callable(getattr(module, name)) for module, name in modules.values())
 
 
 @pytest.mark.newest  # MultiSteps of older optax accumulates in the params' dtype
