@@ -1,0 +1,265 @@
+"""Flora beside its peers, interleaved in one run on this CPU; memory on a TPU from its compiler.
+
+    python -m experiments.bench.peers --out runs/peers            # some half an hour on two cores
+    python -m experiments.bench.peers --only multisteps flora muon
+    python -m experiments.bench.peers --write                     # also into README.md and docs/
+
+Three parts, each finished piece a line of `results.jsonl`, so that the same command goes on where it
+stopped. *Time*: one micro-step of each method in turn, a process each; ratios to MultiSteps over
+Adafactor of the same round. Bytes between micro-steps are those of the arrays; at the worst moment XLA's count
+of the compiled step, or what torch's allocator held. *Loss*: the same weights, batches and tokens; for
+each method the best of a grid of learning rates, which grows by factors of two while the best one lies
+at its edge. *TPU*: compiled where `libtpu` is installed. What is not installed is a sentence in its row.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from experiments.bench.peers import hbm, in_jax, page
+from experiments.bench.peers.methods import BASE, METHODS, Size
+from experiments.bench.peers.worker import Failed, Worker, missing
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    out: Path = Path("runs/peers")
+    only: tuple[str, ...] = tuple(METHODS)
+    """Methods by their short names; MultiSteps + Adafactor is always there."""
+    time: Size = dataclasses.field(default_factory=lambda: Size(512, 2, 4, 128, 64))
+    loss: Size = dataclasses.field(default_factory=lambda: Size(128, 2, 4, 64, 32))
+    rounds: int = 7
+    """Of the timed cycles, after one that compiles."""
+    boundaries: int = 250
+    """Of a training run."""
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Peak learning rates, as multiples of each method's own."""
+    wider: int = 3
+    """How often a grid may grow."""
+    tpu: hbm.Config = dataclasses.field(default_factory=hbm.Config)
+    cores: int = 0
+    """Of each process; 0: all. Where others work on the machine 1 is fair: torch's threads wait for each
+    other at barriers, and so for cores that others have."""
+    note: str = ""
+    """What else the machine did, for the record."""
+    write: bool = False
+    """Keep the record in docs/peers.json, and write the table and pictures of README and docs."""
+
+    def __post_init__(self):
+        for key in self.only:
+            if key not in METHODS:
+                raise ValueError(f"only must name some of {', '.join(METHODS)}, found {key!r}")
+        if not 0 <= self.cores <= len(os.sched_getaffinity(0)):
+            most = len(os.sched_getaffinity(0))
+            raise ValueError(f"cores must be from 0 to {most}, found {self.cores}")
+        for name in ("rounds", "boundaries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError(f"rates must be some positive numbers, found {self.rates}")
+
+    def chosen(self) -> list[str]:
+        return [key for key in METHODS if key in (BASE, *self.only)]
+
+
+class Log:
+    """Lines of JSON, each with the part and the setting that it belongs to."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.lines = [json.loads(line) for line in lines]
+        self.failed: dict[str, str] = {}
+        """A sentence for each method that could not run; not kept, it may do so next time."""
+
+    def find(self, part: str, setting: dict[str, Any]) -> list[dict[str, Any]]:
+        return [x for x in self.lines if (x["part"], x["setting"]) == (part, setting)]
+
+    def add(self, part: str, setting: dict[str, Any], **figures: Any) -> None:
+        self.lines.append({"part": part, "setting": setting, **figures})
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.lines[-1]) + "\n")
+
+
+def measure_time(config: Config, log: Log, console: Console) -> list[dict[str, Any]]:
+    """Seconds and bytes of every method, in one interleaved run."""
+    setting = {**dataclasses.asdict(config.time), "rounds": config.rounds, "cores": config.cores}
+    found = {x["method"]: x for x in log.find("time", setting)}
+    if all(key in found for key in config.chosen() if not missing(key)):
+        return list(found.values())
+    size = config.time
+    folder = config.out / f"weights-{size.width}-{size.layers}"
+    in_jax.save(folder, size)
+    workers: dict[str, Worker] = {}
+    load = os.getloadavg()[0]
+    try:
+        for key in config.chosen():
+            try:
+                workers[key] = Worker(key, size, folder, config.cores)
+            except Failed as error:
+                log.failed[key] = str(error)
+                console.print(f"{METHODS[key].name}: {error}", highlight=False)
+        rounds: dict[str, list[dict[str, Any]]] = {key: [] for key in workers}
+        state: dict[str, int] = {}
+        step = 0
+        for round_ in range(config.rounds + 1):
+            steps: dict[str, list[float]] = {key: [] for key in workers}
+            for place in range(size.accumulation):
+                for key, worker in workers.items():
+                    steps[key].append(worker.ask("step", step))
+                    if round_ == 1 and place == 0:  # between micro-steps, all of the state there
+                        state[key] = worker.ask("state_bytes")
+                step += 1
+            for key, worker in workers.items():
+                draw = worker.ask("draw")
+                rounds[key].append(
+                    {"micro": steps[key][:-1], "boundary": steps[key][-1], "draw": draw}
+                )
+            console.print(f"round {round_} of {config.rounds}", highlight=False)
+        for key, worker in workers.items():
+            log.add(
+                "time",
+                setting,
+                method=key,
+                **figures(rounds[key], rounds[BASE]),
+                state=state[key],
+                peak=worker.ask("peak_bytes"),
+                load=[load, os.getloadavg()[0]],
+            )
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return log.find("time", setting)
+
+
+def figures(rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds after the first, and of their ratios to `base` in the same round."""
+
+    def one(what: str, round_: dict[str, Any]) -> float:
+        return median(round_["micro"]) if what == "micro" else round_[what]
+
+    result: dict[str, Any] = {"first_boundary": rounds[0]["boundary"]}
+    for what in ("micro", "boundary"):
+        ratios = [
+            one(what, mine) / one(what, other)
+            for mine, other in zip(rounds[1:], base[1:], strict=True)
+        ]
+        result[what] = median(one(what, round_) for round_ in rounds[1:])
+        result[f"{what}_ratio"] = median(ratios)
+        result[f"{what}_range"] = [min(ratios), max(ratios)]
+    if rounds[0]["draw"] is not None:
+        result["draw"] = median(round_["draw"] for round_ in rounds[1:])
+        result["draw_share"] = median(
+            round_["draw"] / one("micro", round_) for round_ in rounds[1:]
+        )
+    return result
+
+
+def measure_loss(config: Config, log: Log, console: Console) -> list[dict[str, Any]]:
+    """Validation losses of every method and learning rate."""
+    setting = {**dataclasses.asdict(config.loss), "boundaries": config.boundaries}
+    size = config.loss
+    folder = config.out / f"weights-{size.width}-{size.layers}"
+    in_jax.save(folder, size)
+    for key in config.chosen():
+        middle = METHODS[key].rate
+        losses: dict[float, float] = {
+            x["rate"]: math.inf if x["loss"] is None else x["loss"]
+            for x in log.find("loss", setting)
+            if x["method"] == key
+        }
+        worker = None
+        try:
+            while (rate := next_rate(middle, config.rates, losses, config.wider)) is not None:
+                worker = worker or Worker(key, size, folder, config.cores, config.boundaries)
+                loss = worker.ask("train", rate)
+                losses[rate] = loss if math.isfinite(loss) else math.inf
+                kept = loss if math.isfinite(loss) else None
+                log.add("loss", setting, method=key, rate=rate, loss=kept)
+                console.print(f"{METHODS[key].name}, rate {rate:g}: {loss:.4f}", highlight=False)
+        except Failed as error:
+            log.failed[key] = str(error)
+        finally:
+            if worker:
+                worker.close()
+    return log.find("loss", setting)
+
+
+def next_rate(
+    middle: float, multiples: tuple[float, ...], losses: dict[float, float], wider: int
+) -> float | None:
+    """The grid's first rate without a loss; then twice or half the best one while that is at an edge."""
+    grid = [float(f"{middle * multiple:.6g}") for multiple in multiples]
+    for rate in grid:
+        if rate not in losses:
+            return rate
+    if len(losses) >= len(grid) + wider:
+        return None
+    best = min(losses, key=lambda rate: losses[rate])
+    if best == max(losses):
+        return float(f"{2 * best:.6g}")
+    return float(f"{best / 2:.6g}") if best == min(losses) else None
+
+
+def measure_tpu(config: Config, log: Log, console: Console) -> list[dict[str, Any]]:
+    """GiB of every JAX method, compiled for a TPU."""
+    if not config.tpu.model:
+        return []
+    if sentence := hbm.absent():
+        console.print(sentence)
+        return []
+    setting = hbm.setting(config.tpu)
+    done = {x["method"] for x in log.find("tpu", setting)}
+    for key in config.chosen():
+        if key in hbm.METHODS and key not in done:
+            gib = hbm.gib(config.tpu, key)
+            log.add("tpu", setting, method=key, gib=gib)
+            console.print(f"{METHODS[key].name}: {gib} GiB", highlight=False)
+    return log.find("tpu", setting)
+
+
+def main(config: Config) -> None:
+    console = Console(width=120)
+    config.out.mkdir(parents=True, exist_ok=True)
+    log = Log(config.out / "results.jsonl")
+    parts = {
+        "time": measure_time(config, log, console),
+        "loss": measure_loss(config, log, console),
+        "tpu": measure_tpu(config, log, console),
+    }
+    record = {
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "versions": page.versions(),
+            "note": config.note,
+        },
+        "absent": log.failed,
+        "time": page.settled(parts["time"]),
+        "loss": page.settled(parts["loss"]),
+        "tpu": page.settled(parts["tpu"]),
+    }
+    page.keep(record, config.out / "peers.json")
+    (config.out / "peers.md").write_text(page.full(record))
+    page.picture(record, config.out / "peers")
+    console.print(page.full(record), markup=False, highlight=False)
+    if config.write:
+        page.keep(record, page.RECORD)
+        page.write()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

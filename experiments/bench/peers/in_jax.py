@@ -1,0 +1,172 @@
+"""The methods that run in JAX: one compiled step for all rates."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax import contrib
+
+import flora_jax
+from experiments import optimizers, report
+from experiments.bench import setting
+from experiments.bench.peers.methods import PROJECTION_GAP, Size
+from experiments.models import llama, pretrained
+from flora_jax import projection as projections
+from flora_jax.plan import leaf_plans, tree_bytes
+
+LONG = 10**6
+"""Boundaries of a schedule that does not end."""
+
+
+def matrices(params: Any, numbers: Any) -> Any:
+    """`numbers` for each matrix inside the layers, None for all else."""
+
+    def of(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        return numbers if "layer" in name and "norm" not in name and leaf.ndim > 1 else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def galore(rate: Any, rank: int) -> optax.GradientTransformation:
+    """On the matrices of the layers; Adam for the rest."""
+    return contrib.galore(
+        rate,
+        rank=rank,
+        update_proj_gap=PROJECTION_GAP,
+        weight_dimension_numbers=lambda params: matrices(
+            params, contrib.GaLoreDimensionNumbers(0, 1)
+        ),
+    )
+
+
+def muon(rate: Any) -> optax.GradientTransformation:
+    """On the matrices of the layers, stacked or not; AdamW for the rest, at the same rate.
+
+    Updates have the root mean square of Adam's, 0.2 (Liu et al., arXiv 2502.16982).
+    """
+    numbers = contrib.MuonDimensionNumbers(-2, -1)
+    return contrib.muon(
+        rate,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda params: matrices(params, numbers),
+    )
+
+
+def build(
+    key: str, size: Size, peak: Any, boundaries: int
+) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
+    """The transformation of a method, and Flora's projection."""
+    rate = optimizers.cosine(peak, boundaries)
+    if key == "flora":
+        return optimizers.build(
+            "flora", rate, accumulation=size.accumulation, rank=size.rank, embedding="whole"
+        )
+    if key == "flora-paper":
+        return optimizers.build(
+            "flora",
+            rate,
+            accumulation=size.accumulation,
+            rank=size.rank,
+            distribution="gaussian",
+            shrink=False,
+            resample=1,
+        )
+    inner = {"galore": partial(galore, rank=size.rank), "muon": muon}.get(key, optax.adafactor)
+    return optax.MultiSteps(inner(rate), size.accumulation).gradient_transformation(), None
+
+
+def outline(size: Size, **others: Any) -> tuple[llama.Llama, Any]:
+    """A model with each layer on its own, and the shapes of its params."""
+    model = setting.small(
+        size.width, size.layers, dtype=jnp.float32, scan=False, remat=False, **others
+    )
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    return model, jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+
+
+def save(folder: Path, size: Size) -> None:
+    """Writes the weights that all begin from, unless they are there."""
+    if folder.exists():
+        return
+    model = setting.small(size.width, size.layers, dtype=jnp.float32)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    pretrained.save(folder, model, model.init(jax.random.key(0), tokens)["params"])
+
+
+def load(folder: Path) -> Any:
+    """The weights of `save`, each layer on its own, as numpy arrays."""
+    model, params = pretrained.load(folder)
+    stacked = params.pop("layers")
+    for i in range(model.shape.layers):
+        params[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+    return params
+
+
+def step_of(key: str, size: Size, model: llama.Llama, boundaries: int = LONG) -> Any:
+    """`(params, state, windows, peak) -> (params, state, loss)`, compiled."""
+    loss = partial(llama.loss, model)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, windows, peak):
+        tx, projection = build(key, size, peak, boundaries)
+        if projection is None or key == "flora-paper":
+            value, grads = jax.value_and_grad(loss)(params, windows)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+        grad_fn = flora_jax.value_and_grad(loss, projection)
+        value, grads = grad_fn(params, windows, cycle=flora_jax.cycle(state))
+        return *flora_jax.apply_gradients(tx, grads, state, params), value
+
+    return step
+
+
+class Run:
+    """A method at work, on weights `first`."""
+
+    def __init__(self, key: str, size: Size, first: Any, boundaries: int = LONG):
+        model, self.shapes = outline(size)
+        self.key, self.size, self.first, self.boundaries = key, size, first, boundaries
+        self.tx, self.projection = build(key, size, 0.0, boundaries)
+        self._step = step_of(key, size, model, boundaries)
+        self._loss = jax.jit(partial(llama.loss, model))
+        self._draw = jax.jit(self._projections)
+        self.reset(1e-3)
+
+    def reset(self, rate: float) -> None:
+        """To the first weights, with this peak learning rate."""
+        self.params = jax.tree.map(jnp.array, self.first)
+        self.state = jax.jit(self.tx.init)(self.params)
+        self.rate = jnp.float32(rate)
+
+    def step(self, windows: np.ndarray) -> float:
+        self.params, self.state, loss = self._step(self.params, self.state, windows, self.rate)
+        return float(jax.block_until_ready((self.params, self.state, loss))[2])
+
+    def evaluate(self, windows: np.ndarray) -> float:
+        return float(self._loss(self.params, windows))
+
+    def state_bytes(self) -> int:
+        """Of all that is kept between micro-steps beside the params."""
+        return tree_bytes(self.state)
+
+    def peak_bytes(self, windows: np.ndarray) -> int:
+        """Of the compiled step, which has the boundary in it: arguments, results, temporaries."""
+        arguments = (self.params, self.state, windows, self.rate)
+        return report.compiled_bytes(self._step.lower(*arguments).compile())
+
+    def draw(self) -> bool:
+        """Draws every `A` once; False where the method has none."""
+        if self.projection is None:
+            return False
+        jax.block_until_ready(self._draw(jnp.int32(0)))
+        return True
+
+    def _projections(self, cycle: jax.Array) -> list[jax.Array]:
+        assert self.projection is not None
+        plans = leaf_plans(self.shapes, self.projection)
+        return [projections.sample(plan.spec, cycle) for plan in plans if plan.spec]

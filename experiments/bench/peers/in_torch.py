@@ -1,0 +1,183 @@
+"""The methods that run in torch, called as their own pages say; nothing here is imported without need.
+
+LLaMA is that of `transformers`, from the checkpoint that JAX's processes read. GaLore and APOLLO take
+the matrices inside the layers, as in their examples, and Adam the rest; they keep whole gradients
+between micro-steps, since they have nothing else to accumulate in. flora-opt's accelerator compresses
+each matrix, embeddings too, and steps inside the backward pass.
+"""
+
+import importlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import optimizers
+from experiments.bench.peers.methods import PROJECTION_GAP, Size
+
+LONG = 10**4
+
+
+def schedule(boundaries: int) -> np.ndarray:
+    """Of a peak of 1: optax's, at each boundary."""
+    return np.asarray(jax.vmap(optimizers.cosine(1.0, boundaries))(np.arange(boundaries)))
+
+
+def groups(model: Any, rank: int, **others: Any) -> list[dict[str, Any]]:
+    """The matrices inside the layers with a rank, and all else."""
+    named = dict(model.named_parameters())
+    inner = {name for name, p in named.items() if ".layers." in name and p.dim() == 2}
+    low = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "proj_type": "std", **others}
+    return [
+        {"params": [p for name, p in named.items() if name not in inner]},
+        {"params": [named[name] for name in sorted(inner)], **low},
+    ]
+
+
+class Run:
+    """A method at work, on the weights of the checkpoint in `folder`."""
+
+    def __init__(self, key: str, size: Size, folder: Path, boundaries: int = LONG):
+        self.torch = importlib.import_module("torch")
+        self.key, self.size, self.folder = key, size, folder
+        self.schedule = schedule(boundaries)
+        self.reset(1e-3)
+
+    def reset(self, rate: float) -> None:
+        """To the first weights, with this peak learning rate."""
+        transformers = importlib.import_module("transformers")
+        transformers.logging.disable_progress_bar()
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            self.folder, dtype=self.torch.float32
+        ).train()
+        self.model, self.rate, self.count, self.accelerator = model, rate, 0, None
+        self.optimizer = getattr(self, "_" + self.key.replace("-", "_"))(transformers)
+
+    def _torch(self, transformers: Any) -> Any:
+        adafactor = importlib.import_module("transformers.optimization").Adafactor
+        # as optax.adafactor has it
+        return adafactor(
+            self.model.parameters(), lr=self.rate, relative_step=False, scale_parameter=True
+        )
+
+    def _torch_flora(self, transformers: Any) -> Any:
+        flora = importlib.import_module("flora_opt")
+        if flora.FloraAccelerator is None:
+            raise ModuleNotFoundError("flora_opt finds no torch, accelerate or bitsandbytes")
+        state = importlib.import_module("accelerate.state")
+        state.GradientState._reset_state()
+        self.accelerator = flora.FloraAccelerator(
+            accumulation_compression_rank=self.size.rank,
+            gradient_accumulation_steps=self.size.accumulation,
+            cpu=True,
+        )
+        optimizer = flora.Flora(self.model.parameters(), lr=self.rate)
+        self.model, optimizer = self.accelerator.prepare(self.model, optimizer)
+        return optimizer
+
+    def _torch_galore(self, transformers: Any) -> Any:
+        galore = importlib.import_module("galore_torch")
+        return galore.GaLoreAdamW(
+            groups(self.model, self.size.rank, scale=1.0), lr=self.rate, no_deprecation_warning=True
+        )
+
+    def _torch_apollo(self, transformers: Any) -> Any:
+        apollo = importlib.import_module("apollo_torch")
+        low = groups(self.model, self.size.rank, scale=1.0, proj="random", scale_type="channel")
+        return apollo.APOLLOAdamW(low, lr=self.rate)
+
+    def _loss(self, windows: np.ndarray) -> Any:
+        tokens = self.torch.from_numpy(np.asarray(windows, np.int64))
+        logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits
+        return self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    def step(self, windows: np.ndarray) -> float:
+        boundary, place = divmod(self.count, self.size.accumulation)
+        self.count += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * float(self.schedule[boundary])
+        if self.accelerator is not None:
+            with self.accelerator.accumulate(self.model):
+                loss = self._loss(windows)
+                self.accelerator.backward(loss)  # divides by the number of micro-steps
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            return loss.item()
+        loss = self._loss(windows)
+        (loss / self.size.accumulation).backward()
+        if place == self.size.accumulation - 1:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.item()
+
+    def evaluate(self, windows: np.ndarray) -> float:
+        with self.torch.no_grad():
+            return self._loss(windows).item()
+
+    def state_bytes(self) -> int:
+        """Of the tensors kept beside the params: the optimizer's, gradients, flora-opt's sketches."""
+        kept = [self.optimizer.state, [p.grad for p in self.model.parameters()]]
+        if self.accelerator is not None:
+            kept.append(self.accelerator.packs)
+        return self._bytes(kept)
+
+    def peak_bytes(self, windows: np.ndarray) -> int:
+        """What torch's allocator held at the worst moment of a cycle, by its profiler.
+
+        Params and state at its start, and the largest sum of what was allocated less what was freed.
+        """
+        held = self.state_bytes() + self._bytes(list(self.model.parameters()))
+        profiler = self.torch.profiler
+        with profiler.profile(
+            activities=[profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as trace:
+            for _ in range(self.size.accumulation):
+                self.step(windows)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.json"
+            trace.export_chrome_trace(str(file))
+            events = json.loads(file.read_text())["traceEvents"]
+        return held + largest_sum(events)
+
+    def draw(self) -> bool:
+        """Draws every `A` of flora-opt once; False for the others."""
+        if self.accelerator is None:
+            return False
+        randn = importlib.import_module("flora_opt.optimizers.torch.flora").stable_randn
+        for p, seed in self.accelerator.seeds.items():
+            rows, columns = p.shape
+            rank = self.size.rank
+            randn((rank, rows) if rows < columns else (columns, rank), seed=seed, dtype=p.dtype)
+        return True
+
+    def _bytes(self, kept: Any) -> int:
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in _tensors(kept, self.torch.Tensor)
+        }
+        return sum(storages.values())
+
+
+def largest_sum(events: list[dict[str, Any]]) -> int:
+    """Most bytes at a time, of a trace's allocations (positive) and releases (negative) in order."""
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
+    )
+    return int(max(np.cumsum([0, *(size for _, size in changes)])))
+
+
+def _tensors(kept: Any, kind: type) -> Iterator[Any]:
+    if isinstance(kept, kind):
+        yield kept
+    elif isinstance(kept, dict):
+        for value in kept.values():
+            yield from _tensors(value, kind)
+    elif isinstance(kept, list | tuple):
+        for value in kept:
+            yield from _tensors(value, kind)
+    elif hasattr(kept, "__dict__"):  # a projector
+        yield from _tensors(vars(kept), kind)
