@@ -41,7 +41,6 @@ from experiments.bench import pods, topology, traffic
 from experiments.bench.peers import in_jax, page
 from experiments.bench.peers.methods import METHODS, Size
 from experiments.models import llama
-from flora_jax.plan import tree_bytes
 
 KEYS = ("multisteps", "flora", "galore", "muon")
 COLOURS: dict[str, str] = dict(zip(KEYS, ("#555555", "#08519c", "#d95f0e", "#31a354"), strict=True))
@@ -58,12 +57,12 @@ class Config:
     """The middle, and the points of each axis."""
 
     out: Path = Path("runs/growth")
-    middle: Size = dataclasses.field(default_factory=lambda: Size(256, 2, 2, 64, 32))
-    width: tuple[int, ...] = (128, 256, 512, 1024)
-    layers: tuple[int, ...] = (1, 2, 4, 8)
-    rank: tuple[int, ...] = (16, 32, 64, 128)
-    accumulation: tuple[int, ...] = (2, 4, 8, 16)
-    devices: tuple[int, ...] = (1, 2, 4, 8)
+    middle: Size = dataclasses.field(default_factory=lambda: Size(256, 2, 2, 64, 32, 4))
+    width: tuple[int, ...] = (128, 256, 512)
+    layers: tuple[int, ...] = (1, 2, 4)
+    rank: tuple[int, ...] = (16, 32, 64)
+    accumulation: tuple[int, ...] = (2, 4, 8)
+    devices: tuple[int, ...] = (1, 2, 4)
     rounds: int = 5
     """Of the timed cycles, after one that compiles."""
     write: bool = False
@@ -90,11 +89,6 @@ def exponent(xs: Any, ys: Any) -> float:
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
-def state_bytes(key: str, size: Size) -> int:
-    tx, _ = in_jax.build(key, size, 0.0, in_jax.LONG)
-    return tree_bytes(jax.eval_shape(tx.init, in_jax.outline(size)[1]))
-
-
 def _shapes(key: str, size: Size) -> tuple[Any, Any, Any, Any]:
     """Of a step's arguments."""
     params = in_jax.outline(size)[1]
@@ -109,33 +103,41 @@ def _flops(compiled: Any) -> float:
     return costs["flops"]
 
 
-def cycle_flops(key: str, size: Size) -> float:
-    """XLA's count: the gradient of each micro-step but the last, and the step with the boundary.
+def gradient_flops(size: Size) -> float:
+    """XLA's count of one gradient, born compressed."""
+    model, params = in_jax.outline(size)
+    windows = jax.ShapeDtypeStruct((size.batch, size.length + 1), jnp.int32)
+    projection = in_jax.build("flora", size, 0.0, in_jax.LONG)[1]
+    assert projection is not None
+    fused = flora_jax.value_and_grad(partial(llama.loss, model), projection)
+    return _flops(jax.jit(partial(fused, cycle=0)).lower(params, windows).compile())
 
-    Of the two branches of a conditional XLA counts the one that has more, which is the boundary.
+
+def cycle_flops(key: str, size: Size, compiled: Any) -> float:
+    """XLA's count of a cycle.
+
+    MultiSteps computes an update in each micro-step and drops all but the last. Flora's step has a
+    conditional, of whose two branches XLA counts the one that has more, which is the boundary.
+
+    Args:
+      key: of `METHODS`.
+      size: of the step.
+      compiled: the step.
     """
-    model, _ = in_jax.outline(size)
-    params, state, windows, peak = _shapes(key, size)
-    step = in_jax.step_of(key, size, model)
-    whole = _flops(step.lower(params, state, windows, peak).compile())
-    projection = in_jax.build(key, size, 0.0, in_jax.LONG)[1]
-    gradient: Any = jax.value_and_grad(partial(llama.loss, model))
-    if projection is not None:
-        fused = flora_jax.value_and_grad(partial(llama.loss, model), projection)
-        gradient = partial(fused, cycle=0)
-    micro = _flops(jax.jit(gradient).lower(params, windows).compile())
-    return (size.accumulation - 1) * micro + whole
+    if key != "flora":
+        return size.accumulation * _flops(compiled)
+    return (size.accumulation - 1) * gradient_flops(size) + _flops(compiled)
 
 
-def cycle_seconds(keys: tuple[str, ...], size: Size, rounds: int) -> dict[str, float]:
-    """Median seconds of a cycle by method, the methods in turn."""
+def cycles(size: Size, rounds: int) -> dict[str, dict[str, float]]:
+    """State, FLOPs and median seconds of a cycle by method, the methods in turn."""
     model, _ = in_jax.outline(size)
     tokens = jnp.zeros((1, 8), jnp.int32)
     first = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     windows = np.random.default_rng(0).integers(0, 256, (size.batch, size.length + 1))
     windows = windows.astype(np.int32)
-    runs = {key: in_jax.Run(key, size, first) for key in keys}
-    spent: dict[str, list[float]] = {key: [] for key in keys}
+    runs = {key: in_jax.Run(key, size, first) for key in KEYS}
+    spent: dict[str, list[float]] = {key: [] for key in KEYS}
     for round_ in range(rounds + 1):
         for key, run in runs.items():
             start = time.perf_counter()
@@ -143,7 +145,14 @@ def cycle_seconds(keys: tuple[str, ...], size: Size, rounds: int) -> dict[str, f
                 run.step(windows)
             if round_:
                 spent[key].append(time.perf_counter() - start)
-    return {key: median(values) for key, values in spent.items()}
+    return {
+        key: {
+            "state": run.state_bytes(),
+            "flops": cycle_flops(key, size, run.compiled(windows)),
+            "seconds": median(spent[key]),
+        }
+        for key, run in runs.items()
+    }
 
 
 def on_devices(key: str, size: Size, devices: int) -> dict[str, float]:
@@ -155,7 +164,7 @@ def on_devices(key: str, size: Size, devices: int) -> dict[str, float]:
     )
     size = dataclasses.replace(size, batch=devices)
     layout = pods.Config(fsdp=devices)
-    model, _ = in_jax.outline(size, cut=("fsdp",))
+    model = llama.Llama(dataclasses.replace(in_jax.outline(size)[0].shape, cut=("fsdp",)))
     params, _, windows, peak = _shapes(key, size)
     places = jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, pods.weight_spec(path, x, layout)), params
@@ -186,6 +195,8 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
     lines = [line for line in lines if line["setting"] == middle]
     done = {(x["axis"], x["x"], x["method"]) for x in lines}
 
+    measured: dict[Size, dict[str, dict[str, float]]] = {}
+
     def add(axis: str, x: int, key: str, **values: float) -> None:
         lines.append({"axis": axis, "x": x, "method": key, **values, "setting": middle})
         with file.open("a") as log:
@@ -201,17 +212,10 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
                     add(axis, x, key, **on_devices(key, config.middle, x))
             else:
                 size = dataclasses.replace(config.middle, **{axis: x})
-                seconds = cycle_seconds(KEYS, size, config.rounds)
+                if size not in measured:  # the middle lies on four axes
+                    measured[size] = cycles(size, config.rounds)
                 for key in keys:
-                    flops = cycle_flops(key, size)
-                    add(
-                        axis,
-                        x,
-                        key,
-                        state=state_bytes(key, size),
-                        flops=flops,
-                        seconds=seconds[key],
-                    )
+                    add(axis, x, key, **measured[size][key])
             console.print(f"{axis} {x}", highlight=False)
             jax.clear_caches()
     return lines

@@ -80,11 +80,9 @@ def build(
     return optax.MultiSteps(inner(rate), size.accumulation).gradient_transformation(), None
 
 
-def outline(size: Size, **others: Any) -> tuple[llama.Llama, Any]:
+def outline(size: Size) -> tuple[llama.Llama, Any]:
     """A model with each layer on its own, and the shapes of its params."""
-    model = setting.small(
-        size.width, size.layers, dtype=jnp.float32, scan=False, remat=False, **others
-    )
+    model = setting.small(size.width, size.layers, dtype=jnp.float32, scan=False, remat=False)
     tokens = jnp.zeros((1, 8), jnp.int32)
     return model, jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
 
@@ -95,7 +93,7 @@ def save(folder: Path, size: Size) -> None:
         return
     model = setting.small(size.width, size.layers, dtype=jnp.float32)
     tokens = jnp.zeros((1, 8), jnp.int32)
-    pretrained.save(folder, model, model.init(jax.random.key(0), tokens)["params"])
+    pretrained.save(folder, model, jax.jit(model.init)(jax.random.key(0), tokens)["params"])
 
 
 def load(folder: Path) -> Any:
@@ -135,6 +133,7 @@ class Run:
         self._step = step_of(key, size, model, boundaries)
         self._loss = jax.jit(partial(llama.loss, model))
         self._draw = jax.jit(self._projections)
+        self._compiled: Any = None
         self.reset(1e-3)
 
     def reset(self, rate: float) -> None:
@@ -143,8 +142,16 @@ class Run:
         self.state = jax.jit(self.tx.init)(self.params)
         self.rate = jnp.float32(rate)
 
+    def compiled(self, windows: np.ndarray) -> Any:
+        """The step's program for such windows, made on the first call."""
+        if self._compiled is None:
+            arguments = (self.params, self.state, windows, self.rate)
+            self._compiled = self._step.lower(*arguments).compile()
+        return self._compiled
+
     def step(self, windows: np.ndarray) -> float:
-        self.params, self.state, loss = self._step(self.params, self.state, windows, self.rate)
+        compiled = self.compiled(windows)
+        self.params, self.state, loss = compiled(self.params, self.state, windows, self.rate)
         return float(jax.block_until_ready((self.params, self.state, loss))[2])
 
     def evaluate(self, windows: np.ndarray) -> float:
@@ -156,8 +163,7 @@ class Run:
 
     def peak_bytes(self, windows: np.ndarray) -> int:
         """Of the compiled step, which has the boundary in it: arguments, results, temporaries."""
-        arguments = (self.params, self.state, windows, self.rate)
-        return report.compiled_bytes(self._step.lower(*arguments).compile())
+        return report.compiled_bytes(self.compiled(windows))
 
     def draw(self) -> bool:
         """Draws every `A` once; False where the method has none."""

@@ -186,7 +186,8 @@ def conditions(record: dict[str, Any]) -> str:
 
 def short(record: dict[str, Any]) -> str:
     """The part of the README between its marks."""
-    return f"{conditions(record)}\n{table(record)}\n{verdict(record)}"
+    image = "![Time, memory and loss beside peers](docs/peers.svg)\n"
+    return f"{conditions(record)}\n{table(record)}\n{image}\n{verdict(record)}"
 
 
 def full(record: dict[str, Any], growth: str = "") -> str:
@@ -229,7 +230,8 @@ def _measured(record: dict[str, Any]) -> list[str]:
         "State: what is kept between micro-steps beside the params, exact, from the arrays. Peak: of XLA's "
         "compiled step, arguments, results and temporaries; of torch, what its allocator held, by its "
         "profiler. Neither has the code of the framework in it. The first boundary has GaLore's "
-        "singular value decompositions, which come again each 200th.\n",
+        "singular value decompositions, which come again each 200th. `optax.MultiSteps` computes an update "
+        "in each micro-step and drops all but the last, so that Muon's iterations are in each.\n",
         _markdown(heads, rows),
     ]
 
