@@ -15,6 +15,9 @@ import flora_jax
 from experiments import optimizers
 from experiments.bench import memory
 from experiments.bench.peers import in_jax
+from experiments.bench.peers.methods import Size
+
+RANK = 128
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,21 @@ class Config:
     length: int = 1024
 
 
-def _paper(model: Any, loss_of: Callable):
-    projection = flora_jax.Projection(128, resample_every=memory.STEPS)
-    tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=memory.STEPS)
-    return tx, optimizers.ordinary_step(partial(loss_of, model), tx).lower
+def _flora(key: str, model: Any, loss_of: Callable):
+    """As on the CPU, at rank 128."""
+    size = Size(rank=RANK, accumulation=memory.STEPS)
+    tx, projection = in_jax.build(key, size, 1e-3, in_jax.LONG)
+    assert projection is not None
+    loss = partial(loss_of, model)
+    if key == "flora-paper":
+        return tx, optimizers.ordinary_step(loss, tx).lower
+    step: Any = flora_jax.make_train_step(loss, tx, projection)
+    return tx, step.lower
 
 
 METHODS = {
     "multisteps": memory.METHODS["MultiSteps + Adafactor"],
-    "flora": memory.flora(128),
-    "flora-paper": _paper,
+    **{key: partial(_flora, key) for key in ("flora", "flora-input", "flora-paper")},
     "galore": memory.METHODS["MultiSteps + GaLore, rank 128, at least"],
     "muon": memory.multisteps(in_jax.muon(1e-3)),
 }
@@ -56,4 +64,4 @@ def gib(config: Config, key: str) -> float | None:
 
 
 def setting(config: Config) -> dict[str, Any]:
-    return {**dataclasses.asdict(config), "rank": 128, "accumulation": memory.STEPS}
+    return {**dataclasses.asdict(config), "rank": RANK, "accumulation": memory.STEPS}

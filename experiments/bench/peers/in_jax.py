@@ -62,9 +62,14 @@ def build(
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
     """The transformation of a method, and Flora's projection."""
     rate = optimizers.cosine(peak, boundaries)
-    if key == "flora":
+    if key in ("flora", "flora-input"):
         return optimizers.build(
-            "flora", rate, accumulation=size.accumulation, rank=size.rank, embedding="whole"
+            "flora",
+            rate,
+            accumulation=size.accumulation,
+            rank=size.rank,
+            embedding="whole",
+            side="larger" if key == "flora" else "input",
         )
     if key == "flora-paper":
         return optimizers.build(
