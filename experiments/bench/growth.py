@@ -256,27 +256,54 @@ def text(lines: list[dict[str, Any]]) -> str:
 
 
 def picture(lines: list[dict[str, Any]], stem: Path) -> None:
-    """A column for each axis, a row for each quantity; PNG and SVG."""
-    figure, panels = plt.subplots(3, len(AXES), figsize=(15, 8.4), layout="constrained")
+    """A column for each axis, a row for each quantity, the exponent at the end of a curve; PNG and SVG."""
+    figure, panels = plt.subplots(3, len(AXES), figsize=(14, 8), layout="constrained")
     for column, axis in enumerate(AXES):
         last = "sent" if axis == "devices" else "seconds"
         for row, what in enumerate(("state", "flops", last)):
             axes = panels[row, column]
-            for key, (xs, ys) in curves(lines, axis, what).items():
-                label = f"{METHODS[key].name.split(' (')[0]}: {exponent(xs, ys):.2f}"
-                axes.loglog(xs, ys, "o-", ms=3.5, lw=1.2, color=COLOURS[key], label=label)
-            points = sorted({line["x"] for line in lines if line["axis"] == axis})
-            axes.set_xticks(points, [str(x) for x in points])
-            axes.minorticks_off()
-            axes.grid(alpha=0.3)
-            axes.legend(frameon=False, fontsize=7)
+            found = curves(lines, axis, what)
+            for key, (xs, ys) in found.items():
+                axes.loglog(
+                    xs, ys, "o-", ms=3.5, lw=1.2, color=COLOURS[key], label=METHODS[key].name
+                )
+            _scale(axes, sorted({line["x"] for line in lines if line["axis"] == axis}))
+            _label_ends(axes, found)
             if column == 0 or what == "sent":
                 axes.set_ylabel(QUANTITIES[what], fontsize=9)
             if row == 0:
-                axes.set_title(f"{axis}" + (" (of one device)" if axis == "devices" else ""))
-            axes.tick_params(labelsize=8)
-    figure.suptitle("Growth, log–log; the fitted exponent beside each method", fontsize=11)
+                axes.set_title(axis + (": of one device" if axis == "devices" else ""), fontsize=10)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=len(KEYS), frameon=False, fontsize=9
+    )
     page.save_figure(figure, stem)
+
+
+def _scale(axes: Any, points: list[int]) -> None:
+    """Ticks at the points, and a decade at least."""
+    axes.set(xscale="log", yscale="log", xlim=(0.85 * points[0], 1.18 * points[-1]))
+    axes.set_xticks(points, [str(x) for x in points])
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    wider = max(1.0, (12 / (high / low)) ** 0.5)
+    axes.set_ylim(low / wider, high * wider)
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+
+
+def _label_ends(axes: Any, found: dict[str, tuple[Any, Any]]) -> None:
+    """Exponents on the right, as high as the curves end, moved apart where these meet."""
+    low, high = np.log(axes.get_ylim())
+    places = {key: (np.log(ys[-1]) - low) / (high - low) for key, (_, ys) in found.items()}
+    lowest = 0.0
+    for key in sorted(places, key=lambda key: places[key]):
+        place = max(places[key], lowest)
+        lowest = place + 0.075
+        told = f"{exponent(*found[key]):.2f}"
+        axes.text(
+            1.02, place, told, color=COLOURS[key], fontsize=8, va="center", transform=axes.transAxes
+        )
 
 
 def main(config: Config) -> None:
