@@ -23,13 +23,15 @@ README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "peers.md"
 BEGIN, END = "<!-- peers: generated -->", "<!-- peers: end -->"
 MEASURES = {
-    "micro": "micro-step",
-    "boundary": "boundary",
+    "micro": "time in a micro-step",
+    "boundary": "time at a boundary",
     "state": "state",
-    "peak": "peak memory",
+    "peak": "peak memory on the CPU",
     "tpu": "HBM of a TPU",
     "loss": "loss",
 }
+HEADS = dict(zip(MEASURES, ("micro-step", "boundary", "state", "peak", "HBM", "loss"), strict=True))
+OUR_ROWS = (OURS, "flora-input")
 NOISE = 0.02
 """Ratios nearer to 1 than this are called equal, of times and losses; bytes are exact."""
 
@@ -98,7 +100,8 @@ def name_of(key: str, record: dict[str, Any]) -> str:
 def table(record: dict[str, Any]) -> str:
     """Markdown: ratios to MultiSteps + Adafactor, and the loss with its learning rate."""
     found = figures(record)
-    heads = ["method", "micro-step", "boundary", "state", "peak", "HBM", "loss (learning rate)"]
+    heads = ["method", *HEADS.values()]
+    heads[-1] += " (learning rate)"
     rows = []
     for key in METHODS:
         name = name_of(key, record)
@@ -122,35 +125,31 @@ def verdict(record: dict[str, Any]) -> str:
     found = figures(record)
     ours = found[OURS]
     peers = {key: own for key, own in found.items() if not key.startswith(OURS) and own}
+    names = {key: name_of(key, record) for key in found}
     lines = []
-    if "loss" in ours:
-        equal = {
-            key: own
-            for key, own in peers.items()
-            if own.get("loss", math.inf) <= (1 + NOISE) * ours["loss"]
-        }
+    for row in (key for key in OUR_ROWS if "loss" in found[key]):
+        most = (1 + NOISE) * found[row]["loss"]
+        equal = {key: own for key, own in peers.items() if own.get("loss", math.inf) <= most}
         better = {
-            key: [MEASURES[what] for what in list(MEASURES)[:-1] if _less(what, own, ours)]
+            key: [MEASURES[what] for what in list(MEASURES)[:-1] if _less(what, own, found[row])]
             for key, own in equal.items()
         }
-        clauses = [
-            f"{name_of(key, record)} ({', '.join(names)})" for key, names in better.items() if names
-        ]
-        told = _join([name_of(key, record) for key in equal]) or "none"
+        clauses = [f"{names[key]} ({', '.join(less)})" for key, less in better.items() if less]
+        told = "; ".join(clauses) or "none"
         lines.append(
-            f"Peers whose loss is at most Flora's (to {NOISE:.0%}): {told}. Of these "
-            + (f"faster or smaller in something: {'; '.join(clauses)}." if clauses else "none is faster or smaller in anything.")
-        )  # fmt: skip
+            f"*{names[row]}*: {len(equal)} of {len(peers)} peers have at most its loss (to {NOISE:.0%}). "
+            f"Of these faster or smaller in something: {told}."
+        )
     for what, name in MEASURES.items():
         less = sorted(
             (own[what] / ours[what], key) for key, own in peers.items() if _less(what, own, ours)
         )
         if less:
-            told = _join([f"{name_of(key, record)} {ratio:.2f}" for ratio, key in less])
-            lines.append(f"Less {name} than Flora (as a share of Flora's): {told}.")
+            told = _join([f"{names[key]} {ratio:.2f}" for ratio, key in less])
+            lines.append(f"Less {name} than *{names[OURS]}*, as a share of its own: {told}.")
         elif what in ours:
-            lines.append(f"No peer has less {name}.")
-    return "\n".join(f"- {line}" for line in lines) + "\n"
+            lines.append(f"No peer has less {name} than *{names[OURS]}*.")
+    return "".join(f"- {line}\n" for line in lines)
 
 
 def conditions(record: dict[str, Any]) -> str:
@@ -298,7 +297,7 @@ def picture(record: dict[str, Any], stem: Path) -> None:
             told = "–" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
             place, paper = (value or 0) + 0.03 * most, {"facecolor": "white", "lw": 0, "pad": 0.8}
             axes.text(place, i, told, va="center", fontsize=8, bbox=paper)
-        axes.set(xlim=(0, 1.3 * most), xticks=[], title=MEASURES[what])
+        axes.set(xlim=(0, 1.3 * most), xticks=[], title=HEADS[what])
         axes.set_yticks(range(len(keys)), [name_of(key, record) for key in keys], fontsize=8)
         axes.title.set_fontsize(9)
         axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -5,6 +5,7 @@ itself as far as this command goes.
 """
 
 import importlib.metadata
+import logging
 import multiprocessing
 import os
 import time
@@ -105,6 +106,7 @@ def _serve(
     if cores:  # before a framework counts them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler talks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that nobody uses here
     corpus = text.load()
     run: Any = None
     command: tuple[Any, ...] = ("open",)
