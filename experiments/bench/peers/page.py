@@ -174,12 +174,11 @@ def conditions(record: dict[str, Any]) -> str:
             f"{loss['width']}, {loss['layers']} layers, rank {loss['rank']}, the best learning rate of each, one seed"
         )
     machine = record["machine"]
-    told = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     note = f"; {machine['note']}" if machine["note"] else ""
     cores = f"{machine['cores']} cores"
     if time.get("cores"):
         cores += f", {time['cores']} for each process"
-    parts.append(f"{cores}{note}; {told}")
+    parts.append(f"{cores}{note}")
     return ". ".join(parts) + ".\n"
 
 
@@ -191,11 +190,13 @@ def short(record: dict[str, Any]) -> str:
 
 def full(record: dict[str, Any], growth: str = "") -> str:
     """The page of the docs."""
+    told = ", ".join(f"{name} {version}" for name, version in record["machine"]["versions"].items())
     parts = [
         "# Beside its peers\n",
         "Made by `python -m experiments.bench.peers --write`; figures are ratios to optax's MultiSteps over "
         "Adafactor of the same run, unless they say otherwise.\n",
         conditions(record),
+        f"Versions: {told}.\n",
         "![Time, memory and loss beside peers](peers.svg)\n",
         table(record),
         "## Where a peer is better\n",
