@@ -104,40 +104,57 @@ def measure_time(config: Config, log: Log, console: Console) -> list[dict[str, A
     in_jax.save(folder, size)
     workers: dict[str, Worker] = {}
     load = os.getloadavg()[0]
+
+    def drop(key: str, error: Failed) -> None:
+        if key == BASE:
+            raise error
+        log.failed[key] = str(error)
+        console.print(f"{METHODS[key].name}: {error}", highlight=False)
+        if key in workers:
+            workers.pop(key).close()
+
+    def ask(*command: Any) -> dict[str, Any]:
+        """The answers of all, one after the other; who fails is left out from here on."""
+        answers = {}
+        for key in list(workers):
+            try:
+                answers[key] = workers[key].ask(*command)
+            except Failed as error:
+                drop(key, error)
+        return answers
+
     try:
         for key in config.chosen():
             try:
                 workers[key] = Worker(key, size, folder, config.cores)
             except Failed as error:
-                log.failed[key] = str(error)
-                console.print(f"{METHODS[key].name}: {error}", highlight=False)
-        rounds: dict[str, list[dict[str, Any]]] = {key: [] for key in workers}
-        state: dict[str, int] = {}
-        step = 0
+                drop(key, error)
+        rounds, state, step = [], {}, 0
         for round_ in range(config.rounds + 1):
-            steps: dict[str, list[float]] = {key: [] for key in workers}
+            steps = []
             for place in range(size.accumulation):
-                for key, worker in workers.items():
-                    steps[key].append(worker.ask("step", step))
-                    if round_ == 1 and place == 0:  # between micro-steps, all of the state there
-                        state[key] = worker.ask("state_bytes")
+                steps.append(ask("step", step))
                 step += 1
-            for key, worker in workers.items():
-                draw = worker.ask("draw")
-                rounds[key].append(
-                    {"micro": steps[key][:-1], "boundary": steps[key][-1], "draw": draw}
-                )
+                if round_ == 1 and place == 0:  # between micro-steps, all of the state there
+                    state = ask("state_bytes")
+            rounds.append((steps, ask("draw")))
             console.print(f"round {round_} of {config.rounds}", highlight=False)
-        for key, worker in workers.items():
-            log.add(
-                "time",
-                setting,
-                method=key,
-                **figures(rounds[key], rounds[BASE]),
-                state=state[key],
-                peak=worker.ask("peak_bytes"),
-                load=[load, os.getloadavg()[0]],
-            )
+        peaks = ask("peak_bytes")
+
+        def of(key: str) -> list[dict[str, Any]]:
+            return [
+                {
+                    "micro": [one[key] for one in steps[:-1]],
+                    "boundary": steps[-1][key],
+                    "draw": draw[key],
+                }
+                for steps, draw in rounds
+            ]
+
+        for key, peak in peaks.items():
+            sizes = {"state": state[key], "peak": peak}
+            loads = [load, os.getloadavg()[0]]
+            log.add("time", setting, method=key, **figures(of(key), of(BASE)), **sizes, load=loads)
     finally:
         for worker in workers.values():
             worker.close()
