@@ -212,7 +212,7 @@ def full(record: dict[str, Any], growth: str = "") -> str:
 def _measured(record: dict[str, Any]) -> list[str]:
     heads = [
         *("method", "micro-step, ms", "ratio, least to most", "boundary, ms"),
-        *("ratio, least to most", "first boundary, ms", "state, MiB", "peak, MiB"),
+        *("ratio, least to most", "first boundary, ms", "state, MiB", "peak, MiB", "HBM, GiB"),
     ]
     rows = []
     for key, own in _in_order(record["time"]["methods"]):
@@ -222,6 +222,8 @@ def _measured(record: dict[str, Any]) -> list[str]:
         )
         first = f"{1e3 * own['first_boundary']:.0f}"
         sizes = [f"{own[what] / 2**20:.2f}" for what in ("state", "peak")]
+        gib = record["tpu"]["methods"].get(key, {}).get("gib")
+        sizes.append(f"{gib:.2f}" if gib else "–")
         rows.append([name_of(key, record), *micro, *boundary, first, *sizes])
     if not rows:
         return []
