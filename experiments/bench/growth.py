@@ -5,10 +5,11 @@
 
 One axis is varied at a time, from the middle of the others, and `y = c x^p` fitted by least squares of the
 logarithms. State: bytes of what `init` makes, exact. FLOPs: XLA's count of a cycle, its micro-steps
-and the boundary; it counts no singular value decompositions. Time: a cycle on this CPU, methods in turn.
-Devices are virtual ones that share this CPU, so that no time is taken on them: state, FLOPs, and bytes
-sent in a micro-step, of one device, weights and state cut over all (FSDP), a window each. Each figure is a line
-of `results.jsonl`; the same command goes on where it stopped.
+and the boundary; it counts no singular value decompositions. Time: a cycle on this CPU, methods in
+turn, in seconds of all its cores together, which count no one else's work. Devices are virtual ones that
+share this CPU, so that no time is taken on them: state, FLOPs, and bytes sent in a micro-step, of one
+device, weights and state cut over all (FSDP), a window each. Each figure is a line of `results.jsonl`; the
+same command goes on where it stopped.
 """
 
 import os
@@ -47,7 +48,7 @@ COLOURS: dict[str, str] = dict(zip(KEYS, ("#555555", "#08519c", "#d95f0e", "#31a
 QUANTITIES = {
     "state": "state, bytes",
     "flops": "FLOPs of a cycle",
-    "seconds": "seconds of a cycle",
+    "seconds": "CPU seconds of a cycle",
     "sent": "bytes sent in a micro-step",
 }
 
@@ -87,6 +88,11 @@ AXES = ("width", "layers", "rank", "accumulation", "devices")
 def exponent(xs: Any, ys: Any) -> float:
     """`p` of `y = c x^p`, by least squares of the logarithms."""
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def told(xs: Any, ys: Any) -> str:
+    """The exponent with two digits, and no sign on a zero."""
+    return f"{round(exponent(xs, ys), 2) + 0.0:.2f}"
 
 
 def _shapes(key: str, size: Size) -> tuple[Any, Any, Any, Any]:
@@ -130,7 +136,7 @@ def cycle_flops(key: str, size: Size, compiled: Any) -> float:
 
 
 def cycles(size: Size, rounds: int) -> dict[str, dict[str, float]]:
-    """State, FLOPs and median seconds of a cycle by method, the methods in turn."""
+    """State, FLOPs and median CPU seconds of a cycle by method, the methods in turn."""
     model, _ = in_jax.outline(size)
     tokens = jnp.zeros((1, 8), jnp.int32)
     first = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
@@ -140,11 +146,11 @@ def cycles(size: Size, rounds: int) -> dict[str, dict[str, float]]:
     spent: dict[str, list[float]] = {key: [] for key in KEYS}
     for round_ in range(rounds + 1):
         for key, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(size.accumulation):
                 run.step(windows)
             if round_:
-                spent[key].append(time.perf_counter() - start)
+                spent[key].append(time.process_time() - start)
     return {
         key: {
             "state": run.state_bytes(),
@@ -238,10 +244,13 @@ def curves(lines: list[dict[str, Any]], axis: str, what: str) -> dict[str, tuple
 def text(lines: list[dict[str, Any]]) -> str:
     """Markdown: the exponents, a row for each axis and quantity."""
     names = [METHODS[key].name for key in KEYS]
+    middle = lines[0]["setting"]["middle"]
     rows = [
         "## Growth\n",
         "Exponents `p` of `y = c x^p`, fitted to the points of the picture (`python -m experiments.bench.growth "
-        "--write`); devices: one device's part, on virtual devices, of which no time is taken.\n",
+        f"--write`), around width {middle['width']}, {middle['layers']} layers, rank {middle['rank']}, "
+        f"{middle['batch']} x {middle['length']} bytes, {middle['accumulation']} micro-steps; devices: one device's part, on "
+        "virtual devices, of which no time is taken.\n",
         "![Growth, on logarithmic axes](growth.svg)\n",
         "| over | of | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(KEYS),
@@ -250,7 +259,7 @@ def text(lines: list[dict[str, Any]]) -> str:
         for what, name in QUANTITIES.items():
             found = curves(lines, axis, what)
             if found:
-                cells = [f"{exponent(*found[key]):.2f}" if key in found else "–" for key in KEYS]
+                cells = [told(*found[key]) if key in found else "–" for key in KEYS]
                 rows.append(f"| {axis} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -300,9 +309,14 @@ def _label_ends(axes: Any, found: dict[str, tuple[Any, Any]]) -> None:
     for key in sorted(places, key=lambda key: places[key]):
         place = max(places[key], lowest)
         lowest = place + 0.075
-        told = f"{exponent(*found[key]):.2f}"
         axes.text(
-            1.02, place, told, color=COLOURS[key], fontsize=8, va="center", transform=axes.transAxes
+            1.02,
+            place,
+            told(*found[key]),
+            color=COLOURS[key],
+            fontsize=8,
+            va="center",
+            transform=axes.transAxes,
         )
 
 

@@ -249,11 +249,16 @@ def test_flops_of_a_gradient():
 def test_exponents():
     xs = [1, 2, 4, 8]
     assert growth.exponent(xs, [3 * x**1.5 for x in xs]) == pytest.approx(1.5)
+    middle = {"middle": dataclasses.asdict(SIZE)}
     lines = [
-        {"axis": "width", "x": x, "method": key, "state": x**power, "flops": 5.0, "sent": 0}
+        {
+            **{"axis": "width", "x": x, "method": key, "setting": middle},
+            **{"state": x**power, "flops": 5.0 - 1e-9 * x, "sent": 0},
+        }
         for x in xs
         for key, power in (("multisteps", 2), ("flora", 1))
     ]
     found = growth.text(lines)
     assert "| width | state, bytes | 2.00 | 1.00 | – | – |" in found
-    assert "sent" not in found
+    assert "| width | FLOPs of a cycle | 0.00 | 0.00 | – | – |" in found
+    assert "sent" not in found and "around width 128, 1 layers, rank 8" in found
