@@ -249,8 +249,8 @@ def text(lines: list[dict[str, Any]]) -> str:
         "## Growth\n",
         "Exponents `p` of `y = c x^p`, fitted to the points of the picture (`python -m experiments.bench.growth "
         f"--write`), around width {middle['width']}, {middle['layers']} layers, rank {middle['rank']}, "
-        f"{middle['batch']} x {middle['length']} bytes, {middle['accumulation']} micro-steps; devices: one device's part, on "
-        "virtual devices, of which no time is taken.\n",
+        f"{middle['batch']} x {middle['length']} bytes, {middle['accumulation']} micro-steps; devices: one device's part, of "
+        "the step that has the boundary, on virtual devices, of which no time is taken.\n",
         "![Growth, on logarithmic axes](growth.svg)\n",
         "| over | of | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(KEYS),
