@@ -272,6 +272,9 @@ def picture(lines: list[dict[str, Any]], stem: Path) -> None:
         for row, what in enumerate(("state", "flops", last)):
             axes = panels[row, column]
             found = curves(lines, axis, what)
+            if not found:
+                axes.set_axis_off()
+                continue
             for key, (xs, ys) in found.items():
                 axes.loglog(
                     xs, ys, "o-", ms=3.5, lw=1.2, color=COLOURS[key], label=METHODS[key].name
