@@ -207,6 +207,7 @@ def test_bytes_of_a_trace_at_its_worst_moment():
     assert in_torch.largest_sum(events[1:2]) == 50
 
 
+@pytest.mark.slow
 def test_both_worlds_begin_from_the_same_weights(tmp_path):
     """Of the checkpoint, each layer on its own, as of the stacked model that it was made from."""
     in_jax.save(tmp_path / "weights", SIZE)
@@ -239,6 +240,7 @@ def test_state_bytes():
     assert 0 <= counts["flora"] - expected <= 64
 
 
+@pytest.mark.slow
 def test_flops_of_a_gradient():
     """Born compressed: for each weight and token two of the three products, and thin ones."""
     tokens = SIZE.batch * SIZE.length
