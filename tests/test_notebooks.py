@@ -58,6 +58,7 @@ def words(notebook) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.newest
 @each
 def test_runs(source, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
