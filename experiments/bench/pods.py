@@ -155,9 +155,9 @@ def measure(config: Config, method: Any) -> Step | None:
         model, params, batch = shapes(config, mesh)
         lower, state = method(config, model, params)
         with jax.set_mesh(mesh):
-            program = topology.compile_(lower(params, state, batch))
+            program = topology.compile_(lower(params, state, batch), text=True)
         if program:
-            found = traffic.collectives(program.compiled.as_text(), mesh.size)
+            found = traffic.collectives(program.text, mesh.size)
             micro = [one for one in found if not one.boundary]
             return Step(program.gib, micro, [one for one in found if one.boundary])
     return None

@@ -8,8 +8,10 @@ import os
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiling for a TPU is no reason to look for one
 
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,13 +33,15 @@ class Program:
       gib: arguments, results and temporaries at the worst moment, GiB.
       fits: whether a v5e chip holds it.
       seconds: of compilation.
-      compiled: the program; its text is that of `compiled.as_text()`.
+      compiled: the program.
+      text: of the compiled HLO, where it was asked for.
     """
 
     gib: float
     fits: bool
     seconds: float
     compiled: Any
+    text: str
 
 
 TOPOLOGIES = {
@@ -66,14 +70,24 @@ def placed(tree: Any, sharding: Any) -> Any:
     )
 
 
-def compile_(lowered: Any) -> Program | None:
-    """None where the compiler runs out of the chip's memory."""
+def compile_(lowered: Any, text: bool = False) -> Program | None:
+    """None where the compiler runs out of the chip's memory.
+
+    Args:
+      text: of the compiled HLO too. The compiler writes it: `as_text` fails on libtpu's programs for chips with
+        SparseCores, since their asynchronous updates have more operands than XLA's reader allows.
+    """
     start = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if text else None
+        try:
+            compiled = lowered.compile(compiler_options=wanted)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
+        written = "".join(
+            file.read_text() for file in Path(folder).glob("*.after_optimizations.txt")
+        )
     gib = report.compiled_bytes(compiled) / 2**30
-    return Program(gib, gib <= HBM, time.perf_counter() - start, compiled)
+    return Program(gib, gib <= HBM, time.perf_counter() - start, compiled, written)

@@ -7,10 +7,10 @@ from experiments.paper.problem import Sizes, Task
 Size = Literal["cpu", "full"]
 SIZES: dict[Size, dict[Task, Sizes]] = {
     "cpu": {
-        "summarisation": Sizes("T5-test", (48, 16), 4, 4, 80, held_out=128, warm=500),
-        "translation": Sizes("GPT-2-test", (24, 24), 4, 4, 120, held_out=128, warm=500),
-        "language": Sizes("LLaMA-test", (0, 64), 4, 4, 120, held_out=128),
-        "images": Sizes("ViT-test", (0, 0), 8, 4, 120, held_out=540),
+        "summarisation": Sizes("T5-test", (48, 16), 8, 4, 300, held_out=512, warm=2000),
+        "translation": Sizes("GPT-2-test", (24, 24), 8, 4, 300, held_out=512, warm=2000),
+        "language": Sizes("LLaMA-test", (0, 64), 8, 4, 300, held_out=512),
+        "images": Sizes("ViT-test", (0, 0), 8, 4, 300, held_out=540),
     },
     "full": {
         "summarisation": Sizes(

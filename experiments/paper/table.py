@@ -1,8 +1,9 @@
 """A table: runs every row at every rate, and writes Markdown, CSV and a plot.
 
 Each run appends a line to `results.jsonl`, and is not repeated: the same command goes on where it was
-stopped. The first seed runs the whole grid of learning rates; each row takes the one with the least
-validation loss, and the other seeds run there. Scores are of the test side, which chooses nothing.
+stopped. The first seed runs the whole grid of learning rates, which grows while the best lies at its edge;
+each row takes the one with the least validation loss, and the other seeds run there. Scores are of the test
+side, which chooses nothing.
 """
 
 import csv
@@ -138,8 +139,12 @@ def make(table: Table, options: Options, console: Console) -> list[dict[str, Any
         bar = progress.add_task(table.name, total=runs)
         for row in rows:
             trial = None
-            for seed, rate in _order(row, grid[row], options.seeds, results):
-                progress.update(bar, advance=1, description=f"{row}, {rate:g}, seed {seed}")
+            grow = 0 if options.rates else GROW  # what a user names is all that is tried
+            for seed, rate in _order(row, grid[row], grow, options.seeds, results):
+                if rate not in grid[row] and seed == options.seeds[0]:
+                    runs += 1
+                progress.update(bar, total=runs, description=f"{row}, {rate:g}, seed {seed}")
+                progress.advance(bar)
                 if _find(results, row, rate, seed):
                     continue
                 trial = trial or loop.prepare(given, row, sizes)
@@ -182,28 +187,54 @@ def warm_start(
     return folder
 
 
+GROW = 2
+"""How often a row's grid may grow."""
+
+
 def _order(
-    row: Method, rates: tuple[float, ...], seeds: tuple[int, ...], results: list[dict[str, Any]]
+    row: Method,
+    rates: tuple[float, ...],
+    grow: int,
+    seeds: tuple[int, ...],
+    results: list[dict[str, Any]],
 ) -> Iterator[tuple[int, float]]:
-    """The grid with the first seed, then the best rate with the others."""
+    """The grid with the first seed, rates beyond it while its edge is the best, the best with the others."""
     for rate in rates:
         yield seeds[0], rate
-    best = best_rate(results, row, rates, seeds[0])
+    beyond = {rates[0]: rates, rates[-1]: rates[::-1]} if len(rates) > 1 else {}
+    for _ in range(grow):
+        best = best_rate(results, row, seeds[0])
+        if best not in beyond:
+            break
+        first, second, *_ = beyond.pop(best)
+        rate = next_rate(first, second)
+        beyond[rate] = (rate, first)
+        yield seeds[0], rate
+    goal = best_rate(results, plain(row), seeds[0])
+    if goal is not None and goal not in tried(results, row, seeds[0]):
+        yield seeds[0], goal  # to compare at the uncompressed row's rate as well
+    best = best_rate(results, row, seeds[0])
     for seed in seeds[1:]:
-        yield seed, best
+        yield seed, best if best is not None else rates[0]
 
 
-def best_rate(
-    results: list[dict[str, Any]], row: Method, rates: tuple[float, ...], seed: int
-) -> float:
-    """Of the least validation loss."""
+def next_rate(edge: float, beside: float) -> float:
+    """Beyond the edge of a grid of 1, 3, 10, 30 ...: a tenth of, or ten times, the one beside it."""
+    return float(f"{beside * (10 if edge > beside else 0.1):.3g}")
 
-    def loss(rate: float) -> float:
-        line = _find(results, row, rate, seed)
-        value = line["figures"]["validation"] if line else None
-        return math.inf if value is None or math.isnan(value) else value
 
-    return min(rates, key=loss)
+def tried(results: list[dict[str, Any]], row: Method, seed: int) -> dict[float, float]:
+    """Learning rates that a row has run with a seed, least first, and the validation loss of each."""
+    wanted = (dataclasses.asdict(row), seed)
+    found = [line for line in results if (line["method"], line["seed"]) == wanted]
+    losses = {line["rate"]: line["figures"]["validation"] for line in found}
+    return {rate: math.inf if math.isnan(losses[rate]) else losses[rate] for rate in sorted(losses)}
+
+
+def best_rate(results: list[dict[str, Any]], row: Method, seed: int) -> float | None:
+    """Of the least validation loss; the least rate where there is no loss, None where nothing was run."""
+    losses = tried(results, row, seed)
+    return min(losses, key=lambda rate: losses[rate], default=None)
 
 
 def _find(
@@ -340,11 +371,11 @@ def summarise(
 ) -> list[Row]:
     """Rows of which something has been run, in the order of the grid."""
     rows: list[Row] = []
-    for method, rates in grid.items():
-        tried = [rate for rate in rates if _find(results, method, rate, seeds[0])]
-        if not tried:
+    for method in grid:
+        rate = best_rate(results, method, seeds[0])
+        if rate is None:
             continue
-        rate = best_rate(results, method, tuple(tried), seeds[0])
+        losses = tried(results, method, seeds[0])
         lines = [found for seed in seeds if (found := _find(results, method, rate, seed))]
         figures = {name: [line["figures"][name] for line in lines] for name in lines[0]["figures"]}
         goal = next((row for row in rows if row.method == plain(method)), None)
@@ -353,7 +384,7 @@ def summarise(
             Row(
                 method,
                 rate,
-                rate in (rates[0], rates[-1]),
+                rate in (min(losses), max(losses)),
                 figures,
                 at_goal["figures"][metric] if at_goal else None,
                 lines[0]["bytes"]["state"],
@@ -475,6 +506,7 @@ def write(
         + "; ".join(
             f"{unit}: {', '.join(f'{r:g}' for r in rates)}" for unit, rates in grids.items()
         )
+        + ("" if options.rates else ", which grows while its edge is the best")
         + ". *To uncompressed* is the ratio of the metric; *at its rate* the same at the uncompressed "
         f"row's learning rate, first seed. State: the optimizer's, and LoRA's factors. `{command}` "
         f"({seconds:.0f} s of training); the paper's size: `{full}`.",

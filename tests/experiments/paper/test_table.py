@@ -36,6 +36,7 @@ def line(method, rate, seed, validation, accuracy, state=100):
 
 
 RESULTS = [
+    line(PLAIN, 0.05, 0, 3.0, 70.0, 400),
     line(PLAIN, 0.1, 0, 1.0, 80.0, 400),
     line(PLAIN, 0.2, 0, 2.0, 90.0, 400),
     line(PLAIN, 0.1, 1, 1.0, 84.0, 400),
@@ -56,6 +57,44 @@ def test_the_rate_is_chosen_by_validation_and_the_scores_are_over_seeds():
     assert lora.rate == 0.1  # not the one that gave NaN
     assert flora.equal == 81.0
     assert flora.error("accuracy") == pytest.approx(math.sqrt(18))
+
+
+def asked(losses, row=PLAIN, results=(), grow=2):
+    """What is run of a row until its order ends; `losses` gives the loss of a rate."""
+    results, seen = list(results), []
+    for seed, rate in table._order(row, (0.003, 0.01, 0.03, 0.1), grow, (0, 1), results):
+        seen.append((seed, rate))
+        results.append(line(row, rate, seed, losses(rate), 0.0))
+    return seen
+
+
+GRID_RUN = [(0, rate) for rate in (0.003, 0.01, 0.03, 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "more", "best"),
+    [
+        (lambda rate: abs(math.log(rate / 0.02)), [], 0.03),
+        (lambda rate: abs(math.log(rate / 0.2)), [0.3, 1.0], 0.3),
+        (lambda rate: abs(math.log(rate / 0.004)) + (rate < 0.002), [0.001], 0.003),
+        (lambda rate: -rate, [0.3, 1.0], 1.0),
+        (lambda rate: rate, [0.001, 0.0003], 0.0003),
+        (lambda rate: math.nan if rate > 0.002 else -rate, [0.001, 0.0003], 0.001),
+        (lambda rate: math.nan, [0.001, 0.0003], 0.0003),
+    ],
+)
+def test_the_grid_grows_while_its_edge_is_the_best(losses, more, best):
+    assert asked(losses) == [*GRID_RUN, *((0, rate) for rate in more), (1, best)]
+
+
+def test_rates_that_a_user_names_are_all_that_is_tried():
+    assert asked(lambda rate: -rate, grow=0) == [*GRID_RUN, (1, 0.1)]
+
+
+def test_every_row_runs_at_the_rate_of_the_uncompressed_one_too():
+    given = [line(PLAIN, rate, 0, -rate, 0.0) for rate in (0.1, 0.3)]
+    seen = asked(lambda rate: abs(math.log(rate / 0.02)), FLORA, given)
+    assert seen == [*GRID_RUN, (0, 0.3), (1, 0.03)]
 
 
 def test_table_in_markdown_says_who_wins():
