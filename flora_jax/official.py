@@ -14,6 +14,7 @@ The numbers are not theirs to the last bit: their keys come from the order of th
 from the leaf's path.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -103,10 +104,8 @@ def _specs(tree: Any, rank: int, seed: int) -> list[Spec | None]:
     def select(path: str, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and max(shape) <= MAX_ASPECT * min(shape)
 
-    by_side = [
-        leaf_plans(tree, Projection(rank, side=side, seed=seed, select=select, embedding="matrix"))
-        for side in ("input", "output")
-    ]
+    plain = partial(Projection, rank, seed=seed, select=select, embedding="matrix", head="matrix")
+    by_side = [leaf_plans(tree, plain(side=side)) for side in ("input", "output")]
     return [
         left.spec if left.shape and left.shape[0] < left.shape[-1] else right.spec
         for left, right in zip(*by_side, strict=True)

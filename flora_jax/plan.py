@@ -17,6 +17,10 @@ from flora_jax.keys import path_name
 from flora_jax.projection import DimensionNumbers, Projection
 from flora_jax.sketch import Spec, is_sketch
 
+_HEAD = re.compile(
+    r"(^|[/.])(head|lm_head|unembed\w*|logits\w*|output_projection|classifier)([/.]|$)",
+    re.IGNORECASE,
+)
 _EMBEDDING = re.compile(r"(^|[/_.])(\w*embed\w*|wte|wpe)([/_.]|$)", re.IGNORECASE)
 
 
@@ -209,18 +213,17 @@ def _leaf_plan(
         return whole("not selected")
     if len(shape) < 2:
         return whole("vector" if shape else "scalar")
-    embedding = projection.embedding != "matrix" and _is_embedding(path, shape, projection)
-    if embedding and projection.embedding == "whole":
-        return whole("embedding")
+    kind = _kind(path, shape, projection)
+    rule = {"embedding": projection.embedding, "head": projection.head}.get(kind, "matrix")
+    if rule == "whole":
+        return whole(kind)
     reduction, output = _matrix_axes(path, shape, numbers, projection.min_dim)
     inputs = math.prod(shape[axis] for axis in reduction)
     outputs = math.prod(shape[axis] for axis in output)
     if min(inputs, outputs) < projection.min_dim:
         return whole(f"{inputs} x {outputs} is below min_dim {projection.min_dim}")
-    side = projection.side
-    if embedding:
-        side = "output"
-    elif side == "larger":
+    side = projection.side if rule == "matrix" else rule
+    if side == "larger":
         side = "input" if inputs >= outputs else "output"
     size = inputs if side == "input" else outputs
     rank = _rank(path, shape, min(inputs, outputs), projection)
@@ -280,10 +283,15 @@ def _whole_shape(shape: tuple[int, ...], cut: tuple[tuple[str, ...], ...]) -> tu
     return tuple(length * manual.parts(names) for length, names in zip(shape, cut, strict=True))
 
 
-def _is_embedding(path: str, shape: tuple[int, ...], projection: Projection) -> bool:
-    if projection.is_embedding is not None:
-        return projection.is_embedding(path, shape)
-    return len(shape) == 2 and _EMBEDDING.search(path) is not None
+def _kind(path: str, shape: tuple[int, ...], projection: Projection) -> str:
+    """What a leaf is by its name: `head`, `embedding` or, of no kind of its own, `matrix`."""
+
+    def told(rule: Any, pattern: re.Pattern) -> bool:
+        return rule(path, shape) if rule else len(shape) == 2 and bool(pattern.search(path))
+
+    if told(projection.is_head, _HEAD):  # first, since an unembedding has embed in its name
+        return "head"
+    return "embedding" if told(projection.is_embedding, _EMBEDDING) else "matrix"
 
 
 def _matrix_axes(path: str, shape: tuple[int, ...], numbers: Any, min_dim: int):

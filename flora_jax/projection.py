@@ -31,6 +31,7 @@ from flora_jax.sketch import Every, Spec
 
 Side = Literal["input", "output", "larger"]
 Embedding = Literal["output", "whole", "matrix"]
+Head = Literal["input", "whole", "matrix"]
 
 
 class DimensionNumbers(NamedTuple):
@@ -74,6 +75,11 @@ class Projection:
         not occur keep a gradient of zero; `whole` leaves them whole; `matrix` has no rule of its own.
       is_embedding: function of path and shape. By default a table of two axes whose path names it
         so (`embed…`, `wte`, `wpe`).
+      head: what is done to the matrix that gives the logits: `input` projects its input side, whichever is
+        larger, so that the gradients of the classes are not mixed: projecting the vocabulary away costs
+        far more loss than the bytes it saves; `whole` leaves it whole; `matrix` has no rule of its own.
+      is_head: function of path and shape. By default a matrix of two axes whose path names it so
+        (`head`, `lm_head`, `unembed…`, `logits…`, `output_projection`, `classifier`).
       stacked: function of the path that gives None, or the path and index of this layer in the
         stacked form of the model; layers so told draw what the stacked ones draw.
       prng: name of the PRNG implementation. With others than `threefry2x32` (`rbg` is faster on TPU)
@@ -96,6 +102,8 @@ class Projection:
     weight_dimension_numbers: Any = None
     embedding: Embedding = "output"
     is_embedding: Callable[[str, tuple[int, ...]], bool] | None = None
+    head: Head = "input"
+    is_head: Callable[[str, tuple[int, ...]], bool] | None = None
     stacked: Callable[[str], tuple[str, int] | None] | None = None
     prng: str = "threefry2x32"
     block: int = 2**22
@@ -106,6 +114,7 @@ class Projection:
         _check_choice("distribution", self.distribution, distributions.DISTRIBUTIONS)
         _check_choice("side", self.side, get_args(Side))
         _check_choice("embedding", self.embedding, get_args(Embedding))
+        _check_choice("head", self.head, get_args(Head))
         check_every("resample_every", self.resample_every)
         for name, least in (("min_dim", 1), ("block", 1)):
             value = getattr(self, name)

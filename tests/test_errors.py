@@ -47,6 +47,7 @@ WRONG = {
         "distribution must be one of gaussian, rademacher, orthonormal, srht, found 'normal'",
     ),
     "side": (lambda: projection(side="left"), "side must be one of input, output, larger, found"),
+    "head": (lambda: projection(head="output"), "head must be one of input, whole"),
     "embedding": (lambda: projection(embedding="rows"), "embedding must be one of output, whole"),
     "resample_every": (
         lambda: projection(resample_every=0),

@@ -112,6 +112,32 @@ def test_what_is_an_embedding_can_be_told():
 
 
 @pytest.mark.parametrize(
+    ("head", "expected"), [("input", (8, 512)), ("whole", (64, 512)), ("matrix", (64, 8))]
+)
+@pytest.mark.parametrize(
+    "path", ["head/kernel", "lm_head/kernel", "unembed", "model/logits_dense/w"]
+)
+def test_heads(path, head, expected):
+    params = {path: jnp.ones((64, 512))}
+    assert by_path(params, head=head)[path].data_shape == expected
+    assert by_path(params, head=head, side="output")[path].data_shape == (
+        expected if head != "matrix" else (64, 8)
+    )
+
+
+@pytest.mark.parametrize(
+    "path", ["heads/kernel", "head_norm/kernel", "attention/out_head_mix/kernel"]
+)
+def test_what_is_no_head(path):
+    assert by_path({path: jnp.ones((64, 512))})[path].side == "output"
+
+
+def test_what_is_a_head_can_be_told():
+    leaves = by_path(is_head=lambda path, shape: path == "layer/kernel", head="whole")
+    assert leaves["layer/kernel"].reason == "head"
+
+
+@pytest.mark.parametrize(
     ("rank", "expected"), [(8, 8), (0.25, 16), (lambda path, shape: shape[-1] // 32 or 1, 8)]
 )
 def test_rank(rank, expected):

@@ -74,7 +74,7 @@ def test_parts_by_hand():
     assert lora["state"] == 2 * factors
     # the larger side is projected away, of the embedding each row of 256, of the head its 1000;
     # float32; vectors stay whole
-    sketches = 3 * 7 * 16 * 256 + 16 * 1000 + 16 * 256
+    sketches = 3 * 7 * 16 * 256 + 16 * 1000 + 16 * 1000
     whole = 256 + 3 * 2 * 256
     assert estimate(setting, BORN).parts["sketches"] == 4 * (sketches + whole)
 

@@ -104,7 +104,7 @@ def weight_spec(path: Any, leaf: Any, config: Config) -> PartitionSpec:
     rows, columns = leaf.shape[-2:]
     axes = tuple(name for name in ("fsdp", "model") if getattr(config, name) > 1)
     name = jax.tree_util.keystr(path)
-    if "embed" in name or columns > rows:  # Flora projects columns away
+    if "head" not in name and ("embed" in name or columns > rows):  # Flora projects columns away
         return PartitionSpec(*lead, axes, None)
     return PartitionSpec(*lead, None, axes)
 
