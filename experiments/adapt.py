@@ -1,18 +1,19 @@
-"""Adapts a language model to other text by LoRA, its relatives, Flora, or in full; one table.
+"""Adapts a model by LoRA, its relatives, Flora, or in full; one table.
 
     python -m experiments.adapt                          # all methods; some ten minutes on two cores
+    python -m experiments.adapt --task summarisation
     python -m experiments.adapt --methods full lora flora --budget 0.5
     python -m experiments.adapt --methods lora-pro --rates 0.003 0.01
 
-The model is trained on Python's standard library first (or taken from `--base`, where a run left it),
+Language: a decoder is trained on Python's standard library first (or taken from `--base`, where a run left it),
 then adapted to the source of JAX, which it has not seen (Apache-2.0, comes with the package; split by
-file like the first). Every method but full training has the largest rank whose trained numbers and
+file like the first). Summarisation: a T5 that has learnt to go on with docstrings is adapted to give their
+first lines, as in the paper's tables, and scored by ROUGE. Every method but full training has the largest rank whose trained numbers and
 optimizer state, beyond the model itself, fit the same budget of bytes. Each has its best rate of the
 few that are tried. Times are medians, all methods in turn in one process; temporaries are the
 compiled gradient's, the saved activations for the most part.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ HELD_OUT = 64
 class Config:
     """What to adapt, and how."""
 
+    task: Literal["language", "summarisation"] = "language"
     methods: tuple[Method, ...] = METHODS
     budget: float = 1.0
     """MiB for what is trained beyond the model, and for the optimizer's state."""
@@ -82,17 +84,18 @@ class Config:
     """Peaks of a cosine schedule; each method has the best of them."""
     steps: int = 200
     batch: int = 8
-    """Windows in a step."""
+    """Examples in a step."""
     length: int = 128
-    """Bytes in a window."""
+    """Of language: bytes in a window."""
     base_steps: int = 400
-    """Of full training on the standard library, by Adam."""
+    """Of language: steps of full training on the standard library, by Adam."""
     model: decoder.Shape = field(default_factory=lambda: decoder.Shape(width=128))
+    """Of language."""
     rounds: int = 9
     """Of the timing."""
     seed: int = 0
     base: Path = Path("runs/adapt/base.safetensors")
-    """The model before; made where it is not there."""
+    """Of language: the model before; made where it is not there."""
     out: Path | None = None
     """A file for the table."""
 
@@ -102,14 +105,105 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
+class Task(NamedTuple):
+    """What is learnt.
+
+    Attributes:
+      params: before.
+      loss: `(params, batch) -> scalar`.
+      batch: `step -> batch` of the training side.
+      validation: `params -> loss` of what no step has seen.
+      score: `params -> figures` of the test side.
+      width: of the model.
+      heads: of its attention.
+      layers: that XGBLoRA counts.
+      layer_of: LoRTA's name of a layer, from a leaf's path.
+      about: the data.
+    """
+
+    params: Any
+    loss: Callable[[Any, Any], jax.Array]
+    batch: Callable[[int], Any]
+    validation: Callable[[Any], float]
+    score: Callable[[Any], dict[str, float]]
+    width: int
+    heads: int
+    layers: int
+    layer_of: Callable[[str], str] | None
+    about: str
+
+
+def language(config: Config, console: Console) -> Task:
+    """From the standard library's source to that of JAX."""
+    corpus = text.load(Path(str(jax.__file__)).parent)
+    loss = partial(decoder.loss, decoder.Decoder(config.model))
+    compiled = jax.jit(loss)
+
+    def validation(params: Any) -> float:
+        many = [text.batch(corpus.validation, 1, i, HELD_OUT, config.length) for i in range(4)]
+        return float(np.mean([float(compiled(params, jnp.asarray(windows))) for windows in many]))
+
+    return Task(
+        base(config, console),
+        loss,
+        partial(_batch, config, corpus.train),
+        validation,
+        lambda params: {},
+        config.model.width,
+        config.model.heads,
+        config.model.layers + 1,  # and the head
+        None,
+        f"JAX's source: {len(corpus.train):,} bytes of {corpus.files[0]} files to adapt to, "
+        f"{len(corpus.validation):,} of {corpus.files[1]} others to validate",
+    )
+
+
+def summarisation(config: Config, console: Console) -> Task:
+    """From going on with docstrings to their first lines; the model and the data of the paper's tables."""
+    from experiments.paper import (
+        problem,
+        table,
+    )  # of the extra `paper`, which language does without
+    from experiments.paper.sizes import SIZES
+    from experiments.tasks import batches
+
+    sizes = SIZES["cpu"]["summarisation"]
+    start = table.warm_start("summarisation", sizes, "offline", {}, console)
+    given = problem.make("summarisation", sizes, checkpoint=start)
+    order = batches.source(given.train, config.batch, config.seed)
+    loss = partial(given.loss, given.model)
+    compiled, shape = jax.jit(loss), given.model.shape
+
+    def validation(params: Any) -> float:
+        many = list(batches.in_order(given.validation, 64))
+        found = [float(compiled(params, batch)) for batch in many]
+        return float(np.average(found, weights=[len(batch["source"]) for batch in many]))
+
+    return Task(
+        jax.tree.map(jnp.asarray, given.params),
+        loss,
+        lambda step: order[step],
+        validation,
+        partial(given.score, given.model),
+        shape.width,
+        shape.heads,
+        2 * shape.layers,
+        lambda path: path.rsplit("_", 1)[0],  # attention to itself and to the source are two
+        given.about,
+    )
+
+
+TASKS = {"language": language, "summarisation": summarisation}
+
+
 class Run(NamedTuple):
     """A method at work.
 
     Attributes:
       state: what it trains, with the optimizer's state.
-      step: `(params, state, i, windows) -> (state, loss)`.
+      step: `(params, state, i, batch) -> (state, loss)`.
       final: `(params, state) -> params`, with nothing beside them.
-      gradient: `(params, windows)`, the gradient that a step computes, for its memory.
+      gradient: `(params, batch)`, the gradient that a step computes, for its memory.
       trained: numbers that are trained.
       extra: bytes of them, where they are not the model's own, and of the optimizer's state.
     """
@@ -122,9 +216,9 @@ class Run(NamedTuple):
     extra: int
 
 
-def build(config: Config, method: Method, rank: int, rate: float, params: Any, windows: Any) -> Run:
-    """A method at this rank and rate; `windows` are the first batch."""
-    loss = partial(decoder.loss, decoder.Decoder(config.model))
+def build(config: Config, task: Task, method: Method, rank: int, rate: float) -> Run:
+    """A method at this rank and rate."""
+    params, loss = task.params, task.loss
     schedule = optimizers.cosine(rate, config.steps)
     key = jax.random.key(config.seed + 1)
     if method in (*WHOLE, "flora"):
@@ -132,7 +226,7 @@ def build(config: Config, method: Method, rank: int, rate: float, params: Any, w
     rule = Projection(rank, side="input", embedding="whole", min_dim=64)
     tx = optax.adam(schedule)
     if method == "xgb-lora":
-        return _boosted(config, rank, schedule, params, loss, key)
+        return _boosted(config, task, rank, schedule, key)
     adapter = lora(rule, alpha=rank)
     perturb: Callable[[Adapter, Any], Adapter] = lambda adapter, i: adapter  # noqa: E731
     if method == "rslora":
@@ -146,23 +240,23 @@ def build(config: Config, method: Method, rank: int, rate: float, params: Any, w
         adapter = sora(rule)
         tx = optax.chain(optax.adam(schedule), proximal(1e-2, schedule))
     elif method == "deep-lora":
-        vectors = jax.jit(singular_vectors(loss, rule))(params, windows)
+        vectors = jax.jit(singular_vectors(loss, rule))(params, task.batch(0))
         adapter = deep_lora(rule, vectors, epsilon=0.1)
         tx = optax.chain(optax.adam(schedule), discrepant(0.1))
     elif method == "lorta":
-        adapter = lorta(rule, config.model.heads)
+        adapter = lorta(rule, task.heads, layer_of=task.layer_of)
     elif method == "run-lora":
         adapter = run_lora(adapter)
     own = adapter.init(key, params)
     state = (own, tx.init(own))
 
-    def gradient(params, own, i, windows):
+    def gradient(params, own, i, batch):
         run = perturb(adapter, i).apply(loss)
-        return jax.value_and_grad(run, argnums=1)(params, own, windows)
+        return jax.value_and_grad(run, argnums=1)(params, own, batch)
 
-    def step(params, state, i, windows):
+    def step(params, state, i, batch):
         own, opt_state = state
-        value, grads = gradient(params, own, i, windows)
+        value, grads = gradient(params, own, i, batch)
         updates, opt_state = tx.update(grads, opt_state, own)
         return (optax.apply_updates(own, updates), opt_state), value
 
@@ -170,7 +264,7 @@ def build(config: Config, method: Method, rank: int, rate: float, params: Any, w
         state,
         step,
         lambda params, state: adapter.merge(params, state[0]),
-        lambda params, windows: gradient(params, own, 1, windows),
+        lambda params, batch: gradient(params, own, 1, batch),
         _count(own),
         tree_bytes(state),
     )
@@ -187,17 +281,17 @@ def _of_params(method, rank, schedule, params, loss) -> Run:
     else:
         born, tx = None, optax.adam(schedule) if method == "full" else optax.adafactor(schedule)
 
-    def gradient(params: Any, opt_state: Any, windows: Any) -> Any:
+    def gradient(params: Any, opt_state: Any, batch: Any) -> Any:
         if born is not None:
-            return born(params, windows, cycle=flora_jax.cycle(opt_state))
-        return jax.value_and_grad(loss)(params, windows)
+            return born(params, batch, cycle=flora_jax.cycle(opt_state))
+        return jax.value_and_grad(loss)(params, batch)
 
     first = tx.init(params)
 
-    def step(_, state, i, windows):
+    def step(_, state, i, batch):
         del i
         own, opt_state = state
-        value, grads = gradient(own, opt_state, windows)
+        value, grads = gradient(own, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, own)
         return (optax.apply_updates(own, updates), opt_state), value
 
@@ -205,30 +299,30 @@ def _of_params(method, rank, schedule, params, loss) -> Run:
         (params, first),
         step,
         lambda _, state: state[0],
-        lambda params, windows: gradient(params, first, windows),
+        lambda params, batch: gradient(params, first, batch),
         _count(params),
         tree_bytes(first),
     )
 
 
-def _boosted(config, rank, schedule, params, loss, key) -> Run:
+def _boosted(config: Config, task: Task, rank: int, schedule: Any, key: jax.Array) -> Run:
     """Rounds of a tenth of the steps, on two thirds of the layers; the schedule goes on through them."""
     rule = Projection(rank, side="input", embedding="whole", min_dim=64)
-    layers = max(1, 2 * (config.model.layers + 1) // 3)
-    adapter, each = xgb_lora(layers, rule), max(1, config.steps // 10)
+    adapter, each = xgb_lora(max(1, 2 * task.layers // 3), rule), max(1, config.steps // 10)
+    params, loss = task.params, task.loss
     run = boosting(loss, adapter, optax.scale_by_adam(), each)
     state = run.init(key, params)
 
-    def step(_, state, i, windows):
+    def step(_, state, i, batch):
         scaled = optax.chain(optax.scale_by_adam(), optax.scale(-schedule(i)))
         inner = boosting(loss, adapter, scaled, each)
         opened = state._replace(opt_state=(state.opt_state, optax.ScaleState()))
-        opened, value = inner.step(opened, windows)
+        opened, value = inner.step(opened, batch)
         return opened._replace(opt_state=opened.opt_state[0]), value
 
-    def gradient(params, windows):
+    def gradient(params, batch):
         return jax.value_and_grad(adapter.apply(loss), argnums=1)(
-            params, state.adapter_params, windows
+            params, state.adapter_params, batch
         )
 
     own = (state.adapter_params, state.opt_state)
@@ -242,7 +336,7 @@ def _boosted(config, rank, schedule, params, loss, key) -> Run:
     )
 
 
-def largest_rank(config: Config, method: Method, params: Any, windows: Any) -> int:
+def largest_rank(config: Config, task: Task, method: Method) -> int:
     """Whose trained numbers and state fit the budget; 0 for a method that has no rank.
 
     Raises:
@@ -255,11 +349,10 @@ def largest_rank(config: Config, method: Method, params: Any, windows: Any) -> i
     step = 2 if method == "deep-lora" else 1
 
     def extra(rank: int) -> int:
-        return jax.eval_shape(
-            lambda params, windows: _extra(config, method, rank, params, windows), params, windows
-        ).shape[0]
+        size = jax.eval_shape(lambda: _extra(config, task, method, rank))
+        return size.shape[0]
 
-    most = config.model.width - 1 if method == "lorta" else config.model.width // 2
+    most = task.width - 1 if method == "lorta" else task.width // 2
     best = 0
     low, high = 1, most // step
     while low <= high:
@@ -276,10 +369,9 @@ def largest_rank(config: Config, method: Method, params: Any, windows: Any) -> i
     return best
 
 
-def _extra(config: Config, method: Method, rank: int, params: Any, windows: Any) -> jax.Array:
+def _extra(config: Config, task: Task, method: Method, rank: int) -> jax.Array:
     """An array of as many bytes; only its shape is asked for."""
-    run = build(config, method, rank, 1.0, params, windows)
-    return jnp.zeros(run.extra, jnp.int8)
+    return jnp.zeros(build(config, task, method, rank, 1.0).extra, jnp.int8)
 
 
 def _count(tree: Any) -> int:
@@ -305,10 +397,10 @@ def base(config: Config, console: Console) -> Any:
         return jax.tree.unflatten(structure, leaves)
     params = model.init(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
     corpus = text.load()
-    settings = dataclasses.replace(config, steps=config.base_steps)
-    windows = _batch(config, corpus.train, 0)
-    run = build(settings, "full", 0, 0.004, params, windows)
-    params, losses = _train(settings, run, params, corpus)
+    loss = partial(decoder.loss, model)
+    run = _of_params("full", 0, optimizers.cosine(0.004, config.base_steps), params, loss)
+    each = partial(_batch, config, corpus.train)
+    params, losses = _train(run, params, each, config.base_steps)
     console.print(f"Trained the model before: loss {np.mean(losses[-20:]):.3f} at its end.")
     config.base.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -323,30 +415,25 @@ def _batch(config: Config, side: Any, step: int) -> jax.Array:
     return jnp.asarray(text.batch(side, config.seed, step, config.batch, config.length))
 
 
-def _train(config: Config, run: Run, params: Any, corpus: text.Corpus) -> tuple[Any, list[float]]:
+def _train(
+    run: Run, params: Any, batch: Callable[[int], Any], steps: int
+) -> tuple[Any, list[float]]:
     step = jax.jit(run.step)
     state, losses = run.state, []
-    for i in range(config.steps):
-        state, value = step(params, state, jnp.int32(i), _batch(config, corpus.train, i))
+    for i in range(steps):
+        state, value = step(params, state, jnp.int32(i), batch(i))
         losses.append(value)
     return jax.jit(run.final)(params, state), [float(value) for value in losses]
 
 
-def validation(config: Config, params: Any, corpus: text.Corpus) -> float:
-    """Mean loss, nats per byte, of windows that no step has seen."""
-    loss = jax.jit(partial(decoder.loss, decoder.Decoder(config.model)))
-    batches = [text.batch(corpus.validation, 1, i, HELD_OUT, config.length) for i in range(4)]
-    return float(np.mean([float(loss(params, jnp.asarray(windows))) for windows in batches]))
-
-
-def seconds(config: Config, runs: dict[str, Run], params: Any, windows: Any) -> dict[str, float]:
+def seconds(config: Config, runs: dict[str, Run], params: Any, batch: Any) -> dict[str, float]:
     """Median seconds of a step, all in turn."""
     steps = {name: jax.jit(run.step) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(config.rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
-            jax.block_until_ready(step(params, runs[name].state, jnp.int32(1), windows))
+            jax.block_until_ready(step(params, runs[name].state, jnp.int32(1), batch))
             if round_:  # the first one compiles
                 times[name].append(time.perf_counter() - start)
     return {name: median(found) for name, found in times.items()}
@@ -354,26 +441,22 @@ def seconds(config: Config, runs: dict[str, Run], params: Any, windows: Any) -> 
 
 def compare(config: Config, console: Console) -> tuple[float, list[dict[str, Any]]]:
     """The loss before, and the figures of each method."""
-    params = base(config, console)
-    corpus = text.load(Path(str(jax.__file__)).parent)
-    before = validation(config, params, corpus)
-    console.print(
-        f"JAX's source: {len(corpus.train):,} bytes of {corpus.files[0]} files to adapt to, "
-        f"{len(corpus.validation):,} of {corpus.files[1]} others to validate; loss {before:.3f} before."
-    )
-    windows = _batch(config, corpus.train, 0)
+    task = TASKS[config.task](config, console)
+    params, first = task.params, task.batch(0)
+    before = task.validation(params)
+    console.print(f"{task.about}; loss {before:.3f} before.", highlight=False, markup=False)
     rows: list[dict[str, Any]] = []
     runs: dict[str, Run] = {}
     for method in config.methods:
-        rank = largest_rank(config, method, params, windows)
+        rank = largest_rank(config, task, method)
         tried = {}
         for rate in config.rates:
-            run = build(config, method, rank, rate, params, windows)
-            after, _ = _train(config, run, params, corpus)
-            tried[rate] = validation(config, after, corpus)
-            runs[method] = run
-        rate = min(tried, key=lambda rate: np.nan_to_num(tried[rate], nan=np.inf))
-        memory = jax.jit(runs[method].gradient).lower(params, windows).compile().memory_analysis()
+            runs[method] = build(config, task, method, rank, rate)
+            after, _ = _train(runs[method], params, task.batch, config.steps)
+            tried[rate] = task.validation(after), after
+        rate = min(tried, key=lambda rate: np.nan_to_num(tried[rate][0], nan=np.inf))
+        loss, after = tried[rate]
+        memory = jax.jit(runs[method].gradient).lower(params, first).compile().memory_analysis()
         assert memory is not None, "XLA gives no memory analysis on this backend"
         rows.append(
             {
@@ -383,11 +466,12 @@ def compare(config: Config, console: Console) -> tuple[float, list[dict[str, Any
                 "extra": runs[method].extra,
                 "temporaries": memory.temp_size_in_bytes,
                 "rate": rate,
-                "loss": tried[rate],
+                "loss": loss,
+                "figures": task.score(after),
             }
         )
-        console.print(f"{method}: rank {rank}, loss {tried[rate]:.3f} at {rate}")
-    times = seconds(config, runs, params, windows)
+        console.print(f"{method}: rank {rank}, loss {loss:.3f} at {rate}")
+    times = seconds(config, runs, params, first)
     for row in rows:
         row["seconds"] = times[row["method"]]
     return before, rows
@@ -405,6 +489,7 @@ def show(config: Config, before: float, rows: Sequence[dict[str, Any]], console:
             f"{row['seconds'] / first['seconds']:.3f}",
             f"{row['rate']:g}",
             f"{row['loss']:.3f}",
+            *(f"{figure:.2f}" for figure in row["figures"].values()),
         )
         for row in rows
     ]
@@ -417,17 +502,19 @@ def show(config: Config, before: float, rows: Sequence[dict[str, Any]], console:
         "step time",
         "rate",
         "validation loss",
+        *first["figures"],
     ]
+    size = f" x {config.length} bytes" if config.task == "language" else " docstrings"
     title = (
-        f"Adapted in {config.steps} steps of {config.batch} x {config.length} bytes, from "
+        f"Adapted in {config.steps} steps of {config.batch}{size}, from "
         f"{before:.3f}; {config.budget:g} MiB; temporaries and time over {first['method']}'s"
     )
-    table = report.table(title, heads, cells)
-    console.print(table)
+    shown = report.table(title, heads, cells)
+    console.print(shown)
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         with config.out.open("w") as file:
-            Console(file=file, width=120).print(table)
+            Console(file=file, width=120).print(shown)
 
 
 def main(config: Config) -> None:

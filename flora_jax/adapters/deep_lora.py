@@ -155,6 +155,8 @@ def _sketches(loss, projection, known, side, times, seed, params, args) -> dict[
         projection,
         rank=rank,
         side=side,
+        embedding="matrix",  # no rule of its own: both sides are wanted of whatever has an adapter
+        head="matrix",
         select=lambda path, shape: path in known,
         seed=seed,
     )

@@ -47,7 +47,8 @@ def lorta(
       rank: of the tensor; or a `Projection` with side `input`, which may leave matrices out.
       heads: of each layer; all of its four matrices must have so many.
       alpha: the update is scaled by `alpha / rank`; by default by 1.
-      names: of the query, key, value and output projections: a part of a leaf's path.
+      names: of the query, key, value and output projections: a part of a leaf's path, or what follows its
+        last underscore (`self_query`, `cross_query`).
       layer_of: the name of a leaf's layer, from its path; by default `xgb_lora`'s rule.
 
     Returns:
@@ -119,7 +120,12 @@ def _matrices(
     """The attention kernels by path, each with the place of its name."""
     found = {}
     for path, spec in specs(projection, params).items():
-        places = [i for i, name in enumerate(names) if name in path.split("/")]
+        parts = path.split("/")
+        places = [
+            i
+            for i, name in enumerate(names)
+            if any(part == name or part.endswith(f"_{name}") for part in parts)
+        ]
         if places:
             found[path] = (spec, places[0])
     if not found:

@@ -1,13 +1,18 @@
 """The adapting command, small: budgets are kept, every method runs, and the model before is kept."""
 
 import io
+from functools import partial
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
 from experiments import adapt
 from experiments.models import decoder
+from experiments.paper import table
+from experiments.paper.problem import Sizes
+from experiments.paper.sizes import SIZES
 from flora_jax.plan import tree_bytes
 
 SMALL = dict(
@@ -46,40 +51,60 @@ def test_the_table(tmp_path):
     assert by_name["lora"]["extra"] == 3 * 4 * by_name["lora"]["trained"] + 8
 
 
+def small_task(config):
+    model = decoder.Decoder(config.model)
+    windows = jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
+    params = model.init(jax.random.key(0), windows)["params"]
+    loss = partial(decoder.loss, model)
+    return adapt.Task(
+        params, loss, lambda step: windows, partial(loss, batch=windows), lambda params: {}, 64, 2, 2, None, ""
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "method", sorted(set(adapt.METHODS) - {"full", "flora", "lora", "xgb-lora"})
 )
 def test_a_step_of_each_other_method(method):
     """It lowers the loss of the batch that it saw."""
     config = adapt.Config(**SMALL)
-    model = decoder.Decoder(config.model)
-    windows = jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
-    params = model.init(jax.random.key(0), windows)["params"]
-    run = adapt.build(config, method, 4, 0.002, params, windows)
+    task = small_task(config)
+    run = adapt.build(config, task, method, 4, 0.002)
     step = jax.jit(run.step)
     state = run.state
     losses = []
     for i in (1, 1, 1):
-        state, loss = step(params, state, jax.numpy.int32(i), windows)
+        state, loss = step(task.params, state, jax.numpy.int32(i), task.batch(i))
         losses.append(float(loss))
     assert losses[-1] < losses[0]
 
 
-def test_the_largest_rank_of_a_budget(tmp_path):
+def test_the_largest_rank_of_a_budget():
     """One rank more does not fit."""
     config = adapt.Config(**{**SMALL, "budget": 0.15})
-    model = decoder.Decoder(config.model)
-    tokens = jax.numpy.zeros((2, 17), jax.numpy.int32)
-    params = model.init(jax.random.key(0), tokens)["params"]
-    rank = adapt.largest_rank(config, "lora", params, tokens)
+    task = small_task(config)
+    rank = adapt.largest_rank(config, task, "lora")
 
     def extra(rank):
-        return adapt.build(config, "lora", rank, 0.1, params, tokens).extra
+        return adapt.build(config, task, "lora", rank, 0.1).extra
 
     assert extra(rank) <= 0.15 * 2**20 < extra(rank + 1)
-    assert tree_bytes(params) > 0.15 * 2**20
+    assert tree_bytes(task.params) > 0.15 * 2**20
     with pytest.raises(ValueError, match=r"budget must be at least .* MiB for lora, found 0.001"):
-        adapt.largest_rank(adapt.Config(**{**SMALL, "budget": 0.001}), "lora", params, tokens)
+        adapt.largest_rank(adapt.Config(**{**SMALL, "budget": 0.001}), task, "lora")
+
+
+@pytest.mark.slow
+def test_every_method_summarises(tmp_path, monkeypatch):
+    small = Sizes("T5-test", (16, 8), 2, 2, 2, held_out=4, warm=2)
+    monkeypatch.setitem(SIZES["cpu"], "summarisation", small)
+    monkeypatch.setattr(table, "STARTS", tmp_path / "starts")
+    before, rows, shown = run(tmp_path, task="summarisation", budget=3.0, length=1)
+    assert [row["method"] for row in rows] == list(adapt.METHODS)
+    for row in rows:
+        assert np.isfinite(row["loss"]) and row["loss"] != before
+        assert set(row["figures"]) == {"rouge1", "rouge2", "rougeL"}
+        assert row["method"] in ("full", "full-adafactor") or 0 < row["extra"] <= 3 * 2**20
+    assert "rougeL" in shown and "docstrings" in shown
 
 
 def test_a_model_of_another_shape(tmp_path):
