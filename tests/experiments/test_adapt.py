@@ -94,16 +94,17 @@ def test_the_largest_rank_of_a_budget():
 
 
 @pytest.mark.slow
-def test_every_method_summarises(tmp_path, monkeypatch):
+def test_methods_summarise(tmp_path, monkeypatch):
     small = Sizes("T5-test", (16, 8), 2, 2, 2, held_out=4, warm=2)
     monkeypatch.setitem(SIZES["cpu"], "summarisation", small)
     monkeypatch.setattr(table, "STARTS", tmp_path / "starts")
-    before, rows, shown = run(tmp_path, task="summarisation", budget=3.0, length=1)
-    assert [row["method"] for row in rows] == list(adapt.METHODS)
+    methods = ("full", "flora", "deep-lora", "lorta", "xgb-lora")  # that look at names and shapes
+    before, rows, shown = run(tmp_path, task="summarisation", methods=methods, budget=3.0)
+    assert tuple(row["method"] for row in rows) == methods
     for row in rows:
         assert np.isfinite(row["loss"]) and row["loss"] != before
         assert set(row["figures"]) == {"rouge1", "rouge2", "rougeL"}
-        assert row["method"] in ("full", "full-adafactor") or 0 < row["extra"] <= 3 * 2**20
+        assert row["method"] == "full" or 0 < row["extra"] <= 3 * 2**20
     assert "rougeL" in shown and "docstrings" in shown
 
 
