@@ -21,7 +21,7 @@ def test_the_answer(capsys, tmp_path):
 def test_what_does_not_fit_gives_1_and_a_rank_that_does(capsys):
     assert cli.main(["plan", "--rank", "512"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "does not fit" in shown and "rank 328 does." in shown
+    assert "does not fit" in shown and "rank 320 does." in shown
     assert cli.main(["plan", "--optimizer", "adam"]) == 1
     assert "take more chips" in " ".join(capsys.readouterr().out.split())
 

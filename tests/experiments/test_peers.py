@@ -234,7 +234,7 @@ def test_state_bytes():
         counts[key] = tree_bytes(jax.eval_shape(tx.init, in_jax.outline(SIZE)[1]))
     expected = 4 * (numbers + factors + norms + scalars)
     assert 0 <= counts["multisteps"] - expected <= 32  # and counts of steps
-    sketches = 8 * (3 * 128 + 4 * 128) + 8 * 128  # of each the smaller side; of the head its inputs
+    sketches = 8 * (3 * 128 + 4 * 128) + 8 * 256  # of each the smaller side; of the head its words
     whole = 256 * 128 + norms  # the embedding
     expected = 4 * (sketches + whole + factors + norms + scalars)
     assert 0 <= counts["flora"] - expected <= 64

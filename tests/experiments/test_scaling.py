@@ -23,7 +23,7 @@ def test_bytes_that_slices_share_are_those_of_the_shapes():
     norms = (2 * 8 + 1) * 512
     whole = matrices + 2 * 32000 * 512 + norms
     assert found["MultiSteps + Adafactor"] == 2 * whole / 4
-    sketches = 64 * (8 * 7 * 512 + 512 + 32000)  # the embedding keeps a row for each word
+    sketches = 64 * (8 * 7 * 512 + 2 * 32000)  # embedding and head keep the words
     assert found["Flora, born compressed"] == 4 * (sketches + norms) / 4
 
 
