@@ -201,7 +201,7 @@ def _order(
     """The grid with the first seed, rates beyond it while its edge is the best, the best with the others."""
     for rate in rates:
         yield seeds[0], rate
-    beyond = {rates[0]: rates, rates[-1]: rates[::-1]} if len(rates) > 1 else {}
+    beyond = {rates[0]: rates, rates[-1]: rates[::-1]}
     for _ in range(grow):
         best = best_rate(results, row, seeds[0])
         if best not in beyond:
