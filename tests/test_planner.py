@@ -26,6 +26,9 @@ COMPILED = [
     ("GPT-2-XL", BORN, 128, 1024, 1, 1, 3.47),
     ("GPT-2-XL", LORA, 128, 1024, 1, 1, 4.29),
     ("GPT-2-XL", MULTISTEPS, 128, 1024, 1, 1, 12.46),
+    ("LLaMA-350M", BORN, 128, 1024, 1, 1, 0.99),  # these three came after the model
+    ("LLaMA-350M", LORA, 128, 1024, 1, 1, 1.26),
+    ("LLaMA-350M", MULTISTEPS, 128, 1024, 1, 1, 2.73),
     ("LLaMA-7B", BORN, 128, 2048, 16, 16, 1.95),
     ("LLaMA-7B", MULTISTEPS, 128, 2048, 16, 16, 4.39),
     ("LLaMA-70B", BORN, 128, 2048, 256, 256, 5.09),
