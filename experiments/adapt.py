@@ -160,10 +160,8 @@ def language(config: Config, console: Console) -> Task:
 
 def summarisation(config: Config, console: Console) -> Task:
     """From going on with docstrings to their first lines; the model and the data of the paper's tables."""
-    from experiments.paper import (
-        problem,
-        table,
-    )  # of the extra `paper`, which language does without
+    # of the extra `paper`, which language does without
+    from experiments.paper import loop, problem, table
     from experiments.paper.sizes import SIZES
     from experiments.tasks import batches
 
@@ -172,18 +170,12 @@ def summarisation(config: Config, console: Console) -> Task:
     given = problem.make("summarisation", sizes, checkpoint=start)
     order = batches.source(given.train, config.batch, config.seed)
     loss = partial(given.loss, given.model)
-    compiled, shape = jax.jit(loss), given.model.shape
-
-    def validation(params: Any) -> float:
-        many = list(batches.in_order(given.validation, 64))
-        found = [float(compiled(params, batch)) for batch in many]
-        return float(np.average(found, weights=[len(batch["source"]) for batch in many]))
-
+    shape = given.model.shape
     return Task(
         jax.tree.map(jnp.asarray, given.params),
         loss,
         lambda step: order[step],
-        validation,
+        loop.evaluation(loss, given.validation),
         partial(given.score, given.model),
         shape.width,
         shape.heads,

@@ -75,7 +75,7 @@ def test_parts_by_hand():
     factors = 2 * 3 * 16 * (4 * (256 + 256) + 3 * (256 + 512))
     assert lora["parameters"] == 2 * count + factors
     assert lora["state"] == 2 * factors
-    # the larger side is projected away, of the embedding each row of 256, of the head its 1000;
+    # the larger side is projected away, of the embedding and of the head the width of 256;
     # float32; vectors stay whole
     sketches = 3 * 7 * 16 * 256 + 16 * 1000 + 16 * 1000
     whole = 256 + 3 * 2 * 256

@@ -33,14 +33,12 @@ class Program:
       gib: arguments, results and temporaries at the worst moment, GiB.
       fits: whether a v5e chip holds it.
       seconds: of compilation.
-      compiled: the program.
       text: of the compiled HLO, where it was asked for.
     """
 
     gib: float
     fits: bool
     seconds: float
-    compiled: Any
     text: str
 
 
@@ -90,4 +88,4 @@ def compile_(lowered: Any, text: bool = False) -> Program | None:
             file.read_text() for file in Path(folder).glob("*.after_optimizations.txt")
         )
     gib = report.compiled_bytes(compiled) / 2**30
-    return Program(gib, gib <= HBM, time.perf_counter() - start, compiled, written)
+    return Program(gib, gib <= HBM, time.perf_counter() - start, written)

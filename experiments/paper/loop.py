@@ -118,16 +118,25 @@ def prepare(problem: Problem, method: methods.Method, sizes: Sizes) -> Trial:
     """Compiles the method for the problem."""
     parts = program(problem, method, sizes)
     compiled = parts.cycle.lower(*parts.shapes).compile()
-    of_batch = jax.jit(parts.loss)
+    nbytes = parts.nbytes(report.compiled_bytes(compiled))
+    return Trial(
+        parts.start, compiled, parts.merge, evaluation(parts.loss, problem.validation), nbytes
+    )
 
-    def evaluate(params) -> float:
-        many = list(batches.in_order(problem.validation, 64))
+
+def evaluation(
+    loss: Callable[[Any, Any], jax.Array], examples: dict[str, np.ndarray]
+) -> Callable[[Any], float]:
+    """`params -> mean loss` over all the examples, compiled."""
+    of_batch = jax.jit(loss)
+
+    def evaluate(params: Any) -> float:
+        many = list(batches.in_order(examples, 64))
         counts = [len(next(iter(batch.values()))) for batch in many]
         losses = [float(of_batch(params, batch)) for batch in many]
         return float(np.average(losses, weights=counts))
 
-    nbytes = parts.nbytes(report.compiled_bytes(compiled))
-    return Trial(parts.start, compiled, parts.merge, evaluate, nbytes)
+    return evaluate
 
 
 def _cycle(loss: Any, build: Any, adapted: bool, params, state, many, rate):

@@ -29,6 +29,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from experiments import rates
 from experiments.models import pretrained
 from experiments.paper import loop, methods, plan, problem
 from experiments.paper.methods import Method
@@ -140,11 +141,14 @@ def make(table: Table, options: Options, console: Console) -> list[dict[str, Any
         for row in rows:
             trial = None
             grow = 0 if options.rates else GROW  # what a user names is all that is tried
+            done = tried(results, row, options.seeds[0])
+            runs += len(set(done) - set(grid[row]))
+            progress.advance(bar, len(done))
             for seed, rate in _order(row, grid[row], grow, options.seeds, results):
                 if rate not in grid[row] and seed == options.seeds[0]:
                     runs += 1
-                progress.update(bar, total=runs, description=f"{row}, {rate:g}, seed {seed}")
-                progress.advance(bar)
+                name = f"{row}, {rate:g}, seed {seed}"
+                progress.update(bar, total=runs, advance=1, description=name)
                 if _find(results, row, rate, seed):
                     continue
                 trial = trial or loop.prepare(given, row, sizes)
@@ -193,32 +197,28 @@ GROW = 2
 
 def _order(
     row: Method,
-    rates: tuple[float, ...],
+    grid: tuple[float, ...],
     grow: int,
     seeds: tuple[int, ...],
     results: list[dict[str, Any]],
 ) -> Iterator[tuple[int, float]]:
-    """The grid with the first seed, rates beyond it while its edge is the best, the best with the others."""
-    for rate in rates:
-        yield seeds[0], rate
-    beyond = {rates[0]: rates, rates[-1]: rates[::-1]}
-    for _ in range(grow):
-        best = best_rate(results, row, seeds[0])
-        if best not in beyond:
-            break
-        first, second, *_ = beyond.pop(best)
-        rate = next_rate(first, second)
-        beyond[rate] = (rate, first)
-        yield seeds[0], rate
+    """The grid with the first seed, rates beyond it while its edge is the best, the best with the others.
+
+    In the grid is the uncompressed row's best rate too, to compare there. What is next follows from the
+    results alone, so that a table that was cut off goes on as it would have.
+    """
     goal = best_rate(results, plain(row), seeds[0])
-    if goal is not None and goal not in tried(results, row, seeds[0]):
-        yield seeds[0], goal  # to compare at the uncompressed row's rate as well
+    if row != plain(row) and goal is not None and goal not in grid:
+        grid = (*grid, goal)
+    while (rate := rates.next_rate(grid, tried(results, row, seeds[0]), grow, beyond)) is not None:
+        yield seeds[0], rate
     best = best_rate(results, row, seeds[0])
+    assert best is not None
     for seed in seeds[1:]:
-        yield seed, best if best is not None else rates[0]
+        yield seed, best
 
 
-def next_rate(edge: float, beside: float) -> float:
+def beyond(edge: float, beside: float) -> float:
     """Beyond the edge of a grid of 1, 3, 10, 30 ...: a tenth of, or ten times, the one beside it."""
     return float(f"{beside * (10 if edge > beside else 0.1):.3g}")
 

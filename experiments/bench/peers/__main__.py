@@ -25,6 +25,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from experiments import rates
 from experiments.bench.peers import hbm, in_jax, page
 from experiments.bench.peers.methods import BASE, METHODS, Size
 from experiments.bench.peers.worker import Failed, Worker, missing
@@ -219,15 +220,11 @@ def next_rate(
 ) -> float | None:
     """The grid's first rate without a loss; then twice or half the best one while that is at an edge."""
     grid = [float(f"{middle * multiple:.6g}") for multiple in multiples]
-    for rate in grid:
-        if rate not in losses:
-            return rate
-    if len(losses) >= len(grid) + wider:
-        return None
-    best = min(losses, key=lambda rate: losses[rate])
-    if best == max(losses):
-        return float(f"{2 * best:.6g}")
-    return float(f"{best / 2:.6g}") if best == min(losses) else None
+
+    def beyond(edge: float, beside: float) -> float:
+        return float(f"{edge * (2 if edge >= beside else 0.5):.6g}")
+
+    return rates.next_rate(grid, losses, wider, beyond)
 
 
 def measure_tpu(config: Config, log: Log, console: Console) -> list[dict[str, Any]]:

@@ -87,6 +87,14 @@ def test_the_grid_grows_while_its_edge_is_the_best(losses, more, best):
     assert asked(losses) == [*GRID_RUN, *((0, rate) for rate in more), (1, best)]
 
 
+def test_a_grid_that_was_cut_off_while_it_grew_goes_on_as_it_would_have():
+    whole = asked(lambda rate: -rate)
+    for cut in range(len(whole)):
+        before = [line(PLAIN, rate, seed, -rate, 0.0) for seed, rate in whole[:cut]]
+        after = asked(lambda rate: -rate, results=before)
+        assert [x for x in whole[:cut] if x[0] == 0] + after == whole
+
+
 def test_rates_that_a_user_names_are_all_that_is_tried():
     assert asked(lambda rate: -rate, grow=0) == [*GRID_RUN, (1, 0.1)]
 
