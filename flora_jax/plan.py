@@ -284,14 +284,18 @@ def _whole_shape(shape: tuple[int, ...], cut: tuple[tuple[str, ...], ...]) -> tu
 
 
 def _kind(path: str, shape: tuple[int, ...], projection: Projection) -> str:
-    """What a leaf is by its name: `head`, `embedding` or, of no kind of its own, `matrix`."""
-
-    def told(rule: Any, pattern: re.Pattern) -> bool:
-        return rule(path, shape) if rule else len(shape) == 2 and bool(pattern.search(path))
-
-    if told(projection.is_head, _HEAD):  # first, since an unembedding has embed in its name
-        return "head"
-    return "embedding" if told(projection.is_embedding, _EMBEDDING) else "matrix"
+    """What a leaf is: `head`, `embedding` or `matrix`; the rules that were given before the names."""
+    rules = (
+        ("head", projection.is_head, _HEAD),  # first, since an unembedding has embed in its name
+        ("embedding", projection.is_embedding, _EMBEDDING),
+    )
+    for kind, rule, _ in rules:
+        if rule and rule(path, shape):
+            return kind
+    for kind, rule, pattern in rules:
+        if rule is None and len(shape) == 2 and pattern.search(path):
+            return kind
+    return "matrix"
 
 
 def _matrix_axes(path: str, shape: tuple[int, ...], numbers: Any, min_dim: int):

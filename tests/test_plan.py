@@ -137,6 +137,14 @@ def test_what_is_a_head_can_be_told():
     assert leaves["layer/kernel"].reason == "head"
 
 
+def test_a_rule_that_is_given_goes_before_names():
+    params = {"head": {"table": jnp.ones((512, 64))}, "unembed": jnp.ones((64, 512))}
+    leaves = by_path(params, is_embedding=lambda path, shape: path == "head/table", head="whole")
+    assert leaves["head/table"].data_shape == (512, 8)
+    assert leaves["unembed"].reason == "head"
+    assert by_path(params, is_head=lambda path, shape: False)["head/table"].side == "input"
+
+
 @pytest.mark.parametrize(
     ("rank", "expected"), [(8, 8), (0.25, 16), (lambda path, shape: shape[-1] // 32 or 1, 8)]
 )

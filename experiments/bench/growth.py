@@ -169,13 +169,10 @@ def on_devices(key: str, size: Size, devices: int) -> dict[str, float]:
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
     )
     size = dataclasses.replace(size, batch=devices)
-    layout = pods.Config(fsdp=devices)
     model = llama.Llama(dataclasses.replace(in_jax.outline(size)[0].shape, cut=("fsdp",)))
     params, _, windows, peak = _shapes(key, size)
-    places = jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, pods.weight_spec(path, x, layout)), params
-    )
-    params = topology.placed(params, places)
+    specs = pods.weight_specs(params, size.rank, ("fsdp",) if devices > 1 else ())
+    params = topology.placed(params, jax.tree.map(partial(NamedSharding, mesh), specs))
     tx, _ = in_jax.build(key, size, 0.0, in_jax.LONG)
     state = pods.placed_state(tx, params)
     batch = topology.placed(windows, NamedSharding(mesh, PartitionSpec("fsdp")))

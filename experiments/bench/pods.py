@@ -96,17 +96,22 @@ class Step:
         return micro, micro + sum(one.sent for one in self.boundary) / STEPS
 
 
-def weight_spec(path: Any, leaf: Any, config: Config) -> PartitionSpec:
-    """Cuts the side that Flora keeps over `fsdp` and `model`."""
-    if leaf.ndim < 2 or min(leaf.shape[-2:]) < 128:
-        return PartitionSpec()
-    lead = [None] * (leaf.ndim - 2)
-    rows, columns = leaf.shape[-2:]
-    axes = tuple(name for name in ("fsdp", "model") if getattr(config, name) > 1)
-    name = jax.tree_util.keystr(path)
-    if "head" not in name and ("embed" in name or columns > rows):  # Flora projects columns away
-        return PartitionSpec(*lead, axes, None)
-    return PartitionSpec(*lead, None, axes)
+def projection(rank: int) -> flora_jax.Projection:
+    return flora_jax.Projection(rank, distribution="srht", resample_every=STEPS)
+
+
+def weight_specs(params: Any, rank: int, axes: tuple[str, ...]) -> Any:
+    """Cuts the side that Flora keeps over `axes`; what Flora leaves whole is on every chip."""
+
+    def spec(leaf: flora_jax.LeafPlan) -> PartitionSpec:
+        if leaf.spec is None:
+            return PartitionSpec()
+        other = set(leaf.spec.projected + leaf.spec.batch)
+        kept = max(set(range(len(leaf.shape))) - other, key=leaf.shape.__getitem__)
+        return PartitionSpec(*(axes if i == kept else None for i in range(len(leaf.shape))))
+
+    leaves = flora_jax.plan(params, projection(rank)).leaves
+    return jax.tree.unflatten(jax.tree.structure(params), map(spec, leaves))
 
 
 def shapes(config: Config, mesh: Any) -> tuple[Any, Any, Any]:
@@ -117,9 +122,9 @@ def shapes(config: Config, mesh: Any) -> tuple[Any, Any, Any]:
     cut = llama.Llama(dataclasses.replace(shape, cut=(("data", "fsdp"),)))
     tokens = jnp.zeros((1, 8), jnp.int32)
     params = jax.eval_shape(lambda: plain.init(jax.random.key(0), tokens)["params"])
-    places = jax.tree_util.tree_map_with_path(
-        lambda path, x: NamedSharding(mesh, weight_spec(path, x, config)), params
-    )
+    axes = tuple(name for name in ("fsdp", "model") if getattr(config, name) > 1)
+    specs = weight_specs(params, config.rank, axes)
+    places = jax.tree.map(partial(NamedSharding, mesh), specs)
     count = config.data * config.fsdp
     windows = jax.ShapeDtypeStruct((count, config.length + 1), jnp.int32)
     batch = topology.placed(windows, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
@@ -131,9 +136,9 @@ def placed_state(tx: optax.GradientTransformation, params: Any) -> Any:
 
 
 def flora_step(config: Config, model: Any, params: Any) -> tuple[Any, Any]:
-    projection = flora_jax.Projection(config.rank, distribution="srht", resample_every=STEPS)
-    tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=STEPS)
-    step: Any = flora_jax.make_train_step(partial(llama.loss, model), tx, projection)
+    drawn = projection(config.rank)
+    tx = flora_jax.flora(1e-3, projection=drawn, accumulation_steps=STEPS)
+    step: Any = flora_jax.make_train_step(partial(llama.loss, model), tx, drawn)
     return step.lower, placed_state(tx, params)
 
 
