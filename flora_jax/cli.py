@@ -8,6 +8,7 @@ flora-jax shapes
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -21,31 +22,47 @@ METHODS: dict[str, str] = dict(zip(get_args(Method), planner.METHODS, strict=Tru
 HEADS = ("params", "state", "grads", "sketch", "activ.", "update", "gather")
 
 
-def build(
-    model: str = "LLaMA-7B",
-    config: Path | None = None,
-    chip: str = "v5e",
-    hbm: float | None = None,
-    chips: int = 1,
-    length: int = 2048,
-    batch: int = 1,
-    rank: int = 128,
-    dtype: Dtype = "bfloat16",
-) -> planner.Setting:
-    """The setting that these words name.
+@dataclass(frozen=True)
+class Request:
+    """What `plan` is asked about.
 
-    Raises:
-      ValueError: an unknown model or chip, a config that cannot be read, a number below 1.
+    Attributes:
+      model: a name that `flora-jax shapes` lists.
+      config: a Hugging Face config.json, or its folder, in place of a name.
+      chip: a name that `flora-jax shapes` lists.
+      hbm: GiB of a chip that a program may use, in place of a chip's name.
+      chips: over which the weights are cut, and the batch where they divide it.
+      length: tokens of a sequence.
+      batch: sequences of a micro-step, over all chips.
+      rank: of Flora, GaLore and LoRA.
+      dtype: of the parameters.
     """
-    if hbm is None and chip not in planner.CHIPS:
-        raise ValueError(
-            f"chip must be one of {', '.join(planner.CHIPS)}, or hbm be given, found {chip!r}"
-        )
-    found = (
-        shapes.read(config, jnp.dtype(dtype)) if config else shapes.named(model, jnp.dtype(dtype))
-    )
-    capacity = round((planner.CHIPS[chip] if hbm is None else hbm) * planner.GIB)
-    return planner.Setting(found, rank, length, batch, chips, capacity)
+
+    model: str = "LLaMA-7B"
+    config: Path | None = None
+    chip: str = "v5e"
+    hbm: float | None = None
+    chips: int = 1
+    length: int = 2048
+    batch: int = 1
+    rank: int = 128
+    dtype: Dtype = "bfloat16"
+
+    def setting(self) -> planner.Setting:
+        """The same with the model's shape and the chip's bytes.
+
+        Raises:
+          ValueError: an unknown model or chip, a config that cannot be read, a number below 1.
+        """
+        if self.hbm is None and self.chip not in planner.CHIPS:
+            raise ValueError(
+                f"chip must be one of {', '.join(planner.CHIPS)}, or hbm be given, found {self.chip!r}"
+            )
+        dtype = jnp.dtype(self.dtype)
+        found = shapes.read(self.config, dtype) if self.config else shapes.named(self.model, dtype)
+        hbm = planner.CHIPS[self.chip] if self.hbm is None else self.hbm
+        capacity = round(hbm * planner.GIB)
+        return planner.Setting(found, self.rank, self.length, self.batch, self.chips, capacity)
 
 
 def table(setting: planner.Setting, found: list[planner.Estimate]) -> Any:
@@ -110,36 +127,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     @app.command(name="plan")
     def plan(
-        model: str = "LLaMA-7B",
-        config: Path | None = None,
-        chip: str = "v5e",
-        hbm: float | None = None,
-        chips: int = 1,
-        length: int = 2048,
-        batch: int = 1,
+        request: Annotated[Request, tyro.conf.OmitArgPrefixes] = Request(),
         method: Annotated[Method, tyro.conf.arg(aliases=["--optimizer"])] = "flora",
-        rank: int = 128,
-        dtype: Dtype = "bfloat16",
         json: bool = False,
         html: Path | None = None,
     ) -> int:
         """Says whether a training step fits, by method and by part.
 
         Args:
-          model: a name that `flora-jax shapes` lists.
-          config: a Hugging Face config.json, or its folder, in place of a name.
-          chip: a name that `flora-jax shapes` lists.
-          hbm: GiB of a chip that a program may use, in place of a chip's name.
-          chips: over which the weights are cut, and the batch where they divide it.
-          length: tokens of a sequence.
-          batch: sequences of a micro-step, over all chips.
+          request: the model, the chips and the batch.
           method: the one that the answer is about.
-          rank: of Flora, GaLore and LoRA.
-          dtype: of the parameters.
           json: print JSON, bytes, in place of the table.
           html: write one page with a picture to this file.
         """
-        setting = build(model, config, chip, hbm, chips, length, batch, rank, dtype)
+        setting = request.setting()
         found = planner.estimates(setting)
         if html:
             html.write_text(planner.to_html(setting, found), encoding="utf-8")
