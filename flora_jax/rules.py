@@ -11,7 +11,7 @@ A rule gives None where it does not fit; the weight is then exposed.
 import functools
 import itertools
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -741,7 +741,8 @@ def _remat(walk: Walk, eqn, ins):
 def _scan(walk: Walk, eqn, ins):
     """Weights as constants, and as slices along an axis that is not projected."""
     params = eqn.params
-    consts, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts, carried = _scan_counts(params)
+    carried += consts
     body = params["jaxpr"]
     outer, first, slices = (
         list(part) for part in (ins[:consts], ins[consts:carried], ins[carried:])
@@ -789,6 +790,14 @@ def _scan(walk: Walk, eqn, ins):
         one if f else Traced(next(carry), active) for one, f in zip(first, fixed, strict=True)
     ]
     return results + [Traced(y, active and is_inexact(y)) for y in ys]
+
+
+def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried."""
+    if "ft_in" in params:  # JAX 0.12
+        consts, carry, _ = (len(list(group)) for group in params["ft_in"].unpack())
+        return consts, carry
+    return params["num_consts"], params["num_carry"]
 
 
 def _by_first_axis(x: Any) -> Any:

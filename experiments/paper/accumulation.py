@@ -21,12 +21,16 @@ TABLE = Table(
             Method("flora", 8),
             Method("flora", 32),
             Method("flora", 32, "advised"),
+            Method("flora", 8, whole=True),
+            Method("flora", 32, whole=True),
+            Method("flora", 32, "advised", whole=True),
         ),
         "full": (
             Method("uncompressed"),
             *(Method("lora", rank) for rank in (8, 32, 128, 256)),
             *(Method("flora", rank) for rank in (8, 32, 128, 256)),
             Method("flora", 256, "advised"),
+            Method("flora", 256, whole=True),
         ),
     },
 )

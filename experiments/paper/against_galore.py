@@ -22,6 +22,8 @@ TABLE = Table(
             Method("lora", 8),
             Method("flora", 32),
             Method("flora", 32, "advised"),
+            Method("flora", 32, whole=True),
+            Method("flora", 32, "advised", whole=True),
         ),
         "full": (
             Method("uncompressed"),
@@ -30,6 +32,7 @@ TABLE = Table(
             Method("lora", 128),
             *(Method("flora", rank) for rank in (128, 256)),
             Method("flora", 256, "advised"),
+            Method("flora", 256, "advised", whole=True),
         ),
     },
     changes={"scan": False},

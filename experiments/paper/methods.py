@@ -41,6 +41,8 @@ class Method:
       momentum: `β`; None for none.
       kappa: boundaries that share a projection; by default the preset's.
       base: the optimizer that sees whole gradients.
+      whole: of Flora: whether embeddings and heads are left whole, as LoRA leaves them, and as the
+        authors' code does with matrices of an aspect ratio above 16.
     """
 
     kind: Kind
@@ -49,6 +51,7 @@ class Method:
     momentum: float | None = None
     kappa: int | None = None
     base: Base = "adafactor"
+    whole: bool = False
 
     def __str__(self) -> str:
         names = {"uncompressed": "uncompressed", "flora": "Flora", "lora": "LoRA"}
@@ -63,6 +66,8 @@ class Method:
             words.append(f"κ={self.kappa}")
         if self.base != "adafactor":
             words.append(f"over {self.base}")
+        if self.whole:
+            words.append("whole embeddings")
         return " ".join(words)
 
 
@@ -93,6 +98,8 @@ def build(
         distribution="srht" if advised else "gaussian",
         resample_every=accumulation * kappa,
         min_dim=factored,
+        embedding="whole" if method.whole else "output",
+        head="whole" if method.whole else "input",
     )
     tx = flora_jax.flora(
         peak,
