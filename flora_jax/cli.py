@@ -5,6 +5,7 @@ flora-jax plan --config path/to/config.json --chip v6e --chips 4 --batch 4 --htm
 flora-jax shapes
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from flora_jax import planner, shapes
+from flora_jax import compiled, planner, shapes
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal["flora", "flora-ordinary", "lora", "galore", "adam", "multisteps"]
@@ -72,22 +73,28 @@ def table(setting: planner.Setting, found: list[planner.Estimate]) -> Any:
 
     used = [name for name in planner.PARTS if any(e.parts[name] for e in found)]
     caption = "GiB on each chip, estimated from figures of the TPU compiler"
-    result = Table(title=planner.title(setting), caption=caption, box=box.SIMPLE_HEAD, padding=0)
     heads = [head for head, name in zip(HEADS, planner.PARTS, strict=True) if name in used]
-    for head in ("method", "rank", *heads, "total", "fits", "most"):
+    was = any(e.measured is not None for e in found)
+    if was:
+        caption += "; compiled: as that says itself"
+    heads += ["total", *["compiled"] * was]
+    result = Table(title=planner.title(setting), caption=caption, box=box.SIMPLE_HEAD, padding=0)
+    for head in ("method", "rank", *heads, "fits", "most"):
         result.add_column(
             head, justify="left" if head == "method" else "right", no_wrap=head != "method"
         )
     for e in found:
         sizes = (f"{e.parts[name] / planner.GIB:.2f}" for name in used)
         largest = str(e.largest_rank or ("none" if e.rank else "-"))
-        total, fits = f"{e.total / planner.GIB:.2f}", "yes" if e.fits else "no"
+        totals, fits = [f"{e.total / planner.GIB:.2f}"], "yes" if e.fits else "no"
+        if was:
+            totals.append("-" if e.measured is None else f"{e.measured / planner.GIB:.2f}")
         style = "green" if e.fits else "red"
         result.add_row(
             e.method,
             str(e.rank or "-"),
             *sizes,
-            f"[{style}]{total}[/]",
+            *(f"[{style}]{total}[/]" for total in totals),
             f"[{style}]{fits}[/]",
             largest,
         )
@@ -96,7 +103,7 @@ def table(setting: planner.Setting, found: list[planner.Estimate]) -> Any:
 
 def advice(setting: planner.Setting, chosen: planner.Estimate) -> str:
     """What to do about one method, in a sentence."""
-    total, most = chosen.total / planner.GIB, setting.capacity / planner.GIB
+    total, most = chosen.size / planner.GIB, setting.capacity / planner.GIB
     name = chosen.method + (f" at rank {chosen.rank}" if chosen.rank else "")
     if chosen.fits:
         text = f"{name} fits: {total:.2f} of {most:.2f} GiB"
@@ -129,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def plan(
         request: Annotated[Request, tyro.conf.OmitArgPrefixes] = Request(),
         method: Annotated[Method, tyro.conf.arg(aliases=["--optimizer"])] = "flora",
+        measure: Literal["auto", "yes", "no"] = "auto",
         json: bool = False,
         html: Path | None = None,
     ) -> int:
@@ -137,14 +145,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Args:
           request: the model, the chips and the batch.
           method: the one that the answer is about.
+          measure: compile the method's step for the TPU, which takes minutes for billions of
+            parameters; `auto` where libtpu is installed (`pip install libtpu`; no TPU).
           json: print JSON, bytes, in place of the table.
           html: write one page with a picture to this file.
         """
         setting = request.setting()
         found = planner.estimates(setting)
+        place = planner.METHODS.index(METHODS[method])
+        obstacle = compiled.obstacle(request.chip, METHODS[method])
+        if measure == "yes" and obstacle:
+            raise ValueError(f"measure must be auto or no here, found yes: {obstacle}")
+        if measure != "no" and not obstacle:
+            print(f"Compiling {METHODS[method]} (--measure no leaves it out) ...", file=sys.stderr)
+            size = compiled.measure(setting, METHODS[method], request.chip)
+            found[place] = dataclasses.replace(found[place], measured=size)
         if html:
             html.write_text(planner.to_html(setting, found), encoding="utf-8")
-        chosen = found[planner.METHODS.index(METHODS[method])]
+        chosen = found[place]
         if json:
             print(planner.to_json(setting, found))
         else:

@@ -29,13 +29,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax.forward import CHUNK
 from flora_jax.plan import Plan, plan, tree_bytes
 from flora_jax.projection import Projection
 from flora_jax.shapes import Model
 
 GIB = 2**30
-CHUNK = 512
-"""Tokens whose logits, and whose attention scores, exist at a time."""
 PARTS = ("parameters", "state", "gradients", "sketches", "activations", "update", "gathered")
 METHODS = (
     "Flora, born compressed",
@@ -70,6 +69,7 @@ class Estimate:
       parts: bytes on each chip at the worst moment, by the names in `PARTS`.
       capacity: bytes that a program may use.
       largest_rank: the largest multiple of 8 that fits; None where none does or there is no rank.
+      measured: bytes of all parts as the compiler says (`flora_jax.compiled`); None where it was not asked.
     """
 
     method: str
@@ -77,14 +77,21 @@ class Estimate:
     parts: Mapping[str, int]
     capacity: int
     largest_rank: int | None = None
+    measured: int | None = None
 
     @property
     def total(self) -> int:
+        """Of the parts, estimated."""
         return sum(self.parts.values())
 
     @property
+    def size(self) -> int:
+        """Measured where it was."""
+        return self.total if self.measured is None else self.measured
+
+    @property
     def fits(self) -> bool:
-        return self.total <= self.capacity
+        return self.size <= self.capacity
 
 
 @dataclass(frozen=True)
@@ -268,6 +275,7 @@ def as_dict(setting: Setting, found: list[Estimate]) -> dict[str, Any]:
                 "rank": e.rank,
                 "fits": e.fits,
                 "bytes": e.total,
+                "measured": e.measured,
                 "parts": dict(e.parts),
                 "largest_rank": e.largest_rank,
             }
@@ -363,11 +371,16 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
 def to_html(setting: Setting, found: list[Estimate]) -> str:
     """One page with the picture and the table; it loads nothing from elsewhere."""
     used = [name for name in PARTS if any(e.parts[name] for e in found)]
-    heads = ["method", "rank", *used, "total, GiB", "fits", "largest rank that fits"]
+    compiled = any(e.measured is not None for e in found)
+    heads = ["method", "rank", *used, "total, GiB", *["compiled, GiB"] * compiled]
+    heads += ["fits", "largest rank that fits"]
     rows = []
     for e in found:
         cells = [e.method, str(e.rank or "–"), *(f"{e.parts[name] / GIB:.2f}" for name in used)]
-        cells += [f"{e.total / GIB:.2f}", "yes" if e.fits else "no"]
+        cells.append(f"{e.total / GIB:.2f}")
+        if compiled:
+            cells.append("–" if e.measured is None else f"{e.measured / GIB:.2f}")
+        cells.append("yes" if e.fits else "no")
         cells.append(str(e.largest_rank or ("none" if e.rank else "–")))
         rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
     head = "".join(f"<th>{name}</th>" for name in heads)

@@ -5,7 +5,12 @@ import json
 
 import pytest
 
-from flora_jax import cli, shapes
+from flora_jax import cli, compiled, planner, shapes
+
+
+@pytest.fixture(autouse=True)
+def without_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
 
 
 def test_the_answer(capsys, tmp_path):
@@ -34,6 +39,33 @@ def test_json_of_a_config(capsys, tmp_path):
     assert data["parameters"] == 124439808  # of the published checkpoint
     assert data["capacity"] == 8 * 2**30
     assert all(row["fits"] for row in data["methods"])
+
+
+def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: True)
+    asked = []
+
+    def measure(setting, method, chip):
+        asked.append((setting.model.name, method, chip))
+        return 16 * planner.GIB
+
+    monkeypatch.setattr(compiled, "measure", measure)
+    page = tmp_path / "plan.html"
+    assert cli.main(["plan", "--html", str(page)]) == 1  # estimated, it fits
+    assert asked == [("LLaMA-7B", "Flora, born compressed", "v5e")]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Flora, born compressed at rank 128 does not fit: 16.00 GiB, a chip has 15.75" in shown
+    assert "<td>16.00</td>" in page.read_text(encoding="utf-8")
+    assert cli.main(["plan", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["methods"]
+    assert [row["measured"] for row in rows] == [16 * planner.GIB] + [None] * 5
+    assert not rows[0]["fits"]
+    asked.clear()
+    assert cli.main(["plan", "--measure", "no"]) == 0
+    assert cli.main(["plan", "--chip", "H100-80GB"]) == 0
+    assert asked == []
+    assert cli.main(["plan", "--method", "galore", "--measure", "yes"]) == 2
+    assert "measure must be auto or no here, found yes: GaLore takes" in capsys.readouterr().err
 
 
 def test_shapes_lists_names(capsys):

@@ -1,0 +1,189 @@
+"""Compiled: what the TPU compiler says that a training step of a plan takes. Needs `libtpu`; no TPU."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flora_jax import forward
+from flora_jax.adapters import lora
+from flora_jax.alias import flora
+from flora_jax.plan import plan
+from flora_jax.planner import METHODS, Setting
+from flora_jax.projection import Projection
+from flora_jax.sharding import state_shardings
+from flora_jax.train_step import make_train_step
+
+STEPS = 16
+"""Micro-steps of an accumulation; what a program takes does not depend on it."""
+TOPOLOGIES = {
+    "v5e": ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
+    "v6e": ("v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16"),
+    "v5p": ("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8"),
+}
+"""Of chips, the smallest first."""
+MEASURED = tuple(name for name in METHODS if name != "GaLore")
+"""GaLore's singular value decompositions take the compiler longer than anyone waits."""
+
+
+def obstacle(chip: str, method: str) -> str:
+    """Why `measure` cannot compile this; empty where it can."""
+    if importlib.util.find_spec("libtpu") is None:
+        return "the package libtpu is not installed"
+    if chip not in TOPOLOGIES:
+        return f"{chip} is none of {', '.join(TOPOLOGIES)}"
+    return "" if method in MEASURED else f"{method} takes the compiler too long"
+
+
+def measure(setting: Setting, method: str, chip: str = "v5e") -> int:
+    """Bytes on each chip that one program takes which does the micro-step and the boundary.
+
+    Weights lie cut over all chips along the axis that Flora keeps, the state with them, and the batch where
+    the chips divide it. Some minutes for billions of parameters.
+
+    Args:
+      setting: what is trained; its capacity is not looked at.
+      method: of `MEASURED`.
+      chip: of `TOPOLOGIES`.
+
+    Raises:
+      ValueError: an unknown method or chip, or more chips than there is a topology of.
+      ModuleNotFoundError: no `libtpu`.
+    """
+    if method not in MEASURED:
+        raise ValueError(f"method must be one of {'; '.join(MEASURED)}, found {method!r}")
+    mesh = _mesh(chip, setting.chips)
+    cut = setting.chips > 1 and setting.batch % setting.chips == 0
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, PartitionSpec("chips")) if cut else everywhere
+    place = (lambda x: jax.lax.with_sharding_constraint(x, rows)) if cut else (lambda x: x)
+    projection = Projection(setting.rank, distribution="srht", resample_every=STEPS)
+    params = _cut(setting.model.params, projection, mesh)
+    loss = forward.loss(setting.model, place)
+    length = setting.model.length or setting.length
+    batch = forward.batch(setting.model, setting.batch, length)
+    batch = jax.tree.map(lambda x: _placed(x, rows), batch)
+    if isinstance(batch, tuple):  # a ViT's patches and classes
+        of, loss = loss, lambda params, patches, classes: of(params, (patches, classes))
+    else:
+        batch = (batch,)
+    step, tx, params = _step(method, loss, params, projection, setting)
+    shapes = jax.eval_shape(tx.init, params)
+    shardings = (
+        state_shardings(tx, params)
+        if setting.chips > 1
+        else jax.tree.map(lambda _: everywhere, shapes)
+    )
+    state = jax.tree.map(_placed, shapes, shardings)
+    if method == "LoRA + Adam":
+        frozen = _cut(setting.model.params, projection, mesh)
+        lowered = step.lower(frozen, params, state, *batch)
+    else:
+        lowered = step.lower(params, state, *batch)
+    return _bytes(lowered)
+
+
+def _step(
+    method: str, loss: Callable, params: Any, projection: Projection, setting: Setting
+) -> tuple[Any, optax.GradientTransformation, Any]:
+    """The compiled step, its transformation, and what that trains."""
+    if method.startswith("Flora"):
+        tx = flora(1e-3, projection=projection, accumulation_steps=STEPS)
+        if method == "Flora, born compressed":
+            return make_train_step(loss, tx, projection), tx, params
+        return _ordinary(loss, tx), tx, params
+    if method == "LoRA + Adam":
+        names = tuple(stack.name for stack in setting.model.stacks)
+        sides = Projection(
+            setting.rank, side="input", select=lambda path, _: path.split("/")[0] in names
+        )
+        adapter, tx = lora(sides), optax.adam(1e-3)
+        own = jax.eval_shape(partial(adapter.init, jax.random.key(0)), params)
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        own = jax.tree.map(lambda x: _placed(x, _largest(x.shape, mesh)), own)
+        adapted = adapter.apply(loss)
+
+        @partial(jax.jit, donate_argnums=(1, 2))
+        def step(frozen, own, state, *batch):
+            value, grads = jax.value_and_grad(adapted, argnums=1)(frozen, own, *batch)
+            updates, state = tx.update(grads, state, own)
+            return optax.apply_updates(own, updates), state, value
+
+        return step, tx, own
+    if method == "Adam":
+        return _ordinary(loss, optax.adam(1e-3)), optax.adam(1e-3), params
+    tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
+    return _ordinary(loss, tx), tx, params
+
+
+def _ordinary(loss: Callable, tx: optax.GradientTransformation) -> Any:
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, *batch):
+        value, grads = jax.value_and_grad(loss)(params, *batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def _cut(params: Any, projection: Projection, mesh: Mesh) -> Any:
+    """Over the chips, each weight along its longest axis that Flora keeps and the chips divide."""
+    leaves = []
+    for leaf, x in zip(plan(params, projection).leaves, jax.tree.leaves(params), strict=True):
+        lost = leaf.spec.projected + leaf.spec.batch if leaf.spec else ()
+        leaves.append(_placed(x, _largest(x.shape, mesh, lost)))
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _largest(shape: tuple[int, ...], mesh: Mesh, lost: tuple[int, ...] = ()) -> NamedSharding:
+    """Along the longest axis that the chips divide; one of those `lost` only where no other serves."""
+    axes = [axis for axis, n in enumerate(shape) if n % mesh.size == 0 and len(shape) > 1]
+    best = max(axes, key=lambda axis: (axis not in lost, shape[axis]), default=None)
+    cut = ("chips" if axis == best else None for axis in range(len(shape)))
+    return NamedSharding(mesh, PartitionSpec(*cut))
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _mesh(chip: str, count: int) -> Mesh:
+    from jax.experimental import topologies
+
+    if chip not in TOPOLOGIES:
+        raise ValueError(f"chip must be one of {', '.join(TOPOLOGIES)} to compile, found {chip!r}")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no one which TPU this machine has
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor waits for who compiles beside it
+    for name in TOPOLOGIES[chip]:
+        if np.prod([int(n) for n in name.split(":")[1].split("x")]) >= count:
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+            kinds = (jax.sharding.AxisType.Auto,)
+            return Mesh(np.array(devices[:count]), ("chips",), axis_types=kinds)
+    raise ValueError(f"chips must be at most those of {TOPOLOGIES[chip][-1]}, found {count}")
+
+
+_USED = re.compile(r"Used ([\d.]+)([KMG]) of")
+"""In what the compiler says where a program does not fit."""
+
+
+def _bytes(lowered: Any) -> int:
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        used = _USED.search(str(error))
+        if used is None:
+            raise
+        return round(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]])
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )

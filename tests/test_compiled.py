@@ -1,0 +1,97 @@
+"""What is compiled for a plan. Without libtpu the chips' place is taken by devices of this machine."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from flora_jax import compiled, planner, shapes
+from flora_jax.plan import tree_bytes
+
+BORN, ORDINARY, LORA, GALORE, ADAM, MULTISTEPS = planner.METHODS
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 2,
+    "num_labels": 10,
+}
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    def mesh(chip, count):
+        kinds = (jax.sharding.AxisType.Auto,)
+        return Mesh(np.array(jax.devices()[:count]), ("chips",), axis_types=kinds)
+
+    monkeypatch.setattr(compiled, "_mesh", mesh)
+
+
+def setting(chips=1, config=CONFIG, rank=16):
+    return planner.Setting(shapes.from_config(config, jnp.float32), rank, 32, 4, chips)
+
+
+@pytest.mark.parametrize("config", [CONFIG, VIT])
+@pytest.mark.parametrize("method", compiled.MEASURED)
+def test_parameters_and_state_are_in_it(method, config):
+    given = setting(config=config)
+    parts = planner.estimate(given, method).parts
+    size = compiled.measure(given, method)
+    held = parts["parameters"] + parts["state"]
+    assert held < size < held + tree_bytes(given.model.params) + 2**24
+
+
+def test_order_of_the_methods():
+    sizes = {method: compiled.measure(setting(), method) for method in compiled.MEASURED}
+    assert sizes[BORN] < sizes[ORDINARY] < min(sizes[MULTISTEPS], sizes[ADAM])
+
+
+@pytest.mark.parametrize("method", [BORN, LORA, MULTISTEPS])
+def test_chips_divide_it(method):
+    one, four = (compiled.measure(setting(chips), method) for chips in (1, 4))
+    assert 0.24 * one < four < 0.5 * one
+
+
+def test_weights_are_cut_along_what_flora_keeps():
+    given = setting(4)
+    mesh = compiled._mesh("v5e", 4)
+    params = compiled._cut(given.model.params, compiled.Projection(16), mesh)
+    specs = jax.tree.map(lambda x: x.sharding.spec, params)
+    assert specs["embed"]["embedding"] == PartitionSpec("chips", None)
+    assert specs["head"]["kernel"] == PartitionSpec(None, "chips")
+    assert specs["layers"]["up"]["kernel"] == PartitionSpec(None, "chips", None)
+    assert specs["layers"]["down"]["kernel"] == PartitionSpec(None, None, "chips")
+    assert specs["norm"]["scale"] == PartitionSpec(None)
+
+
+def test_what_does_not_fit_is_read_from_the_compiler_s_words():
+    class Lowered:
+        said = "RESOURCE_EXHAUSTED: Ran out of memory. Used 31.25G of 15.75G hbm. Exceeded"
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.said)
+
+    assert compiled._bytes(Lowered()) == 31.25 * 2**30
+    Lowered.said = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compiled._bytes(Lowered())
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"method must be one of Flora, .*, found 'GaLore'"):
+        compiled.measure(setting(), GALORE)
+    assert "is none of v5e" in compiled.obstacle("A100-40GB", BORN) or (
+        "libtpu is not installed" in compiled.obstacle("A100-40GB", BORN)
+    )
