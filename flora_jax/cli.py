@@ -76,7 +76,7 @@ def table(setting: planner.Setting, found: list[planner.Estimate]) -> Any:
     heads = [head for head, name in zip(HEADS, planner.PARTS, strict=True) if name in used]
     was = any(e.measured is not None for e in found)
     if was:
-        caption += "; compiled: as that says itself"
+        caption += "; compiled: the compiler's own"
     heads += ["total", *["compiled"] * was]
     result = Table(title=planner.title(setting), caption=caption, box=box.SIMPLE_HEAD, padding=0)
     for head in ("method", "rank", *heads, "fits", "most"):
@@ -130,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes only
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # else libtpu complains of none
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     app = tyro.extras.SubcommandApp()
 
     @app.command(name="plan")
@@ -153,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = request.setting()
         found = planner.estimates(setting)
         place = planner.METHODS.index(METHODS[method])
-        obstacle = compiled.obstacle(request.chip, METHODS[method])
+        obstacle = compiled.obstacle(setting, METHODS[method], request.chip)
         if measure == "yes" and obstacle:
             raise ValueError(f"measure must be auto or no here, found yes: {obstacle}")
         if measure != "no" and not obstacle:

@@ -1,6 +1,7 @@
 """Compiled: what the TPU compiler says that a training step of a plan takes. Needs `libtpu`; no TPU."""
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable
@@ -33,12 +34,14 @@ MEASURED = tuple(name for name in METHODS if name != "GaLore")
 """GaLore's singular value decompositions take the compiler longer than anyone waits."""
 
 
-def obstacle(chip: str, method: str) -> str:
+def obstacle(setting: Setting, method: str, chip: str) -> str:
     """Why `measure` cannot compile this; empty where it can."""
     if importlib.util.find_spec("libtpu") is None:
         return "the package libtpu is not installed"
     if chip not in TOPOLOGIES:
         return f"{chip} is none of {', '.join(TOPOLOGIES)}"
+    if setting.chips > _count(TOPOLOGIES[chip][-1]):
+        return f"{setting.chips} chips are more than those of {TOPOLOGIES[chip][-1]}"
     return "" if method in MEASURED else f"{method} takes the compiler too long"
 
 
@@ -162,11 +165,15 @@ def _mesh(chip: str, count: int) -> Mesh:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no one which TPU this machine has
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor waits for who compiles beside it
     for name in TOPOLOGIES[chip]:
-        if np.prod([int(n) for n in name.split(":")[1].split("x")]) >= count:
+        if _count(name) >= count:
             devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
             kinds = (jax.sharding.AxisType.Auto,)
             return Mesh(np.array(devices[:count]), ("chips",), axis_types=kinds)
     raise ValueError(f"chips must be at most those of {TOPOLOGIES[chip][-1]}, found {count}")
+
+
+def _count(topology: str) -> int:
+    return math.prod(map(int, topology.split(":")[1].split("x")))
 
 
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of")

@@ -92,6 +92,14 @@ def test_what_does_not_fit_is_read_from_the_compiler_s_words():
 def test_errors():
     with pytest.raises(ValueError, match=r"method must be one of Flora, .*, found 'GaLore'"):
         compiled.measure(setting(), GALORE)
-    assert "is none of v5e" in compiled.obstacle("A100-40GB", BORN) or (
-        "libtpu is not installed" in compiled.obstacle("A100-40GB", BORN)
-    )
+
+
+def test_obstacles(monkeypatch):
+    given, many = setting(), setting(1000)
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    assert compiled.obstacle(given, BORN, "v5e") == "the package libtpu is not installed"
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: True)
+    assert compiled.obstacle(given, BORN, "v5e") == ""
+    assert "is none of v5e, v6e, v5p" in compiled.obstacle(given, BORN, "A100-40GB")
+    assert "1000 chips are more than those of v5e:16x16" in compiled.obstacle(many, BORN, "v5e")
+    assert "GaLore takes the compiler" in compiled.obstacle(given, GALORE, "v5e")
