@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def plan(
         request: Annotated[Request, tyro.conf.OmitArgPrefixes] = Request(),
         method: Annotated[Method, tyro.conf.arg(aliases=["--optimizer"])] = "flora",
-        measure: Literal["auto", "yes", "no"] = "auto",
+        measure: Literal["auto", "yes", "all", "no"] = "auto",
         json: bool = False,
         html: Path | None = None,
     ) -> int:
@@ -148,23 +148,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
           request: the model, the chips and the batch.
           method: the one that the answer is about.
           measure: compile the method's step for the TPU, which takes minutes for billions of
-            parameters; `auto` where libtpu is installed (`pip install libtpu`; no TPU).
+            parameters; `auto` where libtpu is installed (`pip install libtpu`; no TPU); `all`
+            methods' in turn.
           json: print JSON, bytes, in place of the table.
           html: write one page with a picture to this file.
         """
         setting = request.setting()
         found = planner.estimates(setting)
-        place = planner.METHODS.index(METHODS[method])
-        obstacle = compiled.obstacle(setting, METHODS[method], request.chip)
-        if measure == "yes" and obstacle:
-            raise ValueError(f"measure must be auto or no here, found yes: {obstacle}")
-        if measure != "no" and not obstacle:
-            print(f"Compiling {METHODS[method]} (--measure no leaves it out) ...", file=sys.stderr)
-            size = compiled.measure(setting, METHODS[method], request.chip)
-            found[place] = dataclasses.replace(found[place], measured=size)
+        asked = METHODS[method]
+        obstacle = compiled.obstacle(setting, asked, request.chip)
+        if measure in ("yes", "all") and obstacle:
+            raise ValueError(f"measure must be auto or no here, found {measure}: {obstacle}")
+        for name in compiled.MEASURED if measure == "all" else (asked,):
+            if measure != "no" and not obstacle:
+                print(f"Compiling {name} (--measure no leaves it out) ...", file=sys.stderr)
+                size = compiled.measure(setting, name, request.chip)
+                place = planner.METHODS.index(name)
+                found[place] = dataclasses.replace(found[place], measured=size)
         if html:
             html.write_text(planner.to_html(setting, found), encoding="utf-8")
-        chosen = found[place]
+        chosen = found[planner.METHODS.index(asked)]
         if json:
             print(planner.to_json(setting, found))
         else:

@@ -61,6 +61,10 @@ def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
     assert [row["measured"] for row in rows] == [16 * planner.GIB] + [None] * 5
     assert not rows[0]["fits"]
     asked.clear()
+    assert cli.main(["plan", "--measure", "all"]) == 1
+    assert [method for _, method, _ in asked] == list(compiled.MEASURED)
+    assert capsys.readouterr().out.count("16.00") == 1 + len(compiled.MEASURED)
+    asked.clear()
     assert cli.main(["plan", "--measure", "no"]) == 0
     assert cli.main(["plan", "--chip", "H100-80GB"]) == 0
     assert asked == []
