@@ -56,7 +56,7 @@ def _decoder(model: Model, place: Callable, params: _Params, windows: Any) -> An
     x = table[tokens]
     if gpt2:
         x = x + params["wpe"]["embedding"][: x.shape[1]]
-    mixed = partial(_causal, rotary=not gpt2)
+    mixed = attention if gpt2 else _rotary
     act = partial(jax.nn.gelu, approximate=True) if gpt2 else jax.nn.silu
     x = _run(place(x), params[stack.name], partial(_layer, stack, mixed, act), place)
     x = place(_norm(params["norm"], x))
@@ -152,10 +152,8 @@ def _relative(table: Any, length: int, both: bool) -> Any:
     return bias if both else jnp.where(distance > 0, -1e9, bias)
 
 
-def _causal(q: Any, k: Any, v: Any, rotary: bool) -> Any:
-    """Causal attention of `(B, T, heads, head_dim)`."""
-    if rotary:
-        q, k = _rotate(q), _rotate(k)
+def attention(q: Any, k: Any, v: Any) -> Any:
+    """Causal attention of `(B, T, heads, head_dim)`, the scores of `CHUNK` queries at a time."""
     count = q.shape[1] // CHUNK
     if count < 2 or q.shape[1] % CHUNK:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -168,6 +166,10 @@ def _causal(q: Any, k: Any, v: Any, rotary: bool) -> Any:
     queries = jnp.moveaxis(q.reshape(q.shape[0], count, CHUNK, *q.shape[2:]), 1, 0)
     results = jax.lax.map(lambda pair: some(*pair), (jnp.arange(count), queries))
     return jnp.moveaxis(results, 0, 1).reshape(q.shape)
+
+
+def _rotary(q: Any, k: Any, v: Any) -> Any:
+    return attention(_rotate(q), _rotate(k), v)
 
 
 def _rotate(x: Any) -> Any:

@@ -61,6 +61,15 @@ def test_vit():
     same(config, params, (vit.patches(images, 2), classes), expected)
 
 
+@pytest.mark.parametrize("length", [7, 512, 1024, 1030, 1536])
+def test_attention_in_parts_is_attention(length):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, length, 2, 4)) for i in range(3))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2
+    scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+    expected = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+    np.testing.assert_allclose(forward.attention(q, k, v), expected, atol=2e-6)
+
+
 def windows(length: int) -> jax.Array:
     return jax.random.randint(jax.random.key(1), (2, length), 0, VOCABULARY)
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-CHUNK = 512
-"""Tokens whose logits, and whose attention scores, exist at a time."""
+from flora_jax import forward
+from flora_jax.forward import CHUNK
 
 
 class Dense(nn.Module):
@@ -119,18 +119,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     """
     if mask is not None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    count = q.shape[1] // CHUNK
-    if count < 2 or q.shape[1] % CHUNK:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-
-    @jax.checkpoint
-    def some(i, q):
-        mask = i * CHUNK + jnp.arange(CHUNK)[:, None] >= jnp.arange(k.shape[1])
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
-
-    queries = jnp.moveaxis(q.reshape(q.shape[0], count, CHUNK, *q.shape[2:]), 1, 0)
-    results = jax.lax.map(lambda pair: some(*pair), (jnp.arange(count), queries))
-    return jnp.moveaxis(results, 0, 1).reshape(q.shape)
+    return forward.attention(q, k, v)
 
 
 class Tied(nn.Module):
