@@ -20,7 +20,7 @@ from flora_jax import compiled, planner, shapes
 Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal["flora", "flora-ordinary", "lora", "galore", "adam", "multisteps"]
 METHODS: dict[str, str] = dict(zip(get_args(Method), planner.METHODS, strict=True))
-HEADS = ("params", "state", "grads", "sketch", "activ.", "update", "gather")
+HEADS = ("params", "state", "grads", "sketch", "activ.", "update", "gather", "copies")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 An estimate, by this model of a compiled step (bfloat16 parameters, layers under `scan` with remat,
 attention and loss over `CHUNK` tokens at a time, the micro-step and the boundary in one program):
 
-    parameters + optimizer state + gradients + max(activations, update)
+    parameters + optimizer state + gradients + max(activations + gathered + copies, update)
 
 | part | bytes |
 |---|---|
@@ -11,6 +11,7 @@ attention and loss over `CHUNK` tokens at a time, the micro-step and the boundar
 | activations | the states between layers, and what one layer, or one chunk of the loss, takes at a time, less the gradient of an embedding that is no head, which comes last; logits of up to `VMEM` bytes stay there |
 | update | of the largest leaf, where a tree of updates is made |
 | gathered | with several chips: the weights of the layer at work, and its gradient where that is whole |
+| copies | of float32 weights, in bfloat16, for the matrix unit |
 
 The figures of the state are those of `flora_jax.plan`. The forms of the others were chosen beside figures of the
 TPU compiler, and are within 10 % of all of them, from 0.2 to 51 GiB, which `tests/test_planner.py` holds. Of seven
@@ -37,7 +38,16 @@ from flora_jax.shapes import Model
 GIB = 2**30
 VMEM = 100 * 2**20
 """Bytes of a TPU core's vector memory in which the compiler keeps a large array."""
-PARTS = ("parameters", "state", "gradients", "sketches", "activations", "update", "gathered")
+PARTS = (
+    "parameters",
+    "state",
+    "gradients",
+    "sketches",
+    "activations",
+    "update",
+    "gathered",
+    "copies",
+)
 METHODS = (
     "Flora, born compressed",
     "Flora, ordinary gradients",
@@ -144,12 +154,20 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
     held = _held(setting.model, planned, method, rank)
     gathered = _gathered(setting, whole=method not in ("Flora, born compressed", "LoRA + Adam"))
     activations = max(0, _activations(setting) - _late(setting, planned, method) // setting.chips)
+    copies = 0
+    if jax.tree.leaves(setting.model.params)[0].dtype == jnp.float32:
+        copies = tree_bytes(setting.model.params) // 2 // setting.chips
     update = 0
     if method not in ("Flora, born compressed", "LoRA + Adam"):
         largest = max(tree_bytes(leaf) for leaf in jax.tree.leaves(setting.model.params))
-        update = max(0, largest // setting.chips - activations - gathered)
+        update = max(0, largest // setting.chips - activations - gathered - copies)
     parts = {name: math.ceil(size / setting.chips) for name, size in held.items()}
-    parts |= {"activations": activations, "update": update, "gathered": gathered}
+    parts |= {
+        "activations": activations,
+        "update": update,
+        "gathered": gathered,
+        "copies": copies,
+    }
     return Estimate(method, rank, {name: parts.get(name, 0) for name in PARTS}, setting.capacity)
 
 
@@ -244,13 +262,11 @@ def _activations(setting: Setting) -> int:
         scores = tokens * stack.heads * (min(length, CHUNK) if stack.chunked else length) * 4
         states = tokens * (6 * stack.width + 3 * stack.hidden) * item
         layers.append(scores + states)
-    chunk = (
-        1 if model.length else min(length, CHUNK)
-    )  # ViT has the logits of an image, not of a patch
+    chunk = 1 if model.length else min(length, CHUNK)  # a ViT has the logits of an image
     logits = (setting.batch // split) * chunk * model.outputs
-    loss = logits * item + (
-        4 * logits if 4 * logits > VMEM else 0
-    )  # their gradient, and themselves
+    loss = logits * item  # their gradient
+    if item < 4 and 4 * logits > VMEM:  # and they themselves; float32 ones it takes the place of
+        loss += 4 * logits
     return saved + max(loss, *layers)
 
 
@@ -322,6 +338,7 @@ COLOURS = {
     "activations": "#a3be8c",
     "update": "#b48ead",
     "gathered": "#ebcb8b",
+    "copies": "#88c0d0",
 }
 
 
