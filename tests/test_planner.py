@@ -3,6 +3,7 @@
 import json
 import xml.etree.ElementTree as ElementTree
 
+import jax.numpy as jnp
 import pytest
 
 import flora_jax
@@ -58,6 +59,31 @@ COMPILED = [
 def test_within_a_tenth_of_the_compiler(model, method, rank, length, batch, chips, gib):
     setting = Setting(shapes.named(model), rank, length, batch, chips)
     assert estimate(setting, method).total / GIB == pytest.approx(gib, rel=0.1)
+
+
+# model, method, length, batch, MiB, float32; rank 128, one chip; `flora-jax plan --measure yes --dtype float32`
+FLOAT32 = [
+    ("T5-small", BORN, 512, 1, 539.1),
+    ("T5-small", BORN, 512, 4, 739.6),
+    ("T5-small", MULTISTEPS, 512, 1, 910.6),
+    ("GPT-2", BORN, 1024, 4, 1282.8),
+    ("GPT-2", MULTISTEPS, 1024, 4, 1990.6),
+    ("ViT-B", BORN, 1, 64, 1572.2),
+    ("LLaMA-350M", BORN, 1024, 1, 2411.4),
+    ("LLaMA-350M", BORN, 1024, 4, 2980.9),
+    ("LLaMA-350M", LORA, 1024, 4, 3845.4),
+    ("LLaMA-350M", MULTISTEPS, 1024, 1, 4735.7),
+    ("LLaMA-350M", MULTISTEPS, 1024, 4, 5566.4),
+    ("GPT-2-XL", BORN, 1024, 1, 9753.1),
+    ("T5-3B", BORN, 512, 1, 17118.4),
+    ("GPT-2-XL", MULTISTEPS, 1024, 1, 22343.5),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "length", "batch", "mib"), FLOAT32)
+def test_float32_within_eleven_hundredths(model, method, length, batch, mib):
+    setting = Setting(shapes.named(model, jnp.float32), 128, length, batch)
+    assert estimate(setting, method).total / 2**20 == pytest.approx(mib, rel=0.11)
 
 
 @pytest.mark.newest  # MultiSteps of older optax accumulates in the params' dtype
