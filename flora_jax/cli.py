@@ -163,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if measure != "no" and not obstacle:
                 print(f"Compiling {name} (--measure no leaves it out) ...", file=sys.stderr)
                 size = compiled.measure(setting, name, request.chip)
+                if size is None:
+                    print(f"{name} fits neither that chip nor a v5p one.", file=sys.stderr)
                 place = planner.METHODS.index(name)
                 found[place] = dataclasses.replace(found[place], measured=size)
         if html:

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from flora_jax import forward
 from flora_jax.adapters import lora
 from flora_jax.alias import flora
 from flora_jax.plan import plan
-from flora_jax.planner import METHODS, Setting
+from flora_jax.planner import CHIPS, GIB, METHODS, Setting
 from flora_jax.projection import Projection
 from flora_jax.sharding import state_shardings
 from flora_jax.train_step import make_train_step
@@ -45,8 +44,11 @@ def obstacle(setting: Setting, method: str, chip: str) -> str:
     return "" if method in MEASURED else f"{method} takes the compiler too long"
 
 
-def measure(setting: Setting, method: str, chip: str = "v5e") -> int:
+def measure(setting: Setting, method: str, chip: str = "v5e") -> int | None:
     """Bytes on each chip that one program takes which does the micro-step and the boundary.
+
+    Where the chip cannot hold it, those that it takes of a v5p chip (but more than the chip has); None where
+    that cannot hold it either.
 
     Weights lie cut over all chips along the axis that Flora keeps, the state with them, and the batch where
     the chips divide it. Some minutes for billions of parameters.
@@ -62,7 +64,15 @@ def measure(setting: Setting, method: str, chip: str = "v5e") -> int:
     """
     if method not in MEASURED:
         raise ValueError(f"method must be one of {'; '.join(MEASURED)}, found {method!r}")
-    mesh = _mesh(chip, setting.chips)
+    if (size := _bytes(_lowered(setting, method, _mesh(chip, setting.chips)))) is not None:
+        return size
+    if chip == "v5p":
+        return None
+    size = _bytes(_lowered(setting, method, _mesh("v5p", setting.chips)))
+    return None if size is None else max(size, round(CHIPS[chip] * GIB) + 1)
+
+
+def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
     cut = setting.chips > 1 and setting.batch % setting.chips == 0
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec("chips")) if cut else everywhere
@@ -87,10 +97,8 @@ def measure(setting: Setting, method: str, chip: str = "v5e") -> int:
     state = jax.tree.map(_placed, shapes, shardings)
     if method == "LoRA + Adam":
         frozen = _cut(setting.model.params, projection, mesh)
-        lowered = step.lower(frozen, params, state, *batch)
-    else:
-        lowered = step.lower(params, state, *batch)
-    return _bytes(lowered)
+        return step.lower(frozen, params, state, *batch)
+    return step.lower(params, state, *batch)
 
 
 def _step(
@@ -176,18 +184,14 @@ def _count(topology: str) -> int:
     return math.prod(map(int, topology.split(":")[1].split("x")))
 
 
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of")
-"""In what the compiler says where a program does not fit."""
-
-
-def _bytes(lowered: Any) -> int:
+def _bytes(lowered: Any) -> int | None:
+    """None where the compiler runs out of the chip's memory."""
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        used = _USED.search(str(error))
-        if used is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return round(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]])
+        return None
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

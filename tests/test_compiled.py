@@ -49,6 +49,7 @@ def test_parameters_and_state_are_in_it(method, config):
     given = setting(config=config)
     parts = planner.estimate(given, method).parts
     size = compiled.measure(given, method)
+    assert size is not None
     held = parts["parameters"] + parts["state"]
     assert held < size < held + tree_bytes(given.model.params) + 2**24
 
@@ -76,14 +77,31 @@ def test_weights_are_cut_along_what_flora_keeps():
     assert specs["norm"]["scale"] == PartitionSpec(None)
 
 
-def test_what_does_not_fit_is_read_from_the_compiler_s_words():
+@pytest.mark.parametrize(
+    ("chip", "holds", "expected"),
+    [
+        ("v5e", {"v5e": 2, "v5p": 3}, 2),
+        ("v5e", {"v5p": 40 * planner.GIB}, 40 * planner.GIB),
+        ("v5e", {"v5p": 3}, 15.75 * planner.GIB + 1),  # v5e has no room for it all the same
+        ("v5e", {}, None),
+        ("v5p", {}, None),
+    ],
+)
+def test_what_does_not_fit_is_compiled_for_a_larger_chip(monkeypatch, chip, holds, expected):
+    monkeypatch.setattr(compiled, "_mesh", lambda chip, count: chip)
+    monkeypatch.setattr(compiled, "_lowered", lambda setting, method, mesh: mesh)
+    monkeypatch.setattr(compiled, "_bytes", holds.get)
+    assert compiled.measure(setting(), BORN, chip) == expected
+
+
+def test_only_want_of_memory_is_an_answer():
     class Lowered:
-        said = "RESOURCE_EXHAUSTED: Ran out of memory. Used 31.25G of 15.75G hbm. Exceeded"
+        said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for"
 
         def compile(self):
             raise jax.errors.JaxRuntimeError(self.said)
 
-    assert compiled._bytes(Lowered()) == 31.25 * 2**30
+    assert compiled._bytes(Lowered()) is None
     Lowered.said = "INTERNAL: something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         compiled._bytes(Lowered())
