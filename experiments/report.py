@@ -38,14 +38,3 @@ def table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Table:
 
 def mebibytes(size: float) -> str:
     return f"{size / 2**20:.2f} MiB"
-
-
-def compiled_bytes(compiled) -> int:
-    """Bytes that XLA holds at the worst moment of a compiled step."""
-    memory = compiled.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )

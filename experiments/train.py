@@ -34,6 +34,7 @@ from experiments import layout, optimizers, report, text
 from experiments.checkpoint import Checkpoints
 from experiments.models import decoder
 from flora_jax import make_train_step, state_shardings
+from flora_jax.compiled import compiled_bytes
 from flora_jax.distributions import Distribution
 from flora_jax.plan import tree_bytes
 from flora_jax.projection import Side
@@ -176,7 +177,7 @@ def peak(config: Config, method: optimizers.Method, mesh: Mesh, state: tuple[Any
     )
     step: Any = make_step(config, method)
     with jax.set_mesh(mesh):
-        return report.compiled_bytes(step.lower(*state, windows).compile())
+        return compiled_bytes(step.lower(*state, windows).compile())
 
 
 class Preempted(Exception):

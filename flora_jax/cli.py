@@ -159,14 +159,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         obstacle = compiled.obstacle(setting, asked, request.chip)
         if measure in ("yes", "all") and obstacle:
             raise ValueError(f"measure must be auto or no here, found {measure}: {obstacle}")
-        for name in compiled.MEASURED if measure == "all" else (asked,):
-            if measure != "no" and not obstacle:
-                print(f"Compiling {name} (--measure no leaves it out) ...", file=sys.stderr)
-                size = compiled.measure(setting, name, request.chip)
-                if size is None:
-                    print(f"{name} fits neither that chip nor a v5p one.", file=sys.stderr)
-                place = planner.METHODS.index(name)
-                found[place] = dataclasses.replace(found[place], measured=size)
+        names = compiled.MEASURED if measure == "all" else (asked,)
+        for name in () if measure == "no" or obstacle else names:
+            print(f"Compiling {name} (--measure no leaves it out) ...", file=sys.stderr)
+            size = compiled.measure(setting, name, request.chip)
+            if size is None:
+                print(f"{name} fits neither that chip nor a v5p one.", file=sys.stderr)
+            place = planner.METHODS.index(name)
+            found[place] = dataclasses.replace(found[place], measured=size)
         if html:
             html.write_text(planner.to_html(setting, found), encoding="utf-8")
         chosen = found[planner.METHODS.index(asked)]

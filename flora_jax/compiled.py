@@ -78,16 +78,11 @@ def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
     rows = NamedSharding(mesh, PartitionSpec("chips")) if cut else everywhere
     place = (lambda x: jax.lax.with_sharding_constraint(x, rows)) if cut else (lambda x: x)
     projection = Projection(setting.rank, distribution="srht", resample_every=STEPS)
-    params = _cut(setting.model.params, projection, mesh)
+    weights = _cut(setting.model.params, projection, mesh)
     loss = forward.loss(setting.model, place)
-    length = setting.model.length or setting.length
-    batch = forward.batch(setting.model, setting.batch, length)
+    batch = forward.batch(setting.model, setting.batch, setting.length)
     batch = jax.tree.map(lambda x: _placed(x, rows), batch)
-    if isinstance(batch, tuple):  # a ViT's patches and classes
-        of, loss = loss, lambda params, patches, classes: of(params, (patches, classes))
-    else:
-        batch = (batch,)
-    step, tx, params = _step(method, loss, params, projection, setting)
+    step, tx, params = _step(method, loss, weights, projection, setting)
     shapes = jax.eval_shape(tx.init, params)
     shardings = (
         state_shardings(tx, params)
@@ -95,10 +90,8 @@ def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
         else jax.tree.map(lambda _: everywhere, shapes)
     )
     state = jax.tree.map(_placed, shapes, shardings)
-    if method == "LoRA + Adam":
-        frozen = _cut(setting.model.params, projection, mesh)
-        return step.lower(frozen, params, state, *batch)
-    return step.lower(params, state, *batch)
+    frozen = () if params is weights else (weights,)
+    return step.lower(*frozen, params, state, *batch)
 
 
 def _step(
@@ -129,8 +122,9 @@ def _step(
 
         return step, tx, own
     if method == "Adam":
-        return _ordinary(loss, optax.adam(1e-3)), optax.adam(1e-3), params
-    tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
+        tx = optax.adam(1e-3)
+    else:
+        tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
     return _ordinary(loss, tx), tx, params
 
 
@@ -148,15 +142,14 @@ def _cut(params: Any, projection: Projection, mesh: Mesh) -> Any:
     """Over the chips, each weight along its longest axis that Flora keeps and the chips divide."""
     leaves = []
     for leaf, x in zip(plan(params, projection).leaves, jax.tree.leaves(params), strict=True):
-        lost = leaf.spec.projected + leaf.spec.batch if leaf.spec else ()
-        leaves.append(_placed(x, _largest(x.shape, mesh, lost)))
+        leaves.append(_placed(x, _largest(x.shape, mesh, leaf.spec.kept if leaf.spec else ())))
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _largest(shape: tuple[int, ...], mesh: Mesh, lost: tuple[int, ...] = ()) -> NamedSharding:
-    """Along the longest axis that the chips divide; one of those `lost` only where no other serves."""
+def _largest(shape: tuple[int, ...], mesh: Mesh, first: tuple[int, ...] = ()) -> NamedSharding:
+    """Along the longest axis that the chips divide, if any of those `first` among these."""
     axes = [axis for axis, n in enumerate(shape) if n % mesh.size == 0 and len(shape) > 1]
-    best = max(axes, key=lambda axis: (axis not in lost, shape[axis]), default=None)
+    best = max(axes, key=lambda axis: (axis in first, shape[axis]), default=None)
     cut = ("chips" if axis == best else None for axis in range(len(shape)))
     return NamedSharding(mesh, PartitionSpec(*cut))
 
@@ -166,6 +159,16 @@ def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def _mesh(chip: str, count: int) -> Mesh:
+    kinds = (jax.sharding.AxisType.Auto,)
+    return Mesh(np.array(devices(chip, count)), ("chips",), axis_types=kinds)
+
+
+def devices(chip: str, count: int) -> list[Any]:
+    """So many described chips, of the smallest topology in `TOPOLOGIES` that has them.
+
+    Raises:
+      ValueError: an unknown chip, or more chips than there is a topology of.
+    """
     from jax.experimental import topologies
 
     if chip not in TOPOLOGIES:
@@ -174,9 +177,8 @@ def _mesh(chip: str, count: int) -> Mesh:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor waits for who compiles beside it
     for name in TOPOLOGIES[chip]:
         if _count(name) >= count:
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-            kinds = (jax.sharding.AxisType.Auto,)
-            return Mesh(np.array(devices[:count]), ("chips",), axis_types=kinds)
+            described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            return list(described.devices[:count])
     raise ValueError(f"chips must be at most those of {TOPOLOGIES[chip][-1]}, found {count}")
 
 
@@ -187,11 +189,16 @@ def _count(topology: str) -> int:
 def _bytes(lowered: Any) -> int | None:
     """None where the compiler runs out of the chip's memory."""
     try:
-        memory = lowered.compile().memory_analysis()
+        return compiled_bytes(lowered.compile())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None
+
+
+def compiled_bytes(program: Any) -> int:
+    """Bytes that XLA holds at the worst moment of a compiled step."""
+    memory = program.memory_analysis()
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

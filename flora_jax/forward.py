@@ -22,8 +22,8 @@ CHUNK = 512
 _Params = Mapping[str, Any]
 
 
-def loss(model: Model, place: Callable[[Any], Any] = lambda x: x) -> Callable[[Any, Any], Any]:
-    """`(params, batch) -> scalar`: the mean cross-entropy, nats per token (or image).
+def loss(model: Model, place: Callable[[Any], Any] = lambda x: x) -> Callable[..., Any]:
+    """`(params, *batch) -> scalar`: the mean cross-entropy, nats per token (or image).
 
     Args:
       model: of `flora_jax.shapes`.
@@ -38,10 +38,10 @@ def loss(model: Model, place: Callable[[Any], Any] = lambda x: x) -> Callable[[A
     return partial(of, model, place)
 
 
-def batch(model: Model, size: int, length: int) -> Any:
+def batch(model: Model, size: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of what the loss takes: windows `(B, T + 1)`, or of a ViT patches and classes."""
     if "patches" not in model.params:
-        return jax.ShapeDtypeStruct((size, length + 1), jnp.int32)
+        return (jax.ShapeDtypeStruct((size, length + 1), jnp.int32),)
     kernel = model.params["patches"]["kernel"]
     assert model.length is not None
     patches = jax.ShapeDtypeStruct((size, model.length - 1, kernel.shape[0]), kernel.dtype)
@@ -66,8 +66,7 @@ def _decoder(model: Model, place: Callable, params: _Params, windows: Any) -> An
     )
 
 
-def _vit(model: Model, place: Callable, params: _Params, given: Any) -> Any:
-    patches, classes = given
+def _vit(model: Model, place: Callable, params: _Params, patches: Any, classes: Any) -> Any:
     (stack,) = model.stacks
     x = _dense(params["patches"], patches)
     token = jnp.broadcast_to(params["class_token"], (x.shape[0], 1, x.shape[2]))
@@ -142,14 +141,27 @@ def _t5_layer(stack: Stack, bias: Any, memory: Any, p: _Params, x: Any) -> Any:
 def _relative(table: Any, length: int, both: bool) -> Any:
     """Bias of the scores `(heads, T, T)` by distance; causal unless `both` directions are seen."""
     distance = jnp.arange(length) - jnp.arange(length)[:, None]
-    count = table.shape[0] // 2 if both else table.shape[0]
-    exact, reach = count // 2, 128
-    far = jnp.abs(distance) if both else -jnp.minimum(distance, 0)
-    ratio = jnp.log(jnp.maximum(far, 1) / exact) / jnp.log(reach / exact)
-    bucket = jnp.minimum(exact + (ratio * (count - exact)).astype(jnp.int32), count - 1)
-    bucket = jnp.where(far < exact, far, bucket) + jnp.where(both & (distance > 0), count, 0)
-    bias = jnp.moveaxis(table[bucket], -1, 0).astype(jnp.float32)
+    places = bucket(distance, both, table.shape[0], 128)
+    bias = jnp.moveaxis(table[places], -1, 0).astype(jnp.float32)
     return bias if both else jnp.where(distance > 0, -1e9, bias)
+
+
+def bucket(distance: jax.Array, both: bool, buckets: int, reach: int) -> jax.Array:
+    """Buckets of key minus query positions: exact near by, logarithmic up to `reach`, then one.
+
+    `both` directions (encoder) have half of the buckets each; else only the past has any.
+    """
+    result = jnp.zeros_like(distance)
+    if both:
+        buckets //= 2
+        result = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = -jnp.minimum(distance, 0)
+    exact = buckets // 2
+    far = jnp.log(jnp.maximum(distance, 1) / exact) / jnp.log(reach / exact) * (buckets - exact)
+    far = jnp.minimum(exact + far.astype(jnp.int32), buckets - 1)
+    return result + jnp.where(distance < exact, distance, far)
 
 
 def attention(q: Any, k: Any, v: Any) -> Any:
@@ -169,15 +181,21 @@ def attention(q: Any, k: Any, v: Any) -> Any:
 
 
 def _rotary(q: Any, k: Any, v: Any) -> Any:
-    return attention(_rotate(q), _rotate(k), v)
+    return attention(rotate(q), rotate(k), v)
 
 
-def _rotate(x: Any) -> Any:
-    """Rotary positions (Su et al., arXiv 2104.09864)."""
+def rotate(x: Any, positions: Any = None, theta: float = 10000.0) -> Any:
+    """Rotary positions on `(B, T, heads, head_dim)` (Su et al., arXiv 2104.09864).
+
+    `positions` `(B, T)` count from 0 by default; `theta` is the base of the frequencies.
+    """
     half = x.shape[-1] // 2
-    angles = jnp.arange(x.shape[1])[:, None, None] * 10000.0 ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    frequencies = theta ** (-jnp.arange(half) / half)
+    if positions is None:
+        positions = jnp.arange(x.shape[1])[None]
+    angles = positions[:, :, None, None] * frequencies
     left, right = x[..., :half], x[..., half:]
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 

@@ -209,18 +209,23 @@ def _held(model: Model, planned: Plan, method: str, rank: int | None) -> dict[st
         gradients = max(sum(sizes) for sizes in factors)
         own = sum(map(sum, factors))
         return {"parameters": params + own, "state": 2 * own, "gradients": gradients}
-    if method == "Flora, born compressed":
-        sketched = {
-            leaf.path: size for leaf, size in zip(planned.leaves, planned.sketch_bytes, strict=True)
-        }
-        largest = _largest_stack(model, sketched)
-        return {"parameters": params, "state": planned.state_bytes["Flora"], "sketches": largest}
+    born = method == "Flora, born compressed"
     state = "Flora" if method.startswith("Flora") else method
-    whole = {
-        leaf.path: math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in planned.leaves
+    largest = _largest_stack(model, _gradients(planned, method))
+    return {
+        "parameters": params,
+        "state": planned.state_bytes[state],
+        "sketches" if born else "gradients": largest,
     }
-    gradients = _largest_stack(model, whole)
-    return {"parameters": params, "state": planned.state_bytes[state], "gradients": gradients}
+
+
+def _gradients(planned: Plan, method: str) -> dict[str, int]:
+    """Bytes of each leaf's gradient, or of its sketch, by path."""
+    if method == "Flora, born compressed":
+        sizes = planned.sketch_bytes
+    else:
+        sizes = [math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in planned.leaves]
+    return {leaf.path: size for leaf, size in zip(planned.leaves, sizes, strict=True)}
 
 
 def _largest_stack(model: Model, sizes: Mapping[str, int]) -> int:
@@ -275,11 +280,7 @@ def _late(setting: Setting, planned: Plan, method: str) -> int:
     """Bytes of the gradient that is there only when the activations are gone: an embedding's."""
     if "head" not in setting.model.params or method == "LoRA + Adam":
         return 0
-    for leaf, size in zip(planned.leaves, planned.sketch_bytes, strict=True):
-        if leaf.path == "embed/embedding":
-            whole = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
-            return size if method == "Flora, born compressed" else whole
-    return 0
+    return _gradients(planned, method).get("embed/embedding", 0)
 
 
 def _gathered(setting: Setting, whole: bool) -> int:

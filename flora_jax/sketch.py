@@ -51,6 +51,12 @@ class Spec:
     cut: tuple[tuple[str, ...], ...] = ()
 
     @property
+    def kept(self) -> tuple[int, ...]:
+        """Axes of the weight that are neither projected nor batch axes."""
+        other = self.projected + self.batch
+        return tuple(axis for axis in range(len(self.shape)) if axis not in other)
+
+    @property
     def size(self) -> int:
         """`m`: columns of `A`."""
         size = 1

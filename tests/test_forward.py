@@ -17,7 +17,7 @@ def test_llama():
     config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     given = windows(1025)  # two chunks
     params = llama.Llama(shape).init(jax.random.key(0), given[:, :4])["params"]
-    same(config, params, given, llama.loss(llama.Llama(shape), params, given))
+    same(config, params, (given,), llama.loss(llama.Llama(shape), params, given))
 
 
 def test_gpt2():
@@ -25,7 +25,7 @@ def test_gpt2():
     config = {"model_type": "gpt2", "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 32}
     given = windows(33)
     params = gpt2.Gpt2(shape).init(jax.random.key(0), given[:, :4])["params"]
-    same(config, params, given, gpt2.loss(gpt2.Gpt2(shape), params, given))
+    same(config, params, (given,), gpt2.loss(gpt2.Gpt2(shape), params, given))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -45,7 +45,7 @@ def test_t5(gated):
         renamed[stack] = params[stack]["layers"]
         renamed[f"{stack}_norm"] = params[stack]["norm"]
         renamed[f"{stack}_bias"] = {"kernel": params[stack]["relative_bias"]}
-    same(config, renamed, given, t5.loss(model, params, given))
+    same(config, renamed, (given,), t5.loss(model, params, given))
 
 
 def test_vit():
@@ -77,9 +77,9 @@ def windows(length: int) -> jax.Array:
 def same(config, params, given, expected):
     model = shapes.from_config({"vocab_size": VOCABULARY, **config}, jnp.float32)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, model.params)
-    size, length = jax.tree.leaves(given)[0].shape[:2]
+    size, length = given[0].shape[:2]
     made = forward.batch(model, size, length - 1)
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, given)
-    found = forward.loss(model)(params, given)
+    found = forward.loss(model)(params, *given)
     np.testing.assert_allclose(found, expected, rtol=2e-5)
     assert abs(float(expected) - np.log(model.outputs)) < 2 and float(expected) > 1

@@ -106,8 +106,7 @@ def weight_specs(params: Any, rank: int, axes: tuple[str, ...]) -> Any:
     def spec(leaf: flora_jax.LeafPlan) -> PartitionSpec:
         if leaf.spec is None:
             return PartitionSpec()
-        other = set(leaf.spec.projected + leaf.spec.batch)
-        kept = max(set(range(len(leaf.shape))) - other, key=leaf.shape.__getitem__)
+        kept = max(leaf.spec.kept, key=leaf.shape.__getitem__)
         return PartitionSpec(*(axes if i == kept else None for i in range(len(leaf.shape))))
 
     leaves = flora_jax.plan(params, projection(rank)).leaves

@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # compiling for a TPU is no reason to look for one
 
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,12 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from experiments import report
+from flora_jax import compiled, planner
 
-HBM = 15.75
+HBM = planner.CHIPS["v5e"]
 """GiB of a TPU v5e chip that a program may use, as the compiler says."""
 
 
@@ -42,21 +42,11 @@ class Program:
     text: str
 
 
-TOPOLOGIES = {
-    "v5e": ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
-    "v5p": ("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4"),
-}
-
-
 def mesh(chip: str = "v5e", shape: tuple[int, ...] = (1,), axes: tuple[str, ...] = ("data",)):
     """A mesh of described chips; the smallest topology that has enough of them."""
-    names, count = TOPOLOGIES[chip], int(np.prod(shape))
     kinds = (jax.sharding.AxisType.Auto,) * len(shape)
-    for name in names:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-        if len(devices) >= count:
-            return Mesh(np.array(devices[:count]).reshape(shape), axes, axis_types=kinds)
-    raise ValueError(f"no topology of {chip} with {count} chips among {', '.join(names)}")
+    chips = compiled.devices(chip, math.prod(shape))
+    return Mesh(np.array(chips).reshape(shape), axes, axis_types=kinds)
 
 
 def placed(tree: Any, sharding: Any) -> Any:
@@ -79,7 +69,7 @@ def compile_(lowered: Any, text: bool = False) -> Program | None:
     with tempfile.TemporaryDirectory() as folder:
         wanted = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if text else None
         try:
-            compiled = lowered.compile(compiler_options=wanted)
+            program = lowered.compile(compiler_options=wanted)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -87,5 +77,5 @@ def compile_(lowered: Any, text: bool = False) -> Program | None:
         written = "".join(
             file.read_text() for file in Path(folder).glob("*.after_optimizations.txt")
         )
-    gib = report.compiled_bytes(compiled) / 2**30
+    gib = compiled.compiled_bytes(program) / 2**30
     return Program(gib, gib <= HBM, time.perf_counter() - start, written)

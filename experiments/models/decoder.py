@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import placed, rotate
+from experiments.models.layers import placed
+from flora_jax.forward import rotate
 
 
 @dataclass(frozen=True)

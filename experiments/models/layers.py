@@ -97,21 +97,6 @@ def remember(past: Any, index: Any, k: jax.Array, v: jax.Array) -> tuple[jax.Arr
     return *past, past
 
 
-def rotate(x: jax.Array, positions: jax.Array | None = None, theta: float = 10000.0) -> jax.Array:
-    """Rotary positions on `(B, T, heads, head_dim)` (Su et al., arXiv 2104.09864).
-
-    `positions` `(B, T)` count from 0 by default; `theta` is the base of the frequencies.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half) / half)
-    if positions is None:
-        positions = jnp.arange(x.shape[1])[None]
-    angles = positions[:, :, None, None] * frequencies
-    left, right = x[..., :half], x[..., half:]
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-
-
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Attention of `(B, T, heads, head_dim)`: causal, or to where the mask `(B, 1, T, L)` lets it.
 

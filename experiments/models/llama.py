@@ -25,8 +25,8 @@ from experiments.models.layers import (
     placed,
     places,
     remember,
-    rotate,
 )
+from flora_jax.forward import rotate
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.layers import Cache, Dense, Tied, losses, mean_loss, remember
+from flora_jax.forward import bucket
 
 FAR = -1e9
 """Added to the scores of what may not be attended to."""
@@ -212,24 +213,6 @@ class Layer(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", self._heads(q), k).astype(jnp.float32)
         weights = jax.nn.softmax(scores if bias is None else scores + bias).astype(q.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*q.shape[:2], -1)
-
-
-def bucket(distance: jax.Array, both: bool, buckets: int, reach: int) -> jax.Array:
-    """Buckets of key minus query positions: exact near by, logarithmic up to `reach`, then one.
-
-    `both` directions (encoder) have half of the buckets each; else only the past has any.
-    """
-    result = jnp.zeros_like(distance)
-    if both:
-        buckets //= 2
-        result = jnp.where(distance > 0, buckets, 0)
-        distance = jnp.abs(distance)
-    else:
-        distance = -jnp.minimum(distance, 0)
-    exact = buckets // 2
-    far = jnp.log(jnp.maximum(distance, 1) / exact) / jnp.log(reach / exact) * (buckets - exact)
-    far = jnp.minimum(exact + far.astype(jnp.int32), buckets - 1)
-    return result + jnp.where(distance < exact, distance, far)
 
 
 def _norm(shape: Shape) -> nn.RMSNorm:

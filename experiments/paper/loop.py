@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import flora_jax
-from experiments import optimizers, report
+from experiments import optimizers
 from experiments.checkpoint import Checkpoints
 from experiments.paper import lora, methods
 from experiments.paper.problem import Problem, Sizes
 from experiments.tasks import batches
+from flora_jax.compiled import compiled_bytes
 from flora_jax.fused import combine
 from flora_jax.plan import tree_bytes
 
@@ -118,7 +119,7 @@ def prepare(problem: Problem, method: methods.Method, sizes: Sizes) -> Trial:
     """Compiles the method for the problem."""
     parts = program(problem, method, sizes)
     compiled = parts.cycle.lower(*parts.shapes).compile()
-    nbytes = parts.nbytes(report.compiled_bytes(compiled))
+    nbytes = parts.nbytes(compiled_bytes(compiled))
     return Trial(
         parts.start, compiled, parts.merge, evaluation(parts.loss, problem.validation), nbytes
     )

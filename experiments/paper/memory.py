@@ -24,12 +24,13 @@ from rich.console import Console
 from rich.progress import track
 
 import flora_jax
-from experiments import optimizers, report
+from experiments import optimizers
 from experiments.paper import lora, methods, problem
 from experiments.paper.methods import Method
 from experiments.paper.problem import Sizes
 from experiments.paper.sizes import Size
 from experiments.paper.table import replace_text, whole_file
+from flora_jax.compiled import compiled_bytes
 from flora_jax.fused import combine
 from flora_jax.plan import tree_bytes
 
@@ -104,7 +105,7 @@ def _program(given: problem.Problem, method: Method, light: bool, sizes: Sizes) 
 def measure(step: Any, shapes: Any, size: Size) -> int | None:
     """Bytes of the compiled program at its worst moment."""
     if size == "cpu":
-        return report.compiled_bytes(step.lower(*shapes).compile())
+        return compiled_bytes(step.lower(*shapes).compile())
     from experiments.bench import topology
 
     for chip in ("v5e", "v5p"):

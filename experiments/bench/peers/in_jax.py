@@ -11,11 +11,12 @@ import optax
 from optax import contrib
 
 import flora_jax
-from experiments import optimizers, report
+from experiments import optimizers
 from experiments.bench import setting
 from experiments.bench.peers.methods import PROJECTION_GAP, Size
 from experiments.models import llama, pretrained
 from flora_jax import projection as projections
+from flora_jax.compiled import compiled_bytes
 from flora_jax.plan import leaf_plans, tree_bytes
 
 LONG = 10**6
@@ -168,7 +169,7 @@ class Run:
 
     def peak_bytes(self, windows: np.ndarray) -> int:
         """Of the compiled step, which has the boundary in it: arguments, results, temporaries."""
-        return report.compiled_bytes(self.compiled(windows))
+        return compiled_bytes(self.compiled(windows))
 
     def draw(self) -> bool:
         """Draws every `A` once; False where the method has none."""
