@@ -50,8 +50,8 @@ from flora_jax.adapters import (
     sora,
     xgb_lora,
 )
-from flora_jax.keys import path_name
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.paths import path_name
 
 Method = Literal[
     "full",

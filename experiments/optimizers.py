@@ -7,10 +7,10 @@ import jax
 import optax
 
 import flora_jax
-from flora_jax.alias import ADVISED, KAPPA
-from flora_jax.distributions import Distribution
-from flora_jax.projection import Side
-from flora_jax.sharding import constrain
+from flora_jax.chain.distributions import Distribution
+from flora_jax.chain.flora import ADVISED, KAPPA
+from flora_jax.chain.projection import Side
+from flora_jax.sharding.partition import constrain
 
 Method = Literal["flora", "multisteps", "galore"]
 

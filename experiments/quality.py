@@ -24,8 +24,8 @@ import tyro
 import flora_jax
 from experiments import optimizers, text
 from experiments.models import decoder
-from flora_jax.distributions import DISTRIBUTIONS, Distribution
-from flora_jax.projection import Side
+from flora_jax.chain.distributions import DISTRIBUTIONS, Distribution
+from flora_jax.chain.projection import Side
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ from experiments import layout, optimizers, report, text
 from experiments.checkpoint import Checkpoints
 from experiments.models import decoder
 from flora_jax import make_train_step, state_shardings
-from flora_jax.compiled import compiled_bytes
-from flora_jax.distributions import Distribution
-from flora_jax.plan import tree_bytes
-from flora_jax.projection import Side
+from flora_jax.chain.distributions import Distribution
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.chain.projection import Side
+from flora_jax.memory.compiled import compiled_bytes
 
 PROMPT = "def read(self, "
 HELD_OUT = 64

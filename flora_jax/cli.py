@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from flora_jax import compiled, planner, shapes
+from flora_jax.memory import compiled, estimate, report
+from flora_jax.models import shapes
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal["flora", "flora-ordinary", "lora", "galore", "adam", "multisteps"]
-METHODS: dict[str, str] = dict(zip(get_args(Method), planner.METHODS, strict=True))
+METHODS: dict[str, str] = dict(zip(get_args(Method), estimate.METHODS, strict=True))
 HEADS = ("params", "state", "grads", "sketch", "activ.", "update", "gather", "copies")
 
 
@@ -49,46 +50,46 @@ class Request:
     rank: int = 128
     dtype: Dtype = "bfloat16"
 
-    def setting(self) -> planner.Setting:
+    def setting(self) -> estimate.Setting:
         """The same with the model's shape and the chip's bytes.
 
         Raises:
           ValueError: an unknown model or chip, a config that cannot be read, a number below 1.
         """
-        if self.hbm is None and self.chip not in planner.CHIPS:
+        if self.hbm is None and self.chip not in estimate.CHIPS:
             raise ValueError(
-                f"chip must be one of {', '.join(planner.CHIPS)}, or hbm be given, found {self.chip!r}"
+                f"chip must be one of {', '.join(estimate.CHIPS)}, or hbm be given, found {self.chip!r}"
             )
         dtype = jnp.dtype(self.dtype)
         found = shapes.read(self.config, dtype) if self.config else shapes.named(self.model, dtype)
-        hbm = planner.CHIPS[self.chip] if self.hbm is None else self.hbm
-        capacity = round(hbm * planner.GIB)
-        return planner.Setting(found, self.rank, self.length, self.batch, self.chips, capacity)
+        hbm = estimate.CHIPS[self.chip] if self.hbm is None else self.hbm
+        capacity = round(hbm * estimate.GIB)
+        return estimate.Setting(found, self.rank, self.length, self.batch, self.chips, capacity)
 
 
-def table(setting: planner.Setting, found: list[planner.Estimate]) -> Any:
+def table(setting: estimate.Setting, found: list[estimate.Estimate]) -> Any:
     """A rich table of the methods; the last column is the largest rank that fits."""
     from rich import box
     from rich.table import Table
 
-    used = [name for name in planner.PARTS if any(e.parts[name] for e in found)]
+    used = [name for name in estimate.PARTS if any(e.parts[name] for e in found)]
     caption = "GiB on each chip, estimated from figures of the TPU compiler"
-    heads = [head for head, name in zip(HEADS, planner.PARTS, strict=True) if name in used]
+    heads = [head for head, name in zip(HEADS, estimate.PARTS, strict=True) if name in used]
     was = any(e.measured is not None for e in found)
     if was:
         caption += "; compiled: the compiler's own"
     heads += ["total", *["compiled"] * was]
-    result = Table(title=planner.title(setting), caption=caption, box=box.SIMPLE_HEAD, padding=0)
+    result = Table(title=report.title(setting), caption=caption, box=box.SIMPLE_HEAD, padding=0)
     for head in ("method", "rank", *heads, "fits", "most"):
         result.add_column(
             head, justify="left" if head == "method" else "right", no_wrap=head != "method"
         )
     for e in found:
-        sizes = (f"{e.parts[name] / planner.GIB:.2f}" for name in used)
+        sizes = (f"{e.parts[name] / estimate.GIB:.2f}" for name in used)
         largest = str(e.largest_rank or ("none" if e.rank else "-"))
-        totals, fits = [f"{e.total / planner.GIB:.2f}"], "yes" if e.fits else "no"
+        totals, fits = [f"{e.total / estimate.GIB:.2f}"], "yes" if e.fits else "no"
         if was:
-            totals.append("-" if e.measured is None else f"{e.measured / planner.GIB:.2f}")
+            totals.append("-" if e.measured is None else f"{e.measured / estimate.GIB:.2f}")
         style = "green" if e.fits else "red"
         result.add_row(
             e.method,
@@ -101,9 +102,9 @@ def table(setting: planner.Setting, found: list[planner.Estimate]) -> Any:
     return result
 
 
-def advice(setting: planner.Setting, chosen: planner.Estimate) -> str:
+def advice(setting: estimate.Setting, chosen: estimate.Estimate) -> str:
     """What to do about one method, in a sentence."""
-    total, most = chosen.size / planner.GIB, setting.capacity / planner.GIB
+    total, most = chosen.size / estimate.GIB, setting.capacity / estimate.GIB
     name = chosen.method + (f" at rank {chosen.rank}" if chosen.rank else "")
     if chosen.fits:
         text = f"{name} fits: {total:.2f} of {most:.2f} GiB"
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
           html: write one page with a picture to this file.
         """
         setting = request.setting()
-        found = planner.estimates(setting)
+        found = estimate.estimates(setting)
         asked = METHODS[method]
         obstacle = compiled.obstacle(setting, asked, request.chip)
         if measure in ("yes", "all") and obstacle:
@@ -165,13 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size = compiled.measure(setting, name, request.chip)
             if size is None:
                 print(f"{name} fits neither that chip nor a v5p one.", file=sys.stderr)
-            place = planner.METHODS.index(name)
+            place = estimate.METHODS.index(name)
             found[place] = dataclasses.replace(found[place], measured=size)
         if html:
-            html.write_text(planner.to_html(setting, found), encoding="utf-8")
-        chosen = found[planner.METHODS.index(asked)]
+            html.write_text(report.to_html(setting, found), encoding="utf-8")
+        chosen = found[estimate.METHODS.index(asked)]
         if json:
-            print(planner.to_json(setting, found))
+            print(report.to_json(setting, found))
         else:
             console = Console()
             console.print(table(setting, found))
@@ -184,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("models:     ", ", ".join(shapes.NAMED))
         print("model_types:", ", ".join(shapes.FAMILIES))
         print("methods:    ", "; ".join(f"{k} ({v})" for k, v in METHODS.items()))
-        print("chips, GiB: ", ", ".join(f"{k} {v:g}" for k, v in planner.CHIPS.items()))
+        print("chips, GiB: ", ", ".join(f"{k} {v:g}" for k, v in estimate.CHIPS.items()))
         return 0
 
     try:

@@ -24,8 +24,9 @@ from IPython.display import SVG
 from sklearn.datasets import load_digits
 
 import flora_jax
-from flora_jax import planner, shapes
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.memory import estimate, report
+from flora_jax.models import shapes
 
 images, digits = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(images))
@@ -110,5 +111,5 @@ print(plan)
 # bfloat16, with 2048 tokens, on a TPU v5e chip.
 
 # %%
-setting = planner.Setting(shapes.named("LLaMA-7B"))
-SVG(planner.to_svg(setting, planner.estimates(setting)))
+setting = estimate.Setting(shapes.named("LLaMA-7B"))
+SVG(report.to_svg(setting, estimate.estimates(setting)))

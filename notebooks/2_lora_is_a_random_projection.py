@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 
 import flora_jax
 from flora_jax.adapters import lora
-from flora_jax.projection import sample
+from flora_jax.chain.products import sample
 
 images, digits = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(images))

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 import flora_jax
-from flora_jax import distributions
+from flora_jax.chain import distributions
 
 params = {"kernel": jnp.zeros((256, 192)), "bias": jnp.zeros(192)}
 grads = {"kernel": jax.random.normal(jax.random.key(0), (256, 192)), "bias": jnp.ones(192)}

@@ -26,7 +26,7 @@ import numpy as np
 
 import flora_jax
 from experiments.models import llama
-from flora_jax.sketch import is_sketch
+from flora_jax.chain.sketch import is_sketch
 
 # %% [markdown]
 # ## In the jaxpr

@@ -35,9 +35,10 @@ from jax.sharding import PartitionSpec as P
 import flora_jax
 from experiments.bench import traffic
 from experiments.models import llama
-from flora_jax import planner, shapes
-from flora_jax.keys import path_name
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.memory import estimate, report
+from flora_jax.models import shapes
+from flora_jax.paths import path_name
 
 # %% [markdown]
 # ## Does it fit?
@@ -49,20 +50,20 @@ from flora_jax.plan import tree_bytes
 # %%
 CHIPS = (1, 2, 4, 8, 16, 32, 64)
 model = shapes.named("LLaMA-7B")
-settings = {chips: planner.Setting(model, chips=chips, batch=chips) for chips in CHIPS}
-table = {chips: {e.method: e for e in planner.estimates(s)} for chips, s in settings.items()}
+settings = {chips: estimate.Setting(model, chips=chips, batch=chips) for chips in CHIPS}
+table = {chips: {e.method: e for e in estimate.estimates(s)} for chips, s in settings.items()}
 
 print(f"GiB a chip{'':16}" + "".join(f"{chips:>14}" for chips in CHIPS))
-for method in planner.METHODS:
+for method in estimate.METHODS:
     cells = []
     for chips in CHIPS:
         e = table[chips][method]
         rank = f" ({e.largest_rank or '–'})" if e.rank else ""
-        cells.append(f"{e.total / planner.GIB:.2f}{'' if e.fits else '!'}{rank}")
+        cells.append(f"{e.total / estimate.GIB:.2f}{'' if e.fits else '!'}{rank}")
     print(f"{method:26}" + "".join(f"{cell:>14}" for cell in cells))
 print("! does not fit")
 
-needed = {m: next(c for c in CHIPS if table[c][m].fits) for m in planner.METHODS}
+needed = {m: next(c for c in CHIPS if table[c][m].fits) for m in estimate.METHODS}
 print("\nfewest of these chips that hold it:", needed)
 assert needed["Flora, born compressed"] == min(needed.values())
 
@@ -70,21 +71,21 @@ assert needed["Flora, born compressed"] == min(needed.values())
 figure, (left, right) = plt.subplots(
     1, 2, figsize=(13, 4), layout="constrained", width_ratios=(2, 3)
 )
-for i, method in enumerate(planner.METHODS):
-    totals = [table[chips][method].total / planner.GIB for chips in CHIPS]
+for i, method in enumerate(estimate.METHODS):
+    totals = [table[chips][method].total / estimate.GIB for chips in CHIPS]
     left.loglog(CHIPS, totals, "--" if i % 2 else "-", lw=4 - i / 2, label=method)
-hbm = settings[1].capacity / planner.GIB
+hbm = settings[1].capacity / estimate.GIB
 left.axhline(hbm, color="k", ls="--", lw=1)
 left.set(xlabel="chips", ylabel="GiB a chip (dashed: what it has)")
 left.set_xticks(CHIPS, [str(c) for c in CHIPS])
 left.set_yticks((2, 4, 8, 16, 32), ("2", "4", "8", "16", "32"))
 left.minorticks_off()
 left.legend(fontsize=8)
-start = np.zeros(len(planner.METHODS))
-for part in planner.PARTS:
-    sizes = np.array([table[4][m].parts[part] / planner.GIB for m in planner.METHODS])
+start = np.zeros(len(estimate.METHODS))
+for part in estimate.PARTS:
+    sizes = np.array([table[4][m].parts[part] / estimate.GIB for m in estimate.METHODS])
     if sizes.any():
-        right.barh(planner.METHODS, sizes, left=start, color=planner.COLOURS[part], label=part)
+        right.barh(estimate.METHODS, sizes, left=start, color=report.COLOURS[part], label=part)
     start += sizes
 right.axvline(hbm, color="k", ls="--", lw=1)
 right.invert_yaxis()

@@ -43,7 +43,7 @@ from flora_jax.adapters import (
     sora,
     xgb_lora,
 )
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
 
 images, digits = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(images))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flora_jax import projection as projections
-from flora_jax.sketch import Spec
+from flora_jax.chain import products
+from flora_jax.chain.sketch import Spec
 
 DISTRIBUTIONS = ("gaussian", "rademacher", "orthonormal", "srht")
 
@@ -35,10 +35,10 @@ def make_spec(shape, projected, batch=(), rank=5, distribution="gaussian", **oth
     )
 
 
-sample = functools.partial(jax.jit, static_argnums=0)(projections.sample)
-project = functools.partial(jax.jit, static_argnums=0)(projections.project)
-decompress = functools.partial(jax.jit, static_argnums=0)(projections.decompress)
-transfer = functools.partial(jax.jit, static_argnums=0)(projections.transfer)
+sample = functools.partial(jax.jit, static_argnums=0)(products.sample)
+project = functools.partial(jax.jit, static_argnums=0)(products.project)
+decompress = functools.partial(jax.jit, static_argnums=0)(products.decompress)
+transfer = functools.partial(jax.jit, static_argnums=0)(products.transfer)
 
 
 def matrix_of_a(spec, cycle):

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from flora_jax import cli, compiled, planner, shapes
+from flora_jax import cli
+from flora_jax.memory import compiled, estimate
+from flora_jax.models import shapes
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,7 @@ def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
 
     def measure(setting, method, chip):
         asked.append((setting.model.name, method, chip))
-        return 16 * planner.GIB
+        return 16 * estimate.GIB
 
     monkeypatch.setattr(compiled, "measure", measure)
     page = tmp_path / "plan.html"
@@ -58,7 +60,7 @@ def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
     assert "<td>16.00</td>" in page.read_text(encoding="utf-8")
     assert cli.main(["plan", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["methods"]
-    assert [row["measured"] for row in rows] == [16 * planner.GIB] + [None] * 5
+    assert [row["measured"] for row in rows] == [16 * estimate.GIB] + [None] * 5
     assert not rows[0]["fits"]
     asked.clear()
     assert cli.main(["plan", "--measure", "all"]) == 1

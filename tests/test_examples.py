@@ -14,9 +14,11 @@ import optax
 import pytest
 
 import flora_jax
-from flora_jax import adapters, planner, shapes
+from flora_jax import adapters
 from flora_jax.adapters import peft, quantized
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.memory import estimate, report
+from flora_jax.models import shapes
 from tests.test_planner import COMPILED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,20 +156,20 @@ def test_every_public_name_of_the_adapters_is_in_the_reference():
 def test_the_planner_s_table():
     lines = []
     for model, method, rank, length, batch, chips, gib in COMPILED:
-        e = planner.estimate(
-            planner.Setting(shapes.named(model), rank, length, batch, chips), method
+        e = estimate.estimate(
+            estimate.Setting(shapes.named(model), rank, length, batch, chips), method
         )
         name = method + (f", rank {rank}" if e.rank else "")
         tokens = f"{batch} x {length} tokens"
         lines.append(
-            f"| {model}, {tokens} | {chips} | {name} | {gib:.2f} | {e.total / planner.GIB:.2f} |\n"
+            f"| {model}, {tokens} | {chips} | {name} | {gib:.2f} | {e.total / estimate.GIB:.2f} |\n"
         )
     assert (ROOT / "docs" / "planner.txt").read_text() == "".join(lines)
 
 
 @pytest.mark.newest  # MultiSteps of older optax accumulates in the params' dtype
 def test_the_planner_s_picture():
-    setting = planner.Setting(shapes.named("LLaMA-7B"))
-    text = planner.to_svg(setting, planner.estimates(setting)) + "\n"
+    setting = estimate.Setting(shapes.named("LLaMA-7B"))
+    text = report.to_svg(setting, estimate.estimates(setting)) + "\n"
     ElementTree.fromstring(text)
     assert (ROOT / "docs" / "plan.svg").read_text() == text

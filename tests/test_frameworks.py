@@ -11,7 +11,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import flora_jax
-from flora_jax import storage
+from flora_jax.chain import storage
 from tests.helpers import assert_tree_equal, normal
 
 INPUTS = jnp.asarray(normal(0, (64, 32)))

@@ -16,8 +16,8 @@ import tyro
 from rich.console import Console
 
 from experiments import report
-from flora_jax import distributions, projection
-from flora_jax.plan import leaf_plans
+from flora_jax.chain import distributions, products, projection
+from flora_jax.chain.leaf_plan import leaf_plans
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def main(config: Config) -> None:
             spec = leaf_plans(gradient, rule)[0].spec
             assert spec is not None
             functions[distribution, f"{prng}, draw"] = jax.jit(
-                lambda cycle, g, a, spec=spec: projection.sample(spec, cycle)
+                lambda cycle, g, a, spec=spec: products.sample(spec, cycle)
             )
             functions[distribution, f"{prng}, draw and project"] = jax.jit(
-                lambda cycle, g, a, spec=spec: projection.project(spec, cycle, g)
+                lambda cycle, g, a, spec=spec: products.project(spec, cycle, g)
             )
     times: dict[tuple[str, str], list[float]] = {name: [] for name in functions}
     for run in range(-1, config.runs):

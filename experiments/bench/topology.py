@@ -19,9 +19,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flora_jax import compiled, planner
+from flora_jax.memory import compiled, estimate
 
-HBM = planner.CHIPS["v5e"]
+HBM = estimate.CHIPS["v5e"]
 """GiB of a TPU v5e chip that a program may use, as the compiler says."""
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.layers import placed
-from flora_jax.forward import rotate
+from flora_jax.models.forward import rotate
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from flora_jax import forward
-from flora_jax.forward import CHUNK
+from flora_jax.models import forward
+from flora_jax.models.forward import CHUNK
 
 
 class Dense(nn.Module):

@@ -26,7 +26,7 @@ from experiments.models.layers import (
     places,
     remember,
 )
-from flora_jax.forward import rotate
+from flora_jax.models.forward import rotate
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.models.layers import Cache, Dense, Tied, losses, mean_loss, remember
-from flora_jax.forward import bucket
+from flora_jax.models.forward import bucket
 
 FAR = -1e9
 """Added to the scores of what may not be attended to."""

@@ -16,9 +16,9 @@ from experiments.checkpoint import Checkpoints
 from experiments.paper import lora, methods
 from experiments.paper.problem import Problem, Sizes
 from experiments.tasks import batches
-from flora_jax.compiled import compiled_bytes
-from flora_jax.fused import combine
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.fused.leaves import combine
+from flora_jax.memory.compiled import compiled_bytes
 
 CYCLES = 100_003
 """Cycles from one seed's first projection to the next seed's."""

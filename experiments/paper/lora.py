@@ -11,7 +11,7 @@ import jax
 from flora_jax import Projection
 from flora_jax.adapters import Adapter
 from flora_jax.adapters import lora as library
-from flora_jax.keys import path_name
+from flora_jax.paths import path_name
 
 FACTORS = "lora"
 """The entry of the factors, by the path of their weight."""

@@ -30,9 +30,9 @@ from experiments.paper.methods import Method
 from experiments.paper.problem import Sizes
 from experiments.paper.sizes import Size
 from experiments.paper.table import replace_text, whole_file
-from flora_jax.compiled import compiled_bytes
-from flora_jax.fused import combine
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.fused.leaves import combine
+from flora_jax.memory.compiled import compiled_bytes
 
 TITLE = "7. Memory of a step"
 SIZES: dict[Size, Sizes] = {

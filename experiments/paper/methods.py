@@ -9,7 +9,7 @@ from optax.contrib import galore
 
 import flora_jax
 from experiments.optimizers import cosine
-from flora_jax.alias import ADVISED, KAPPA, Preset
+from flora_jax.chain.flora import ADVISED, KAPPA, Preset
 
 Base = Literal["adafactor", "adam", "sgd", "sign_sgd"]
 Kind = Literal["uncompressed", "flora", "lora", "galore"]

@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import projection as projections
 from flora_jax.adapters.low_rank import (
     Adapter,
     Factors,
@@ -38,10 +37,12 @@ from flora_jax.adapters.low_rank import (
     specs,
     to_matrices,
 )
-from flora_jax.fused import value_and_grad
-from flora_jax.keys import fold_path
-from flora_jax.projection import Projection, data_batch
-from flora_jax.sketch import Sketch, Spec, is_sketch
+from flora_jax.chain import products
+from flora_jax.chain.keys import fold_path
+from flora_jax.chain.products import data_batch
+from flora_jax.chain.projection import Projection
+from flora_jax.chain.sketch import Sketch, Spec, is_sketch
+from flora_jax.fused.value_and_grad import value_and_grad
 
 OVERSAMPLING = 8
 
@@ -169,7 +170,7 @@ def _from_sketches(rows: Sketch, columns: Sketch, rank: int) -> tuple[jax.Array,
     """From `A G` and `G A′ᵀ`: `G ≈ Q X`, `Q` the range of the second, `X` by least squares of the first."""
     of_rows = _matrix(rows)
     range_, _ = jnp.linalg.qr(jnp.swapaxes(_matrix(columns), -1, -2))
-    drawn = projections.sample(rows.spec, 0)
+    drawn = products.sample(rows.spec, 0)
     drawn = drawn.reshape(*drawn.shape[: len(rows.spec.batch)], rows.spec.rank, -1)
     within = jnp.linalg.pinv(drawn @ range_) @ of_rows
     left, _, right = jnp.linalg.svd(within, full_matrices=False)

@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax import distributions
 from flora_jax.adapters.low_rank import Adapter
-from flora_jax.keys import fold_path
-from flora_jax.made import BLOCK, Made
-from flora_jax.sketch import Spec
-from flora_jax.weight import Kind, Weight, both_factors, down_labels, kinds_of
+from flora_jax.chain import distributions
+from flora_jax.chain.keys import fold_path
+from flora_jax.chain.sketch import Spec
+from flora_jax.fused.made import BLOCK, Made
+from flora_jax.fused.weight import Kind, Weight, both_factors, down_labels, kinds_of
 
 
 def flat_lora(

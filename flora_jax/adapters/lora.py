@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from flora_jax.adapters.low_rank import Adapter, Factors, as_projection, specs, start_pair
-from flora_jax.projection import Projection
-from flora_jax.sketch import Spec
+from flora_jax.chain.projection import Projection
+from flora_jax.chain.sketch import Spec
 
 Init = Literal["kaiming", "gaussian"]
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax.adapters.low_rank import Adapter, from_matrices, specs, to_matrices
-from flora_jax.sketch import Spec
+from flora_jax.chain.sketch import Spec
 
 
 def lora_pro(adapter: Adapter, params: Any) -> optax.GradientTransformation:

@@ -27,8 +27,8 @@ from flora_jax.adapters.low_rank import (
     layer_names,
     specs,
 )
-from flora_jax.projection import Projection
-from flora_jax.sketch import Spec
+from flora_jax.chain.projection import Projection
+from flora_jax.chain.sketch import Spec
 
 NAMES = ("query", "key", "value", "out")
 

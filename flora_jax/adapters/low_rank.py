@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flora_jax.fused import combine, is_array, partition
-from flora_jax.interpreter import Traced, Use, Walk, exposed
-from flora_jax.keys import fold_path
-from flora_jax.made import is_made, value_of
-from flora_jax.plan import LeafPlan, leaf_plans
-from flora_jax.projection import Projection, data_batch
-from flora_jax.rules import RULES
-from flora_jax.sketch import Spec
-from flora_jax.weight import Weight, merged
+from flora_jax.chain.keys import fold_path
+from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
+from flora_jax.chain.plan import Use
+from flora_jax.chain.products import data_batch
+from flora_jax.chain.projection import Projection
+from flora_jax.chain.sketch import Spec
+from flora_jax.fused.interpreter import Traced, Walk, exposed
+from flora_jax.fused.leaves import combine, is_array, partition
+from flora_jax.fused.made import is_made, value_of
+from flora_jax.fused.rules import RULES
+from flora_jax.fused.weight import Weight, merged
 
 
 class Factors(NamedTuple):

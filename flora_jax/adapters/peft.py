@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from flora_jax.adapters.lora import pair_factors
 from flora_jax.adapters.low_rank import Adapter, from_matrices, plans_of, specs, to_matrices
-from flora_jax.projection import Projection
-from flora_jax.sketch import Spec
+from flora_jax.chain.projection import Projection
+from flora_jax.chain.sketch import Spec
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import jax
 
 from flora_jax.adapters.low_rank import Adapter, arrays_apart, plans_of
-from flora_jax.fused import combine
-from flora_jax.made import Made, is_made
-from flora_jax.sketch import Spec
+from flora_jax.chain.sketch import Spec
+from flora_jax.fused.leaves import combine
+from flora_jax.fused.made import Made, is_made
 
 Kind = Literal["int8", "int4", "nf4"]
 

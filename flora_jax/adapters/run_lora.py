@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.low_rank import Adapter
-from flora_jax.weight import Weight
+from flora_jax.fused.weight import Weight
 
 Way = Literal["split", "merged"]
 

@@ -31,8 +31,8 @@ from flora_jax.adapters.low_rank import (
     start_pair,
     to_matrices,
 )
-from flora_jax.keys import fold_path
-from flora_jax.projection import Projection
+from flora_jax.chain.keys import fold_path
+from flora_jax.chain.projection import Projection
 
 
 class ProximalState(NamedTuple):

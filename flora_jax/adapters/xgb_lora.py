@@ -23,7 +23,7 @@ import optax
 
 from flora_jax.adapters.lora import Init, lora
 from flora_jax.adapters.low_rank import Adapter, as_projection, layer_name, layer_names, specs
-from flora_jax.projection import Projection
+from flora_jax.chain.projection import Projection
 
 
 class BoostingState(NamedTuple):

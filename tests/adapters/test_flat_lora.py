@@ -11,7 +11,7 @@ import flora_jax
 from flora_jax.adapters import flat_lora, growing, lora
 from flora_jax.adapters.flat_lora import filter_scale, noise
 from flora_jax.adapters.low_rank import specs
-from flora_jax.weight import Weight
+from flora_jax.fused.weight import Weight
 from tests.adapters.test_low_rank import dense, filled, rule
 from tests.helpers import assert_close, normal
 

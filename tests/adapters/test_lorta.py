@@ -9,7 +9,7 @@ import pytest
 from experiments.models import decoder
 from flora_jax.adapters import lora, lorta
 from flora_jax.adapters.lorta import count
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
 from tests.adapters.test_low_rank import filled, rule
 from tests.helpers import assert_close, normal
 

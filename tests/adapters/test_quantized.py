@@ -9,8 +9,8 @@ from jax import lax
 
 from flora_jax.adapters import lora
 from flora_jax.adapters.quantized import quantize
-from flora_jax.made import is_made
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.fused.made import is_made
 from tests.adapters.test_low_rank import filled, rule
 from tests.helpers import assert_close, assert_tree_close, normal
 from tests.test_fused import square

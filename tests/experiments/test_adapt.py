@@ -13,7 +13,7 @@ from experiments.models import decoder
 from experiments.paper import table
 from experiments.paper.problem import Sizes
 from experiments.paper.sizes import SIZES
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
 
 SMALL = dict(
     model=decoder.Shape(width=64, layers=1, heads=2),

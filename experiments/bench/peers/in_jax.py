@@ -15,9 +15,10 @@ from experiments import optimizers
 from experiments.bench import setting
 from experiments.bench.peers.methods import PROJECTION_GAP, Size
 from experiments.models import llama, pretrained
-from flora_jax import projection as projections
-from flora_jax.compiled import compiled_bytes
-from flora_jax.plan import leaf_plans, tree_bytes
+from flora_jax.chain import products
+from flora_jax.chain.leaf_plan import leaf_plans
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.memory.compiled import compiled_bytes
 
 LONG = 10**6
 """Boundaries of a schedule that does not end."""
@@ -181,4 +182,4 @@ class Run:
     def _projections(self, cycle: jax.Array) -> list[jax.Array]:
         assert self.projection is not None
         plans = leaf_plans(self.shapes, self.projection)
-        return [projections.sample(plan.spec, cycle) for plan in plans if plan.spec]
+        return [products.sample(plan.spec, cycle) for plan in plans if plan.spec]

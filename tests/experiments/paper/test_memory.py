@@ -6,7 +6,7 @@ import pytest
 
 from experiments.models import t5
 from experiments.paper import memory, problem
-from flora_jax.plan import tree_bytes
+from flora_jax.chain.plan import tree_bytes
 
 SIZES = problem.Sizes("small", (8, 4), 1, 4, 10)
 SHAPE = t5.Shape(600, 256, 512, 1, 2, 128)

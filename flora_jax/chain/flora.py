@@ -1,0 +1,152 @@
+"""flora: the chain with its arguments named as optax names them."""
+
+from typing import Any, Literal, get_args
+
+import jax
+import optax
+
+from flora_jax.chain import official, storage
+from flora_jax.chain import skip_nonfinite as skipping
+from flora_jax.chain.accumulate import StepsPerCycle, accumulate
+from flora_jax.chain.decompress import decompress
+from flora_jax.chain.momentum import momentum as sketched_momentum
+from flora_jax.chain.project import project
+from flora_jax.chain.projection import Projection, check_every
+from flora_jax.chain.shrink import shrink
+from flora_jax.chain.sketch import Every
+from flora_jax.chain.transformation import transformation
+
+Preset = Literal["paper", "advised", "official"]
+KAPPA = 1000
+"""Optimizer steps between transfers under momentum: the paper's best κ."""
+ADVISED = 64
+"""Optimizer steps that share a projection in the advised preset."""
+
+
+def flora(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: Any = None,
+    projection: Projection | None = None,
+    accumulation_steps: Every = 1,
+    momentum: float | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    preset: Preset = "paper",
+    seed: int = 0,
+    use_grad_mean: bool = True,
+    state_dtype: storage.StateDtype = "float32",
+    skip_nonfinite: bool = False,
+    min_dim_size_to_factor: int = 128,
+    decay_rate: Any = 0.8,
+    multiply_by_parameter_scale: bool = True,
+    clipping_threshold: Any = 1.0,
+    weight_decay_rate: Any = None,
+    weight_decay_mask: Any = None,
+    eps: Any = 1e-30,
+) -> optax.GradientTransformationExtraArgs:
+    """Flora: project → accumulate → (momentum →) decompress → Adafactor.
+
+    Args:
+      learning_rate: a number or a schedule of the gradient step.
+      rank: of the projections, as in `Projection`; this or `projection`.
+      projection: for all other choices. Its `resample_every` counts micro-steps and must be a
+        multiple of `accumulation_steps`. With `rank` alone it is one boundary, 64 in the advised
+        preset, 1000 under momentum.
+      accumulation_steps: micro-steps to a boundary: an int, or a schedule of the gradient step.
+      momentum: `β` of Algorithm 2; None for none.
+      optimizer: any optax optimizer in place of Adafactor; it then has its own learning rate, and
+        `learning_rate` and the arguments from `min_dim_size_to_factor` on are not used.
+      preset: `paper`: Gaussian projections, Algorithms 1 and 2. `advised`: the same chain with what was
+        measured to be better at no memory: the updates of compressed leaves scaled by `shrink` and,
+        where `rank` is given, `srht` projections, each kept for 64 steps. `official`: the authors' JAX
+        optimizer as it is, see `flora_jax.official`.
+      seed: of the projections, where `rank` is given.
+      use_grad_mean: mean of the micro-steps, else their sum.
+      state_dtype: of sketches between micro-steps: `float32`, `float64`, `bfloat16` or `int8`.
+      skip_nonfinite: leave out every micro-step that has a NaN or an infinity, as if it had not been.
+      min_dim_size_to_factor: of `optax.adafactor`, as all that follow.
+
+    Returns:
+      A `GradientTransformationExtraArgs`; updates between steps are zero.
+
+    Raises:
+      ValueError: a wrong argument.
+
+    Example:
+      >>> import flora_jax, jax, jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
+      >>> tx = flora_jax.flora(1e-2, rank=16, accumulation_steps=4)
+      >>> opt_state = tx.init(params)
+      >>> grads = jax.tree.map(jnp.ones_like, params)
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> params = optax.apply_updates(params, updates)
+
+    References:
+      Hao, Cao, Mou, arXiv 2402.03293.
+    """
+    if preset not in get_args(Preset):
+        raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}, found {preset!r}")
+    if (rank is None) == (projection is None):
+        raise ValueError(
+            "flora takes one of rank and projection, found "
+            + ("neither" if rank is None else "both")
+        )
+    for name, value in (("accumulation_steps", accumulation_steps), ("seed", seed)):
+        if isinstance(value, jax.Array):
+            raise ValueError(
+                f"{name} must be a Python value, found a jax.Array; under optax.inject_hyperparams "
+                "name it in static_args"
+            )
+    check_every("accumulation_steps", accumulation_steps)
+    storage.check("state_dtype", state_dtype)
+    if preset == "official":
+        if rank is None or momentum is None:
+            raise ValueError("preset='official' takes rank and momentum, and no projection")
+        return official.flora(learning_rate, rank=rank, decay=momentum, seed=seed)
+    if projection is None:
+        steps = ADVISED if preset == "advised" else 1
+        if momentum is not None:
+            steps = KAPPA
+        projection = Projection(
+            rank,
+            distribution="srht" if preset == "advised" else "gaussian",
+            resample_every=_cycle_length(accumulation_steps, steps),
+            seed=seed,
+        )
+    if optimizer is None:
+        optimizer = optax.adafactor(
+            learning_rate,
+            min_dim_size_to_factor=min_dim_size_to_factor,
+            decay_rate=decay_rate,
+            multiply_by_parameter_scale=multiply_by_parameter_scale,
+            clipping_threshold=clipping_threshold,
+            weight_decay_rate=weight_decay_rate,
+            weight_decay_mask=weight_decay_mask,
+            eps=eps,
+        )
+    inner = [decompress(), optimizer]
+    if preset == "advised":
+        inner.append(shrink(projection))
+    if momentum is not None:
+        inner.insert(0, sketched_momentum(momentum, projection=projection, dtype=state_dtype))
+    chain = optax.chain(*inner)
+    if accumulation_steps != 1:
+        chain = accumulate(
+            chain,
+            accumulation_steps,
+            projection=projection,
+            use_grad_mean=use_grad_mean,
+            accumulator_dtype=state_dtype,
+        )
+    chain = optax.chain(project(projection), chain)
+    if skip_nonfinite:
+        chain = skipping.skip_nonfinite(chain)
+    return transformation(chain)
+
+
+def _cycle_length(accumulation_steps: Every, steps: int) -> Every:
+    if callable(accumulation_steps):
+        if steps == 1:
+            return accumulation_steps
+        return StepsPerCycle(accumulation_steps, steps)
+    return steps * accumulation_steps

@@ -1,0 +1,253 @@
+"""Leaf plan: which leaf is compressed, on which side, to which rank; and why another is not."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flora_jax.chain.projection import DimensionNumbers, Projection
+from flora_jax.chain.sketch import Spec, is_sketch
+from flora_jax.paths import path_name
+from flora_jax.sharding import manual, partition
+
+_HEAD = re.compile(
+    r"(^|[/.])(head|lm_head|unembed\w*|logits\w*|output_projection|classifier)([/.]|$)",
+    re.IGNORECASE,
+)
+
+
+_EMBEDDING = re.compile(r"(^|[/_.])(\w*embed\w*|wte|wpe)([/_.]|$)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+    """What happens to one leaf.
+
+    Attributes:
+      path: name of the leaf.
+      shape: of the weight; inside `shard_map` of the part that is here.
+      dtype: of the weight, by name.
+      spec: of its sketch; None where the leaf is left whole.
+      side: `input` or `output`; None where the leaf is left whole.
+      reason: why it is left whole; empty where it is compressed.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: Spec | None
+    side: str | None
+    reason: str
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of what is accumulated: the sketch's, or the weight's own."""
+        return self.spec.part_data_shape if self.spec else self.shape
+
+
+def leaf_plans(tree: Any, projection: Projection) -> list[LeafPlan]:
+    """The plan of every leaf of params, gradients or sketches, in the order of the tree."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_sketch)
+    here = [
+        jax.ShapeDtypeStruct(leaf.spec.part_shape, leaf.spec.dtype) if is_sketch(leaf) else leaf
+        for _, leaf in paths
+    ]
+    names = [path_name(path) for path, _ in paths]
+    cuts = _cuts(projection, jax.tree.unflatten(structure, here), names)
+    shapes = [
+        jax.ShapeDtypeStruct(_whole_shape(part.shape, cut), part.dtype)
+        for part, cut in zip(here, cuts, strict=True)
+    ]
+    outline = jax.tree.unflatten(structure, shapes)
+    masks = _broadcast("mask", projection.mask, outline, lambda x: isinstance(x, bool), True)
+    numbers = _dimension_numbers(projection, outline)
+    return [
+        _leaf_plan(name, part, leaf, cut, masked, number, projection)
+        for name, part, leaf, cut, masked, number in zip(
+            names, here, shapes, cuts, masks, numbers, strict=True
+        )
+    ]
+
+
+def _leaf_plan(
+    path: str, here: Any, leaf: Any, cut: Any, masked: Any, numbers: Any, projection: Projection
+):
+    shape, dtype = tuple(leaf.shape), str(jnp.dtype(leaf.dtype))
+
+    def whole(reason: str) -> LeafPlan:
+        return LeafPlan(path, tuple(here.shape), dtype, None, None, reason)
+
+    if not masked:
+        return whole("masked")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return whole(f"{dtype} is no real floating type")
+    if projection.select is not None and not projection.select(path, shape):
+        return whole("not selected")
+    if len(shape) < 2:
+        return whole("vector" if shape else "scalar")
+    kind = _kind(path, shape, projection)
+    rule = {"embedding": projection.embedding, "head": projection.head}.get(kind, "matrix")
+    if rule == "whole":
+        return whole(kind)
+    reduction, output = _matrix_axes(path, shape, numbers, projection.min_dim)
+    inputs = math.prod(shape[axis] for axis in reduction)
+    outputs = math.prod(shape[axis] for axis in output)
+    if min(inputs, outputs) < projection.min_dim:
+        return whole(f"{inputs} x {outputs} is below min_dim {projection.min_dim}")
+    side = projection.side if rule == "matrix" else rule
+    if side == "larger":
+        side = "input" if inputs >= outputs else "output"
+    size = inputs if side == "input" else outputs
+    rank = _rank(path, shape, min(inputs, outputs), projection)
+    exact = rank == size and projection.distribution == "orthonormal"
+    if rank >= size and not exact:
+        return whole(f"rank {rank} is not below the {side} side's {size}")
+    key_path, key_index = path, None
+    if projection.stacked is not None and (told := projection.stacked(path)) is not None:
+        key_path, key_index = told
+    spec = Spec(
+        path=path,
+        shape=shape,
+        dtype=dtype,
+        projected=reduction if side == "input" else output,
+        batch=tuple(axis for axis in range(len(shape)) if axis not in reduction + output),
+        rank=rank,
+        distribution=projection.distribution,
+        seed=projection.seed,
+        resample_every=projection.resample_every,
+        key_path=key_path,
+        key_index=key_index,
+        impl=projection.prng,
+        block=projection.block,
+        cut=cut,
+    )
+    return LeafPlan(path, spec.part_shape, dtype, spec, side, "")
+
+
+def _cuts(projection: Projection, tree: Any, names: list[str]) -> list[Any]:
+    """For each leaf what `Spec.cut` says; `tree` has the arrays that are here."""
+
+    def is_leaf(node):
+        return node is None or isinstance(node, PartitionSpec | NamedSharding)
+
+    given = _broadcast("partition_specs", projection.partition_specs, tree, is_leaf, None)
+    return [
+        _cut(name, len(leaf.shape), getattr(one, "spec", one))
+        for name, leaf, one in zip(names, jax.tree.leaves(tree), given, strict=True)
+    ]
+
+
+def _cut(name: str, axes: int, spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...]:
+    if spec is None or not any(spec):
+        return ()
+    if not isinstance(spec, PartitionSpec) or len(spec) > axes:
+        raise ValueError(
+            f"partition_specs of {name!r} must be a PartitionSpec of at most {axes} entries, found "
+            f"{spec}"
+        )
+    return partition.entries(spec, axes)
+
+
+def _whole_shape(shape: tuple[int, ...], cut: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
+    """Of the weight that a device has a part of this shape of."""
+    if not cut:
+        return tuple(shape)
+    return tuple(length * manual.parts(names) for length, names in zip(shape, cut, strict=True))
+
+
+def _kind(path: str, shape: tuple[int, ...], projection: Projection) -> str:
+    """What a leaf is: `head`, `embedding` or `matrix`; the rules that were given before the names."""
+    rules = (
+        ("head", projection.is_head, _HEAD),  # first, since an unembedding has embed in its name
+        ("embedding", projection.is_embedding, _EMBEDDING),
+    )
+    for kind, rule, _ in rules:
+        if rule and rule(path, shape):
+            return kind
+    for kind, rule, pattern in rules:
+        if rule is None and len(shape) == 2 and pattern.search(path):
+            return kind
+    return "matrix"
+
+
+def _matrix_axes(path: str, shape: tuple[int, ...], numbers: Any, min_dim: int):
+    """Axes of the input and of the output side."""
+    rank = len(shape)
+    if numbers is not None:
+        reduction = _axes(path, shape, numbers.reduction_axis)
+        output = _axes(path, shape, numbers.output_axis)
+        if set(reduction) & set(output) or not reduction or not output:
+            raise ValueError(
+                f"weight_dimension_numbers of {path!r}: reduction and output axes must be disjoint "
+                f"and not empty, found {reduction} and {output} for shape {shape}"
+            )
+        return reduction, output
+    if min(shape[-2:]) >= min_dim or rank == 2:
+        return (rank - 2,), (rank - 1,)
+    cut = max(range(1, rank), key=lambda i: min(math.prod(shape[:i]), math.prod(shape[i:])))
+    return tuple(range(cut)), tuple(range(cut, rank))
+
+
+def _axes(path: str, shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    for axis in axes:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"weight_dimension_numbers of {path!r}: axis {axis} is not among the {len(shape)} "
+                f"axes of shape {shape}"
+            )
+    return tuple(sorted({axis % len(shape) for axis in axes}))
+
+
+def _rank(path: str, shape: tuple[int, ...], smaller: int, projection: Projection) -> int:
+    rank = projection.rank
+    if isinstance(rank, float):
+        return max(1, round(rank * smaller))
+    if isinstance(rank, int):
+        return rank
+    found = rank(path, shape)
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(f"rank of {path!r} must be an int of at least 1, found {found!r}")
+    return found
+
+
+def _dimension_numbers(projection: Projection, tree: Any) -> list[Any]:
+    numbers = projection.weight_dimension_numbers
+    if _is_numbers(numbers):
+        return [numbers if len(leaf.shape) >= 2 else None for leaf in jax.tree.leaves(tree)]
+    return _broadcast(
+        "weight_dimension_numbers", numbers, tree, lambda x: x is None or _is_numbers(x), None
+    )
+
+
+def _is_numbers(node: Any) -> bool:
+    return isinstance(node, DimensionNumbers) or (
+        hasattr(node, "reduction_axis") and hasattr(node, "output_axis")
+    )
+
+
+def _broadcast(name: str, prefix: Any, tree: Any, is_leaf: Any, default: Any) -> list[Any]:
+    """One value for each leaf of `tree`, from a prefix tree or a function that gives one."""
+    leaves = jax.tree.leaves(tree)
+    if leaves and callable(prefix) and not _is_numbers(prefix):
+        prefix = prefix(tree)
+    if prefix is None or not leaves:
+        return [default] * len(leaves)
+    result: list[Any] = []
+    try:
+        jax.tree.map(
+            lambda value, sub: result.extend([value] * len(jax.tree.leaves(sub))),
+            prefix,
+            tree,
+            is_leaf=is_leaf,
+        )
+    except ValueError as error:
+        found, expected = jax.tree.structure(prefix, is_leaf=is_leaf), jax.tree.structure(tree)
+        raise ValueError(
+            f"{name} must be a prefix of the params' tree {expected}, found {found}"
+        ) from error
+    return result

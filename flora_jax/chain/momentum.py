@@ -1,0 +1,90 @@
+"""momentum: `M ← β M + (1 − β) G Aᵀ`, transferred every `κ` steps (arXiv 2402.03293, Algorithm 2)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax.chain import products, states, storage
+from flora_jax.chain.projection import Projection
+from flora_jax.chain.sketch import is_sketch
+from flora_jax.chain.transformation import transformation
+from flora_jax.sharding import manual
+
+
+class MomentumState(NamedTuple):
+    """State of `momentum`.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      cycle: int32 scalar, whose projection made the sketches below.
+      momentum: tree of the params; each leaf of the sketch's shape, or the weight's own.
+    """
+
+    count: Any
+    cycle: Any
+    momentum: Any
+
+
+def momentum(
+    decay: float,
+    *,
+    projection: Projection | None = None,
+    dtype: storage.StateDtype = "float32",
+) -> optax.GradientTransformationExtraArgs:
+    """First moment of the gradient, kept as a sketch: `M ← β M + (1 − β) C`.
+
+    When the incoming sketches are of another cycle, `M` is transferred to it first.
+
+    Args:
+      decay: `β`, at least 0 and below 1.
+      projection: that of the `project` before it. None where nothing is compressed.
+      dtype: of the state; see `accumulate`.
+
+    Raises:
+      ValueError: a wrong argument; (on update, at trace time) a leaf that does not fit the state.
+
+    References:
+      arXiv 2402.03293, Algorithm 2.
+    """
+    _check_decay(decay)
+    storage.check("dtype", dtype)
+
+    def init_fn(params):
+        count, cycle = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)  # two, to be donated
+        return MomentumState(count, cycle, states.zeros(params, projection, dtype))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        sketches = states.map_leaves(states.expected("momentum", projection), projection, updates)
+        cycles = [leaf.cycle for leaf in states.leaves(sketches) if is_sketch(leaf)]
+        cycle = cycles[0] if cycles else state.cycle
+        kept = storage.load_tree(state.momentum)
+
+        def move(leaf, data):
+            if not is_sketch(leaf):
+                return data
+            return products.transfer(leaf.spec, state.cycle, cycle, data)
+
+        moved = manual.switch(
+            cycle == state.cycle,
+            (
+                lambda tree: jax.tree.map(move, sketches, tree, is_leaf=is_sketch),
+                lambda tree: tree,
+            ),
+            kept,
+        )
+        mixed = jax.tree.map(
+            lambda old, new: decay * old + (1 - decay) * new, moved, states.numbers(sketches)
+        )
+        result = states.with_numbers(sketches, mixed)
+        stored = states.store(mixed, projection, sketches, dtype, (state.count,))
+        return result, MomentumState(optax.safe_increment(state.count), cycle, stored)
+
+    return transformation(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+
+
+def _check_decay(decay: Any) -> None:
+    if not isinstance(decay, jax.Array) and not 0 <= decay < 1:
+        raise ValueError(f"decay must be at least 0 and below 1, found {decay!r}")

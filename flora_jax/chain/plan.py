@@ -1,0 +1,176 @@
+"""Plan: the plans of all leaves, and the bytes of state, before a run."""
+
+import dataclasses
+import json
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax.chain import storage
+from flora_jax.chain.flora import flora
+from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
+from flora_jax.chain.projection import Projection
+
+
+class Use(NamedTuple):
+    """One use of a compressed weight.
+
+    Attributes:
+      path: the weight's name.
+      primitive: name of the operation.
+      place: file and line of the caller, where known.
+      whole: whether the weight's whole gradient exists there for a moment, for want of a rule.
+    """
+
+    path: str
+    primitive: str
+    place: str
+    whole: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The leaves, and the bytes of state by method; `str()` gives the table.
+
+    Attributes:
+      leaves: a `LeafPlan` for each leaf, in the order of the tree.
+      sketch_bytes: bytes of one accumulator (or momentum) for each leaf, in the same order.
+      state_bytes: bytes of all optimizer state, by method.
+      whole_uses: uses of compressed weights that make a whole gradient for want of a rule; filled
+        in by `ValueAndGrad.plan`.
+    """
+
+    leaves: tuple[LeafPlan, ...]
+    sketch_bytes: tuple[int, ...]
+    state_bytes: dict[str, int]
+    whole_uses: tuple[Use, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, ready for JSON."""
+        leaves = [
+            {
+                "path": leaf.path,
+                "shape": list(leaf.shape),
+                "dtype": leaf.dtype,
+                "compressed": leaf.spec is not None,
+                "side": leaf.side,
+                "rank": leaf.spec.rank if leaf.spec else None,
+                "sketch": list(leaf.data_shape),
+                "bytes": size,
+                "reason": leaf.reason,
+            }
+            for leaf, size in zip(self.leaves, self.sketch_bytes, strict=True)
+        ]
+        whole = [use._asdict() for use in self.whole_uses]
+        return {"leaves": leaves, "state_bytes": dict(self.state_bytes), "whole_uses": whole}
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2)
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "side", "rank", "sketch", "bytes", "left whole because")]
+        for leaf, size in zip(self.leaves, self.sketch_bytes, strict=True):
+            rows.append(
+                (
+                    leaf.path,
+                    _by(leaf.shape),
+                    leaf.side or "-",
+                    str(leaf.spec.rank) if leaf.spec else "-",
+                    _by(leaf.data_shape) if leaf.spec else "-",
+                    f"{size:,}",
+                    leaf.reason,
+                )
+            )
+        totals = [("state", "bytes", "ratio to MultiSteps")]
+        whole = self.state_bytes["MultiSteps + Adafactor"]
+        for name, size in self.state_bytes.items():
+            totals.append((name, f"{size:,}", f"{size / whole:.3f}" if whole else "-"))
+        tables = [rows, totals]
+        if self.whole_uses:
+            uses = [(use.path, use.primitive, use.place) for use in self.whole_uses]
+            tables.append([("whole gradient of", "for want of a rule for", "at"), *uses])
+        return "\n\n".join(map(_table, tables))
+
+
+def plan(
+    params: Any,
+    projection: Projection,
+    *,
+    accumulation_steps: Any = 1,
+    momentum: float | None = None,
+    dtype: storage.StateDtype = "float32",
+    tx: optax.GradientTransformation | None = None,
+) -> Plan:
+    """Says before a run what will be compressed, and what the state will weigh.
+
+    Args:
+      params: tree of arrays, or of `jax.ShapeDtypeStruct` (`jax.eval_shape` of a model's init).
+      projection: the `Projection`.
+      accumulation_steps: as in `flora`.
+      momentum: as in `flora`.
+      dtype: of the state, as in `flora`.
+      tx: the transformation whose state is weighed as `Flora`; by default `flora_jax.flora` with
+        these arguments, over Adafactor.
+
+    Returns:
+      A `Plan`; its bytes are those that the states have after `init`. GaLore stands for
+      `optax.contrib.galore` at the same rank on the same matrices (each batch index one matrix).
+
+    Raises:
+      ValueError: the projection's mask or dimension numbers do not fit the params.
+    """
+
+    params = jax.eval_shape(lambda tree: tree, params)
+    leaves = leaf_plans(params, projection)
+    if tx is None:
+        tx = flora(
+            1.0,
+            projection=projection,
+            accumulation_steps=accumulation_steps,
+            momentum=momentum,
+            state_dtype=dtype,
+        )
+    adafactor = optax.adafactor(1.0)
+    steps = optax.MultiSteps(adafactor, every_k_schedule=2)
+    state_bytes = {
+        "Flora": tree_bytes(jax.eval_shape(tx.init, params)),
+        "MultiSteps + Adafactor": tree_bytes(jax.eval_shape(steps.init, params)),
+        "Adafactor alone": tree_bytes(jax.eval_shape(adafactor.init, params)),
+        "Adam": tree_bytes(jax.eval_shape(optax.adam(1.0).init, params)),
+        "GaLore": 8 + sum(_galore_bytes(leaf) for leaf in leaves),
+    }
+    sizes = tuple(storage.nbytes(dtype, leaf.data_shape) for leaf in leaves)
+    return Plan(tuple(leaves), sizes, state_bytes)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree (or of their shapes)."""
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _galore_bytes(leaf: LeafPlan) -> int:
+    """Projector and two moments of `optax.contrib.galore` at the rank of the plan."""
+    itemsize = jnp.dtype(leaf.dtype).itemsize
+    if leaf.spec is None:
+        return 2 * math.prod(leaf.shape) * itemsize
+    batch = math.prod(leaf.shape[axis] for axis in leaf.spec.batch)
+    larger, smaller = leaf.spec.size, math.prod(leaf.shape) // batch // leaf.spec.size
+    larger, smaller = max(larger, smaller), min(larger, smaller)
+    rank = min(leaf.spec.rank, smaller)
+    return batch * rank * (larger + 2 * smaller) * itemsize
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "()"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,259 @@
+"""Movers: transpose, reshape, slice and their like act on the value and on the tap alike.
+
+They do so long as they leave the projected axes together, or say which of their indices are left.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.fused.interpreter import Traced, Walk, apply
+from flora_jax.fused.rules.common import handed_on, only_first
+from flora_jax.fused.weight import Kind, Weight, tap_shape
+from flora_jax.sharding import explicit
+
+
+def after_move(
+    weight: Weight, value, tap, kinds: Sequence[Kind], slot: int, **changes
+) -> list[Traced]:
+    """A weight after a move; `slot` is where the tap's rank has come to."""
+    kinds = tuple(kinds)
+    goal = kinds.index("projected")
+    if goal != slot:
+        tap = jnp.swapaxes(tap, goal, slot)
+    return handed_on(weight.replace(value=value, tap=tap, kinds=kinds, **changes))
+
+
+def mover(rule):
+    """A mover, which on a mesh of explicit axes gets weights whose tap lies whole everywhere."""
+
+    def free(traced: Traced) -> Traced:
+        weight = traced.value
+        if not isinstance(weight, Weight) or explicit.place(weight.tap) is None:
+            return traced
+        return traced._replace(value=weight.replace(tap=explicit.everywhere(weight.tap)))
+
+    return lambda walk, eqn, ins: rule(walk, eqn, [free(traced) for traced in ins])
+
+
+def _per_kind(weight: Weight, move) -> dict[str, Any]:
+    """Moves `keys`, `columns` and `factors`: `move(array, axes)`, `axes` being those it has."""
+    projected, batch = weight.axes("projected"), weight.axes("batch")
+    return dict(
+        keys=move(weight.keys, batch) if batch else weight.keys,
+        columns=None if weight.columns is None else move(weight.columns, projected),
+        factors=None if weight.factors is None else move(weight.factors, projected),
+    )
+
+
+def _transpose(walk: Walk, eqn, ins):
+    del walk
+    weight, order = ins[0].value, eqn.params["permutation"]
+
+    def move(array, axes):
+        places = [axes.index(axis) for axis in order if axis in axes]
+        return jnp.transpose(array, (*places, *range(len(axes), array.ndim)))
+
+    moved = _per_kind(weight, move)
+    if weight.columns is None and len(weight.axes("projected")) > 1:
+        moved["columns"] = move(weight.indices(), weight.axes("projected"))
+    return after_move(
+        weight,
+        apply(eqn, weight.value),
+        jnp.transpose(weight.tap, order),
+        [weight.kinds[axis] for axis in order],
+        order.index(weight.slot),
+        **moved,
+    )
+
+
+def _reshape(walk: Walk, eqn, ins):
+    del walk
+    if len(ins) > 1 or eqn.params.get("dimensions") is not None:
+        return None
+    weight, shape = ins[0].value, eqn.params["new_sizes"]
+    kinds: list[Kind] = ["kept"] * len(shape)
+    for old, new in _groups(weight.value.shape, shape):
+        found = {weight.kinds[axis] for axis in old if weight.value.shape[axis] > 1}
+        if len(found) > 1:
+            return None
+        for axis in new:
+            kinds[axis] = next(iter(found), "kept")
+    return _reshaped(weight, apply(eqn, weight.value), kinds)
+
+
+def _squeeze(walk: Walk, eqn, ins):
+    del walk
+    weight, gone = ins[0].value, eqn.params["dimensions"]
+    kinds = [kind for axis, kind in enumerate(weight.kinds) if axis not in gone]
+    return _reshaped(weight, apply(eqn, weight.value), kinds)
+
+
+def _expand(walk: Walk, eqn, ins):
+    del walk
+    weight, added = ins[0].value, eqn.params["dimensions"]
+    kinds = list(weight.kinds)
+    for axis in sorted(added):
+        kinds.insert(axis, "kept")
+    return _reshaped(weight, apply(eqn, weight.value), kinds)
+
+
+def _reshaped(weight: Weight, value, kinds: Sequence[Kind]):
+    """After a change of shape alone: everything keeps its order."""
+    if "projected" not in kinds:
+        return None
+    lengths = {
+        kind: [n for n, other in zip(value.shape, kinds, strict=True) if other == kind]
+        for kind in ("projected", "batch")
+    }
+    return handed_on(
+        weight.replace(
+            value=value,
+            tap=weight.tap.reshape(tap_shape(value.shape, kinds, weight.spec.rank)),
+            keys=weight.keys.reshape(*lengths["batch"], weight.keys.shape[-1]),
+            columns=_reshape_if(weight.columns, lengths["projected"]),
+            factors=_reshape_if(weight.factors, lengths["projected"]),
+            kinds=tuple(kinds),
+        )
+    )
+
+
+def _reshape_if(array, shape):
+    return None if array is None else array.reshape(shape)
+
+
+def _groups(old: Sequence[int], new: Sequence[int]):
+    """Cuts two shapes of one size into the shortest runs of axes of equal size."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first, second = i, j
+        left = right = 1
+        while first == i or left != right:
+            if first == i and i == len(old):
+                break
+            if left <= right and i < len(old):
+                left *= old[i]
+                i += 1
+            else:
+                right *= new[j]
+                j += 1
+        if i == len(old):
+            j = len(new)  # what is left has length 1
+        yield range(first, i), range(second, j)
+
+
+def _slice(walk: Walk, eqn, ins):
+    del walk
+    weight = ins[0].value
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+
+    def cut(array, axes, whole=()):
+        index = [
+            slice(None) if axis in whole else slice(starts[axis], limits[axis], strides[axis])
+            for axis in axes
+        ]
+        return array[tuple(index)]
+
+    moved = _per_kind(weight, cut)
+    projected = weight.axes("projected")
+    if any((starts[i], limits[i], strides[i]) != (0, weight.value.shape[i], 1) for i in projected):
+        moved["columns"] = cut(weight.indices(), projected)
+    tap = cut(weight.tap, range(len(starts)), projected)
+    return after_move(weight, apply(eqn, weight.value), tap, weight.kinds, weight.slot, **moved)
+
+
+def _dynamic_slice(walk: Walk, eqn, ins):
+    del walk
+    if not only_first(ins):
+        return None
+    weight, starts = ins[0].value, [traced.value for traced in ins[1:]]
+    sizes = eqn.params["slice_sizes"]
+    if len(starts) != len(sizes):
+        return None
+
+    def cut(array, axes, whole=()):
+        first = [jnp.zeros_like(starts[axis]) if axis in whole else starts[axis] for axis in axes]
+        lengths = [array.shape[i] if axis in whole else sizes[axis] for i, axis in enumerate(axes)]
+        extra = array.ndim - len(first)
+        first += [jnp.int32(0)] * extra
+        lengths += list(array.shape[len(lengths) :])
+        return jax.lax.dynamic_slice(array, first, lengths)
+
+    moved = _per_kind(weight, cut)
+    projected = weight.axes("projected")
+    if any(sizes[axis] != weight.value.shape[axis] for axis in projected):
+        moved["columns"] = cut(weight.indices(), projected)
+    tap = cut(weight.tap, range(len(sizes)), projected)
+    value = apply(eqn, weight.value, *starts)
+    return after_move(weight, value, tap, weight.kinds, weight.slot, **moved)
+
+
+def _rev(walk: Walk, eqn, ins):
+    del walk
+    weight, turned = ins[0].value, eqn.params["dimensions"]
+
+    def turn(array, axes):
+        return jnp.flip(array, [i for i, axis in enumerate(axes) if axis in turned])
+
+    moved = _per_kind(weight, turn)
+    projected = weight.axes("projected")
+    if set(projected) & set(turned):
+        moved["columns"] = turn(weight.indices(), projected)
+    tap = jnp.flip(weight.tap, [axis for axis in turned if axis not in projected])
+    return after_move(weight, apply(eqn, weight.value), tap, weight.kinds, weight.slot, **moved)
+
+
+def _broadcast_in_dim(walk: Walk, eqn, ins):
+    del walk
+    weight, shape = ins[0].value, eqn.params["shape"]
+    dims = eqn.params["broadcast_dimensions"]
+    if len(ins) > 1:
+        return None
+    for axis, dim in enumerate(dims):
+        grown = weight.value.shape[axis] != shape[dim]
+        if grown and weight.kinds[axis] != "kept":
+            return None
+    kinds: list[Kind] = ["kept"] * len(shape)
+    for axis, dim in enumerate(dims):
+        kinds[dim] = weight.kinds[axis]
+    tap = jax.lax.broadcast_in_dim(weight.tap, tap_shape(shape, kinds, weight.spec.rank), dims)
+    return after_move(weight, apply(eqn, weight.value), tap, kinds, dims[weight.slot])
+
+
+def _split(walk: Walk, eqn, ins):
+    del walk
+    weight, axis = ins[0].value, eqn.params["axis"]
+    ends = list(itertools.accumulate(eqn.params["sizes"]))[:-1]
+    count = len(ends) + 1
+
+    def cut(array, axes):
+        return jnp.split(array, ends, axes.index(axis)) if axis in axes else [array] * count
+
+    parts = _per_kind(weight, cut)
+    if weight.kinds[axis] == "projected":
+        parts["columns"] = cut(weight.indices(), weight.axes("projected"))
+        taps = [weight.tap] * count
+    else:
+        taps = jnp.split(weight.tap, ends, axis)
+    outs = []
+    for i, value in enumerate(apply(eqn, weight.value)):
+        moved = {name: part[i] if isinstance(part, list) else part for name, part in parts.items()}
+        outs += after_move(weight, value, taps[i], weight.kinds, weight.slot, **moved)
+    return outs
+
+
+RULES = {
+    "transpose": mover(_transpose),
+    "reshape": mover(_reshape),
+    "squeeze": mover(_squeeze),
+    "expand_dims": mover(_expand),
+    "slice": mover(_slice),
+    "dynamic_slice": mover(_dynamic_slice),
+    "rev": mover(_rev),
+    "broadcast_in_dim": mover(_broadcast_in_dim),
+    "split": mover(_split),
+}

@@ -1,0 +1,207 @@
+"""Compiled: what the TPU compiler says that a training step of a plan takes. Needs `libtpu`; no TPU."""
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flora_jax.adapters import lora
+from flora_jax.chain.flora import flora
+from flora_jax.chain.plan import plan
+from flora_jax.chain.projection import Projection
+from flora_jax.memory.estimate import CHIPS, GIB, METHODS, Setting
+from flora_jax.models import forward
+from flora_jax.sharding.state import state_shardings
+from flora_jax.update.train_step import make_train_step
+
+STEPS = 16
+"""Micro-steps of an accumulation; what a program takes does not depend on it."""
+TOPOLOGIES = {
+    "v5e": ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
+    "v6e": ("v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16"),
+    "v5p": ("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8"),
+}
+"""Of chips, the smallest first."""
+MEASURED = tuple(name for name in METHODS if name != "GaLore")
+"""GaLore's singular value decompositions take the compiler longer than anyone waits."""
+
+
+def obstacle(setting: Setting, method: str, chip: str) -> str:
+    """Why `measure` cannot compile this; empty where it can."""
+    if importlib.util.find_spec("libtpu") is None:
+        return "the package libtpu is not installed"
+    if chip not in TOPOLOGIES:
+        return f"{chip} is none of {', '.join(TOPOLOGIES)}"
+    if setting.chips > _count(TOPOLOGIES[chip][-1]):
+        return f"{setting.chips} chips are more than those of {TOPOLOGIES[chip][-1]}"
+    return "" if method in MEASURED else f"{method} takes the compiler too long"
+
+
+def measure(setting: Setting, method: str, chip: str = "v5e") -> int | None:
+    """Bytes on each chip that one program takes which does the micro-step and the boundary.
+
+    Where the chip cannot hold it, those that it takes of a v5p chip (but more than the chip has); None where
+    that cannot hold it either.
+
+    Weights lie cut over all chips along the axis that Flora keeps, the state with them, and the batch where
+    the chips divide it. Some minutes for billions of parameters.
+
+    Args:
+      setting: what is trained; its capacity is not looked at.
+      method: of `MEASURED`.
+      chip: of `TOPOLOGIES`.
+
+    Raises:
+      ValueError: an unknown method or chip, or more chips than there is a topology of.
+      ModuleNotFoundError: no `libtpu`.
+    """
+    if method not in MEASURED:
+        raise ValueError(f"method must be one of {'; '.join(MEASURED)}, found {method!r}")
+    if (size := _bytes(_lowered(setting, method, _mesh(chip, setting.chips)))) is not None:
+        return size
+    if chip == "v5p":
+        return None
+    size = _bytes(_lowered(setting, method, _mesh("v5p", setting.chips)))
+    return None if size is None else max(size, round(CHIPS[chip] * GIB) + 1)
+
+
+def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
+    cut = setting.chips > 1 and setting.batch % setting.chips == 0
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, PartitionSpec("chips")) if cut else everywhere
+    place = (lambda x: jax.lax.with_sharding_constraint(x, rows)) if cut else (lambda x: x)
+    projection = Projection(setting.rank, distribution="srht", resample_every=STEPS)
+    weights = _cut(setting.model.params, projection, mesh)
+    loss = forward.loss(setting.model, place)
+    batch = forward.batch(setting.model, setting.batch, setting.length)
+    batch = jax.tree.map(lambda x: _placed(x, rows), batch)
+    step, tx, params = _step(method, loss, weights, projection, setting)
+    shapes = jax.eval_shape(tx.init, params)
+    shardings = (
+        state_shardings(tx, params)
+        if setting.chips > 1
+        else jax.tree.map(lambda _: everywhere, shapes)
+    )
+    state = jax.tree.map(_placed, shapes, shardings)
+    frozen = () if params is weights else (weights,)
+    return step.lower(*frozen, params, state, *batch)
+
+
+def _step(
+    method: str, loss: Callable, params: Any, projection: Projection, setting: Setting
+) -> tuple[Any, optax.GradientTransformation, Any]:
+    """The compiled step, its transformation, and what that trains."""
+    if method.startswith("Flora"):
+        tx = flora(1e-3, projection=projection, accumulation_steps=STEPS)
+        if method == "Flora, born compressed":
+            return make_train_step(loss, tx, projection), tx, params
+        return _ordinary(loss, tx), tx, params
+    if method == "LoRA + Adam":
+        names = tuple(stack.name for stack in setting.model.stacks)
+        sides = Projection(
+            setting.rank, side="input", select=lambda path, _: path.split("/")[0] in names
+        )
+        adapter, tx = lora(sides), optax.adam(1e-3)
+        own = jax.eval_shape(partial(adapter.init, jax.random.key(0)), params)
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        own = jax.tree.map(lambda x: _placed(x, _largest(x.shape, mesh)), own)
+        adapted = adapter.apply(loss)
+
+        @partial(jax.jit, donate_argnums=(1, 2))
+        def step(frozen, own, state, *batch):
+            value, grads = jax.value_and_grad(adapted, argnums=1)(frozen, own, *batch)
+            updates, state = tx.update(grads, state, own)
+            return optax.apply_updates(own, updates), state, value
+
+        return step, tx, own
+    if method == "Adam":
+        tx = optax.adam(1e-3)
+    else:
+        tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
+    return _ordinary(loss, tx), tx, params
+
+
+def _ordinary(loss: Callable, tx: optax.GradientTransformation) -> Any:
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, *batch):
+        value, grads = jax.value_and_grad(loss)(params, *batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def _cut(params: Any, projection: Projection, mesh: Mesh) -> Any:
+    """Over the chips, each weight along its longest axis that Flora keeps and the chips divide."""
+    leaves = []
+    for leaf, x in zip(plan(params, projection).leaves, jax.tree.leaves(params), strict=True):
+        leaves.append(_placed(x, _largest(x.shape, mesh, leaf.spec.kept if leaf.spec else ())))
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _largest(shape: tuple[int, ...], mesh: Mesh, first: tuple[int, ...] = ()) -> NamedSharding:
+    """Along the longest axis that the chips divide, if any of those `first` among these."""
+    axes = [axis for axis, n in enumerate(shape) if n % mesh.size == 0 and len(shape) > 1]
+    best = max(axes, key=lambda axis: (axis in first, shape[axis]), default=None)
+    cut = ("chips" if axis == best else None for axis in range(len(shape)))
+    return NamedSharding(mesh, PartitionSpec(*cut))
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _mesh(chip: str, count: int) -> Mesh:
+    kinds = (jax.sharding.AxisType.Auto,)
+    return Mesh(np.array(devices(chip, count)), ("chips",), axis_types=kinds)
+
+
+def devices(chip: str, count: int) -> list[Any]:
+    """So many described chips, of the smallest topology in `TOPOLOGIES` that has them.
+
+    Raises:
+      ValueError: an unknown chip, or more chips than there is a topology of.
+    """
+    from jax.experimental import topologies
+
+    if chip not in TOPOLOGIES:
+        raise ValueError(f"chip must be one of {', '.join(TOPOLOGIES)} to compile, found {chip!r}")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no one which TPU this machine has
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor waits for who compiles beside it
+    for name in TOPOLOGIES[chip]:
+        if _count(name) >= count:
+            described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            return list(described.devices[:count])
+    raise ValueError(f"chips must be at most those of {TOPOLOGIES[chip][-1]}, found {count}")
+
+
+def _count(topology: str) -> int:
+    return math.prod(map(int, topology.split(":")[1].split("x")))
+
+
+def _bytes(lowered: Any) -> int | None:
+    """None where the compiler runs out of the chip's memory."""
+    try:
+        return compiled_bytes(lowered.compile())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def compiled_bytes(program: Any) -> int:
+    """Bytes that XLA holds at the worst moment of a compiled step."""
+    memory = program.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )

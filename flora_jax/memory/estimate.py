@@ -1,0 +1,302 @@
+"""Planner: bytes of HBM that a training step takes on a chip, by part and by method; what fits.
+
+An estimate, by this model of a compiled step (bfloat16 parameters, layers under `scan` with remat,
+attention and loss over `CHUNK` tokens at a time, the micro-step and the boundary in one program):
+
+    parameters + optimizer state + gradients + max(activations + gathered + copies, update)
+
+| part | bytes |
+|---|---|
+| gradients | those of the largest stack of layers and of all leaves outside of the stacks: what an earlier stack gave has been added up by then. Born compressed: its sketches |
+| activations | the states between layers, and what one layer, or one chunk of the loss, takes at a time, less the gradient of an embedding that is no head, which comes last; logits of up to `VMEM` bytes stay there |
+| update | of the largest leaf, where a tree of updates is made |
+| gathered | with several chips: the weights of the layer at work, and its gradient where that is whole |
+| copies | of float32 weights, in bfloat16, for the matrix unit |
+
+The figures of the state are those of `flora_jax.plan`. The forms of the others were chosen beside figures of the
+TPU compiler, and are within 10 % of all of them, from 0.2 to 51 GiB, which `tests/test_planner.py` holds. Of seven
+that were compiled afterwards (Qwen2-0.5B, TinyLlama-1.1B on one and on four chips, T5 1.1 base; 1.1 to 5.1 GiB) six are within
+4 %, and one is 12 % too high. In float32 fourteen others are within 11 %, from
+0.5 to 22 GiB. GaLore and GPUs were not among them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.chain.plan import Plan, plan, tree_bytes
+from flora_jax.chain.projection import Projection
+from flora_jax.models.forward import CHUNK
+from flora_jax.models.shapes import Model
+
+GIB = 2**30
+
+
+VMEM = 100 * 2**20
+"""Bytes of a TPU core's vector memory in which the compiler keeps a large array."""
+
+
+PARTS = (
+    "parameters",
+    "state",
+    "gradients",
+    "sketches",
+    "activations",
+    "update",
+    "gathered",
+    "copies",
+)
+
+
+METHODS = (
+    "Flora, born compressed",
+    "Flora, ordinary gradients",
+    "LoRA + Adam",
+    "GaLore",
+    "Adam",
+    "MultiSteps + Adafactor",
+)
+
+
+RANKED = METHODS[:4]
+"""Those that have a rank."""
+
+
+CHIPS = {
+    "v5e": 15.75,
+    "v6e": 31.24,
+    "v5p": 95.73,
+    "A100-40GB": 37.0,
+    "A100-80GB": 75.0,
+    "H100-80GB": 75.0,
+    "H200-141GB": 133.0,
+}
+"""GiB that a program may use. TPUs: as their compiler says. GPUs: some 95 % of the memory, to be had by
+`XLA_PYTHON_CLIENT_MEM_FRACTION=0.95`; the parts are calibrated on TPUs alone."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one method.
+
+    Attributes:
+      method: of `METHODS`.
+      rank: None where it has none.
+      parts: bytes on each chip at the worst moment, by the names in `PARTS`.
+      capacity: bytes that a program may use.
+      largest_rank: the largest multiple of 8 that fits; None where none does or there is no rank.
+      measured: bytes of all parts as the compiler says (`flora_jax.compiled`); None where it was not asked.
+    """
+
+    method: str
+    rank: int | None
+    parts: Mapping[str, int]
+    capacity: int
+    largest_rank: int | None = None
+    measured: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Of the parts, estimated."""
+        return sum(self.parts.values())
+
+    @property
+    def size(self) -> int:
+        """Measured where it was."""
+        return self.total if self.measured is None else self.measured
+
+    @property
+    def fits(self) -> bool:
+        return self.size <= self.capacity
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be trained, and on what.
+
+    Attributes:
+      model: of `flora_jax.shapes`.
+      rank: of Flora, GaLore and LoRA.
+      length: tokens of a sequence.
+      batch: sequences of a micro-step, over all chips.
+      chips: over which every weight is cut evenly, and the batch where they divide it.
+      capacity: bytes of a chip that a program may use.
+
+    Raises:
+      ValueError: a number below 1.
+    """
+
+    model: Model
+    rank: int = 128
+    length: int = 2048
+    batch: int = 1
+    chips: int = 1
+    capacity: int = round(CHIPS["v5e"] * GIB)
+
+    def __post_init__(self):
+        for name in ("rank", "length", "batch", "chips", "capacity"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+
+
+def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate:
+    """Bytes of one method.
+
+    Args:
+      setting: what is trained.
+      method: of `METHODS`.
+      rank: in place of the setting's.
+
+    Raises:
+      ValueError: an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {'; '.join(METHODS)}, found {method!r}")
+    rank = (rank or setting.rank) if method in RANKED else None
+    projection = Projection(rank or setting.rank, resample_every=2)
+    planned = plan(setting.model.params, projection, accumulation_steps=2)
+    held = _held(setting.model, planned, method, rank)
+    gathered = _gathered(setting, whole=method not in ("Flora, born compressed", "LoRA + Adam"))
+    activations = max(0, _activations(setting) - _late(setting, planned, method) // setting.chips)
+    copies = 0
+    if jax.tree.leaves(setting.model.params)[0].dtype == jnp.float32:
+        copies = tree_bytes(setting.model.params) // 2 // setting.chips
+    update = 0
+    if method not in ("Flora, born compressed", "LoRA + Adam"):
+        largest = max(tree_bytes(leaf) for leaf in jax.tree.leaves(setting.model.params))
+        update = max(0, largest // setting.chips - activations - gathered - copies)
+    parts = {name: math.ceil(size / setting.chips) for name, size in held.items()}
+    parts |= {
+        "activations": activations,
+        "update": update,
+        "gathered": gathered,
+        "copies": copies,
+    }
+    return Estimate(method, rank, {name: parts.get(name, 0) for name in PARTS}, setting.capacity)
+
+
+def estimates(setting: Setting) -> list[Estimate]:
+    """Every method's, each with the largest rank that fits."""
+    return [
+        Estimate(e.method, e.rank, e.parts, e.capacity, largest_rank(setting, e.method))
+        for e in (estimate(setting, method) for method in METHODS)
+    ]
+
+
+def largest_rank(setting: Setting, method: str) -> int | None:
+    """The largest multiple of 8 at which a method fits, below every compressed matrix's smaller side.
+
+    None where the method has no rank, or does not fit at rank 8.
+    """
+    if method not in RANKED:
+        return None
+    planned = plan(setting.model.params, Projection(8))
+    sides = [_smaller(leaf) for leaf in planned.leaves if leaf.spec]
+    low, high = 0, (min(sides, default=8) - 1) // 8
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = estimate(setting, method, 8 * middle).fits
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return 8 * low or None
+
+
+def _smaller(leaf: Any) -> int:
+    batch = math.prod(leaf.shape[axis] for axis in leaf.spec.batch)
+    return min(leaf.spec.size, math.prod(leaf.shape) // batch // leaf.spec.size)
+
+
+def _held(model: Model, planned: Plan, method: str, rank: int | None) -> dict[str, int]:
+    """Parameters, state, gradients and sketches, on all chips together."""
+    params = tree_bytes(model.params)
+    if method == "LoRA + Adam":
+        factors = [_factors(leaf, rank or 0) for leaf in _in_stacks(model)]
+        gradients = max(sum(sizes) for sizes in factors)
+        own = sum(map(sum, factors))
+        return {"parameters": params + own, "state": 2 * own, "gradients": gradients}
+    born = method == "Flora, born compressed"
+    state = "Flora" if method.startswith("Flora") else method
+    largest = _largest_stack(model, _gradients(planned, method))
+    return {
+        "parameters": params,
+        "state": planned.state_bytes[state],
+        "sketches" if born else "gradients": largest,
+    }
+
+
+def _gradients(planned: Plan, method: str) -> dict[str, int]:
+    """Bytes of each leaf's gradient, or of its sketch, by path."""
+    if method == "Flora, born compressed":
+        sizes = planned.sketch_bytes
+    else:
+        sizes = [math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in planned.leaves]
+    return {leaf.path: size for leaf, size in zip(planned.leaves, sizes, strict=True)}
+
+
+def _largest_stack(model: Model, sizes: Mapping[str, int]) -> int:
+    """Of the largest stack, and of all that is in none."""
+    stacks = dict.fromkeys((stack.name for stack in model.stacks), 0)
+    outside = 0
+    for path, size in sizes.items():
+        name = path.split("/")[0]
+        if name in stacks:
+            stacks[name] += size
+        else:
+            outside += size
+    return max(stacks.values()) + outside
+
+
+def _in_stacks(model: Model) -> list[list[Any]]:
+    """Kernels of each stack."""
+    return [
+        [leaf for leaf in jax.tree.leaves(model.params[stack.name]) if len(leaf.shape) == 3]
+        for stack in model.stacks
+    ]
+
+
+def _factors(kernels: list[Any], rank: int) -> list[int]:
+    """Bytes of LoRA's two factors on each stacked kernel."""
+    return [
+        x.shape[0] * rank * (x.shape[1] + x.shape[2]) * jnp.dtype(x.dtype).itemsize for x in kernels
+    ]
+
+
+def _activations(setting: Setting) -> int:
+    model, item = setting.model, jnp.dtype(jax.tree.leaves(setting.model.params)[0].dtype).itemsize
+    length = model.length or setting.length
+    split = setting.chips if setting.batch % setting.chips == 0 else 1
+    tokens = setting.batch * length // split
+    # of a layer's own states float32 ones are half in bfloat16, as products take them: 3 bytes a number
+    saved = sum(stack.layers * tokens * stack.width for stack in model.stacks) * item
+    layers = []
+    for stack in model.stacks:
+        scores = tokens * stack.heads * (min(length, CHUNK) if stack.chunked else length) * 4
+        states = tokens * (6 * stack.width + 3 * stack.hidden) * min(item, 3)
+        layers.append(scores + states)
+    chunk = 1 if model.length else min(length, CHUNK)  # a ViT has the logits of an image
+    logits = (setting.batch // split) * chunk * model.outputs
+    loss = logits * item  # their gradient
+    if item < 4 and 4 * logits > VMEM:  # and they themselves; float32 ones it takes the place of
+        loss += 4 * logits
+    return saved + max(loss, *layers)
+
+
+def _late(setting: Setting, planned: Plan, method: str) -> int:
+    """Bytes of the gradient that is there only when the activations are gone: an embedding's."""
+    if "head" not in setting.model.params or method == "LoRA + Adam":
+        return 0
+    return _gradients(planned, method).get("embed/embedding", 0)
+
+
+def _gathered(setting: Setting, whole: bool) -> int:
+    """Of the layer at work, whose weights each chip needs whole, and gradients where they are."""
+    if setting.chips == 1 or setting.batch % setting.chips:
+        return 0
+    layers = [
+        tree_bytes(setting.model.params[stack.name]) // stack.layers
+        for stack in setting.model.stacks
+    ]
+    return max(layers) * (2 if whole else 1)

@@ -1,0 +1,168 @@
+"""Report: estimates as plain data, as a picture and as a page."""
+
+import html
+import json
+import math
+from typing import Any
+
+import jax
+
+from flora_jax.memory.estimate import GIB, PARTS, Estimate, Setting
+from flora_jax.models.forward import CHUNK
+
+
+def as_dict(setting: Setting, found: list[Estimate]) -> dict[str, Any]:
+    """Setting and estimates as plain data, ready for JSON; bytes on each chip."""
+    return {
+        "model": setting.model.name,
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(setting.model.params)),
+        "length": setting.model.length or setting.length,
+        "batch": setting.batch,
+        "chips": setting.chips,
+        "capacity": setting.capacity,
+        "methods": [
+            {
+                "method": e.method,
+                "rank": e.rank,
+                "fits": e.fits,
+                "bytes": e.total,
+                "measured": e.measured,
+                "parts": dict(e.parts),
+                "largest_rank": e.largest_rank,
+            }
+            for e in found
+        ],
+    }
+
+
+def to_json(setting: Setting, found: list[Estimate]) -> str:
+    return json.dumps(as_dict(setting, found), indent=2)
+
+
+def title(setting: Setting) -> str:
+    """One line on what is planned."""
+    length = setting.model.length or setting.length
+    chips = "one chip" if setting.chips == 1 else f"{setting.chips} chips"
+    return (
+        f"{setting.model.name}, {setting.batch} x {length} tokens, {chips} of "
+        f"{setting.capacity / GIB:.2f} GiB"
+    )
+
+
+COLOURS = {
+    "parameters": "#4c566a",
+    "state": "#d08770",
+    "gradients": "#bf616a",
+    "sketches": "#5e81ac",
+    "activations": "#a3be8c",
+    "update": "#b48ead",
+    "gathered": "#ebcb8b",
+    "copies": "#88c0d0",
+}
+
+
+def to_svg(setting: Setting, found: list[Estimate]) -> str:
+    """A bar for each method, cut into its parts, and a line where the chip is full."""
+    left, right, top, row, bar = 210, 90, 46, 34, 22
+    width = 900
+    most = max(setting.capacity, *(e.total for e in found))
+    height = top + row * len(found) + 34
+
+    def x(size: float) -> float:
+        return left + (width - left - right) * size / most
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="system-ui, sans-serif" font-size="13" role="img">',
+        f"<title>{html.escape(title(setting))}: memory by part</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    place = left
+    for name in PARTS:
+        if any(e.parts[name] for e in found):
+            lines.append(
+                f'<rect x="{place}" y="12" width="12" height="12" fill="{COLOURS[name]}"/>'
+                f'<text x="{place + 17}" y="22.5" fill="#222">{name}</text>'
+            )
+            place += 28 + 7.2 * len(name)
+    labels = []
+    for i, e in enumerate(found):
+        y = top + row * i
+        name = e.method + (f", {e.rank}" if e.rank else "")
+        lines.append(
+            f'<text x="{left - 10}" y="{y + 16}" text-anchor="end" fill="#222">{html.escape(name)}</text>'
+        )
+        start = 0
+        for part in PARTS:
+            size = e.parts[part]
+            if size:
+                lines.append(
+                    f'<rect x="{x(start):.1f}" y="{y}" width="{x(start + size) - x(start):.1f}" '
+                    f'height="{bar}" fill="{COLOURS[part]}"><title>{part}: {size / GIB:.2f} GiB'
+                    "</title></rect>"
+                )
+            start += size
+        weight = "bold" if e.fits else "normal"
+        labels.append(
+            f'<rect x="{x(start) + 4:.1f}" y="{y + 2}" width="76" height="18" fill="#ffffff"/>'
+            f'<text x="{x(start) + 7:.1f}" y="{y + 16}" font-weight="{weight}" '
+            f'fill="{"#1b5e20" if e.fits else "#b00020"}">{start / GIB:.2f} GiB</text>'
+        )
+    end = top + row * len(found)
+    full = x(setting.capacity)
+    anchor = "start" if full < width / 2 else "end"
+    lines.append(
+        f'<line x1="{full:.1f}" x2="{full:.1f}" y1="{top - 8}" y2="{end + 4}" stroke="#111" '
+        'stroke-width="1.5" stroke-dasharray="5 3"/>'
+        f'<text x="{full:.1f}" y="{end + 20}" text-anchor="{anchor}" fill="#111">'
+        f"a chip's {setting.capacity / GIB:.2f} GiB</text>"
+    )
+    return "\n".join([*lines, *labels, "</svg>"])
+
+
+def to_html(setting: Setting, found: list[Estimate]) -> str:
+    """One page with the picture and the table; it loads nothing from elsewhere."""
+    used = [name for name in PARTS if any(e.parts[name] for e in found)]
+    compiled = any(e.measured is not None for e in found)
+    heads = ["method", "rank", *used, "total, GiB", *["compiled, GiB"] * compiled]
+    heads += ["fits", "largest rank that fits"]
+    rows = []
+    for e in found:
+        cells = [e.method, str(e.rank or "–"), *(f"{e.parts[name] / GIB:.2f}" for name in used)]
+        cells.append(f"{e.total / GIB:.2f}")
+        if compiled:
+            cells.append("–" if e.measured is None else f"{e.measured / GIB:.2f}")
+        cells.append("yes" if e.fits else "no")
+        cells.append(str(e.largest_rank or ("none" if e.rank else "–")))
+        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    name = html.escape(title(setting))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title>
+<style>
+body {{ font: 15px system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; }}
+svg {{ width: 100%; }}
+table {{ border-collapse: collapse; width: 100%; }}
+th, td {{ text-align: right; padding: .35em .6em; border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; }}
+</style>
+</head>
+<body>
+<h1>{name}</h1>
+{to_svg(setting, found)}
+<table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table>
+<p>An estimate, GiB on each chip, of one compiled training step: layers under <code>scan</code> with
+remat, attention and loss {CHUNK} tokens at a time. Made by <code>flora-jax plan</code>.</p>
+</body>
+</html>
+"""

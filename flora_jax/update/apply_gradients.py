@@ -1,0 +1,286 @@
+"""apply_gradients: an update that makes no second copy of the parameters, nor of their gradient.
+
+`tx.update` returns a tree as large as the params. Here it is traced, not run: what it computes is
+sorted by the leaf that it is for, and evaluated leaf by leaf, `decompress` included; and along the
+stacked axis of a weight (layers, experts) slice by slice. Reductions over that axis (Adafactor's
+root mean square of an update) take a pass over the slices of their own. What `tx` consists of does
+not matter, so long as the update of a leaf needs no whole gradient but its own; numbers made of
+several leaves, such as a global norm, are computed first, leaf by leaf as well.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from flora_jax.chain import products
+from flora_jax.chain.decompress import as_one_operation, decompress_p
+from flora_jax.paths import path_name
+from flora_jax.sharding import explicit, manual
+from flora_jax.update.program import Atom, Const, Node, Values, Var, flatten, needed
+from flora_jax.update.slices import Slices, Unsliceable
+
+SLICE_ABOVE = 2**20
+"""Entries from which on a stacked weight is updated slice by slice."""
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation,
+    grads: Any,
+    opt_state: Any,
+    params: Any,
+    *,
+    slice_above: int = SLICE_ABOVE,
+    shardings: Any = None,
+    **extra_args: Any,
+) -> tuple[Any, Any]:
+    """`tx.update` and `optax.apply_updates` in one, without a tree of updates.
+
+    To be called under `jax.jit` with `params` and `opt_state` donated, as arguments in this order:
+    JAX pairs donated buffers with results of the same shape as they come, and where it pairs a first
+    moment with the params XLA copies both. The result is that of
+
+        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+        params = optax.apply_updates(params, updates)
+
+    to rounding: sums over a stacked axis are taken in another order.
+
+    Args:
+      tx: `flora_jax.flora`, or any chain.
+      grads: sketches or whole gradients.
+      opt_state: of `tx`.
+      params: tree of arrays.
+      slice_above: entries from which on a stacked weight is updated slice by slice.
+      shardings: tree of `NamedSharding` of the params, None in it where one is unknown. A slice of a
+        stack that is cut over devices (experts) then has one layer of each device's own.
+      **extra_args: for `tx.update`.
+
+    Returns:
+      New params and state.
+
+    Raises:
+      ValueError: the update of one leaf needs the whole gradient of another.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def whole(grads, opt_state, params, extra_args):
+        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+        return optax.apply_updates(params, updates), opt_state
+
+    leaves = jax.tree.leaves(params)
+    places = list(map(explicit.place, leaves))
+    if shardings is not None:
+        given = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
+        places = [own if one is None else one for one, own in zip(given, places, strict=True)]
+
+    def by_leaf(*args):
+        return _apply(whole, args, slice_above, places)
+
+    goals = explicit.result_of(whole, params)
+    return explicit.call(by_leaf, goals, grads, opt_state, params, extra_args)
+
+
+def _apply(
+    whole: Callable, args: tuple[Any, ...], slice_above: int, places: Sequence[Any]
+) -> tuple[Any, Any]:
+    params = args[2]
+    with as_one_operation():
+        closed, shapes = jax.make_jaxpr(whole, return_shape=True)(*args)
+    leaves = [jax.tree.leaves(arg) for arg in args]
+    inputs = [Var(aval) for aval in closed.in_avals]
+    starts = list(itertools.accumulate(map(len, leaves), initial=0))
+    params_in = inputs[starts[2] : starts[3]]
+    state_in = inputs[starts[1] : starts[2]]
+    nodes, outs = flatten(closed.jaxpr, closed.consts, inputs)
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    program = _Program(
+        nodes=nodes,
+        outs=outs,
+        buffers=[*params_in, *state_in],
+        names=[path_name(path) for path, _ in paths],
+        places=dict(zip(params_in, places, strict=True)),
+        slice_above=slice_above,
+    )
+    known = dict(zip(inputs, itertools.chain(*leaves), strict=True))
+    result = _evaluate(program, Values(nodes, known))
+    return jax.tree.unflatten(jax.tree.structure(shapes), result)
+
+
+@dataclasses.dataclass
+class _Program:
+    """What is to be evaluated.
+
+    Attributes:
+      nodes: operations.
+      outs: of the params, then of the state.
+      buffers: the inputs in the places of `outs`.
+      names: of the params.
+      places: the `NamedSharding` of each param, None where it is unknown.
+      slice_above: see `apply_gradients`.
+    """
+
+    nodes: list[Node]
+    outs: list[Atom]
+    buffers: list[Var]
+    names: list[str]
+    places: dict[Var, NamedSharding | None]
+    slice_above: int
+
+    @property
+    def params(self) -> list[Var]:
+        return self.buffers[: len(self.names)]
+
+
+def _evaluate(program: _Program, values: Values) -> list[Any]:
+    """Enters the `cond` at whose end the parameters change, if there is one; else goes leaf by leaf."""
+    split = _boundary(program)
+    if split is None:
+        return _by_leaf(program, values)
+    maker = {out: node for node in program.nodes for out in node.outs}
+    after = _depending(program.nodes, split.outs)
+    dependent = {out for node in after for out in node.outs} | set(split.outs)
+    inside = [i for i, out in enumerate(program.outs) if out in dependent]
+    branches = []
+    for branch in split.eqn.params["branches"]:
+        nodes, outs = flatten(branch.jaxpr, branch.consts, split.ins[1:])
+        swap: dict[Var, Atom] = dict(zip(split.outs, outs, strict=True))
+        for node in after:
+            copied = [Var(out.aval) for out in node.outs]
+            nodes.append(Node(node.eqn, [_swapped(swap, atom) for atom in node.ins], copied))
+            swap.update(zip(node.outs, copied, strict=True))
+        outs = [
+            _swapped(swap, out) if i in inside else Const(0) for i, out in enumerate(program.outs)
+        ]
+        branches.append(dataclasses.replace(program, nodes=nodes, outs=outs))
+    free = {
+        atom
+        for branch in branches
+        for atom in [*(a for node in branch.nodes for a in node.ins), *branch.outs]
+        if isinstance(atom, Var) and (atom in maker or atom in values.known)
+    }
+    for atom in free:
+        values(atom)
+
+    def taken(branch: _Program) -> Callable[[], list[Any]]:
+        def run():
+            held = Values([*program.nodes, *branch.nodes], values.known)
+            results = _evaluate(branch, held)
+            return [
+                jnp.asarray(results[i], program.outs[i].aval.dtype)  # type: ignore[union-attr]
+                for i in inside
+            ]
+
+        return run
+
+    results = iter(manual.switch(values(split.ins[0]), [taken(branch) for branch in branches]))
+    return [next(results) if i in inside else values(out) for i, out in enumerate(program.outs)]
+
+
+def _swapped(swap: dict[Var, Atom], atom: Atom) -> Atom:
+    return swap.get(atom, atom) if isinstance(atom, Var) else atom
+
+
+def _boundary(program: _Program) -> Node | None:
+    """The first `cond` with a decompression in it; where there is none at all, the last `cond`."""
+    conds = [node for node in program.nodes if node.name == "cond"]
+    for node in conds:
+        if any(_has_decompress(branch.jaxpr) for branch in node.eqn.params["branches"]):
+            return node
+    if not conds or any(node.eqn.primitive is decompress_p for node in program.nodes):
+        return None
+    return conds[-1]
+
+
+def _has_decompress(jaxpr: Any) -> bool:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is decompress_p:
+            return True
+        bodies = itertools.chain(
+            *(p if isinstance(p, tuple) else (p,) for p in eqn.params.values())
+        )
+        if any(_has_decompress(getattr(b, "jaxpr", b)) for b in bodies if hasattr(b, "eqns")):
+            return True
+    return False
+
+
+def _depending(nodes: Sequence[Node], roots: Sequence[Var]) -> list[Node]:
+    reached, found = set(roots), []
+    for node in nodes:
+        if reached.intersection(node.variables()):
+            found.append(node)
+            reached.update(node.outs)
+    return found
+
+
+def _by_leaf(program: _Program, values: Values) -> list[Any]:
+    """Evaluates the outputs, those of one leaf after those of another."""
+    places = {name: i for i, name in enumerate(program.names)}
+    owners: dict[Var, frozenset[int]] = {
+        var: frozenset([i]) for i, var in enumerate(program.params)
+    }
+    numbers: list[Var] = []  # single numbers of one leaf that several leaves need
+    for node in program.nodes:
+        if node.eqn.primitive is decompress_p:
+            owner = frozenset([places[node.eqn.params["spec"].path]])
+        else:
+            owner = frozenset().union(*(owners.get(var, frozenset()) for var in node.variables()))
+        if len(owner) > 1 and all(math.prod(v.shape) == 1 for v in node.variables() if v in owners):
+            numbers += [v for v in node.variables() if owners.get(v)]
+            owner = frozenset()
+        owners.update((out, owner) for out in node.outs)
+    count = len(program.names)
+    groups: list[list[int]] = [[i] for i in range(count)]
+    shared: list[int] = []
+    for i, out in enumerate(program.outs):
+        owner = owners.get(out, frozenset()) if isinstance(out, Var) else frozenset()
+        others = sorted(owner - {i}) if i < count else sorted(owner)[1:]
+        if others:
+            name = program.names[i if i < count else min(owner)]
+            raise ValueError(
+                f"tx must be leaf-wise, found that the update of {name!r} needs the whole gradient "
+                f"of {program.names[others[0]]!r}; use tx.update and optax.apply_updates"
+            )
+        if i >= count:
+            (groups[min(owner)] if owner else shared).append(i)
+    for number in dict.fromkeys(numbers):
+        if number not in values.known:
+            (leaf,) = owners[number]
+            values.known[number] = _leaf(program, values, program.params[leaf], [number])[0]
+    results: list[Any] = [None] * len(program.outs)
+    for group in groups:
+        outs = [program.outs[i] for i in group]
+        found = _leaf(program, values, program.params[group[0]], outs)
+        for i, value in zip(group, found, strict=True):
+            results[i] = value
+    for i in shared:
+        results[i] = values(program.outs[i])
+    return results
+
+
+def _leaf(program: _Program, values: Values, param: Var, goals: list[Atom]) -> list[Any]:
+    """Evaluates what belongs to one leaf, by slices if its operations can be taken apart so."""
+    nodes = needed(values.maker, goals, values.known)
+    marks = [node for node in nodes if node.eqn.primitive is decompress_p]
+    if len(marks) == 1 and math.prod(param.shape) >= program.slice_above:
+        spec = marks[0].eqn.params["spec"]
+        if spec.batch:
+            try:
+                return Slices(program, values, param, marks[0], nodes, goals).run()
+            except Unsliceable:
+                pass
+    local = Values([], values.known)
+    local.maker = values.maker
+    for node in nodes:
+        if node.eqn.primitive is decompress_p:
+            cycle, data = (local(atom) for atom in node.ins)
+            outs = [products.decompress(node.eqn.params["spec"], cycle, data)]
+        else:
+            outs = node.run([local(atom) for atom in node.ins])
+        local.known.update(zip(node.outs, outs, strict=True))
+    return [local(goal) for goal in goals]

@@ -1,0 +1,152 @@
+"""make_train_step: born-compressed gradients and the light update, put together."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax.chain import project
+from flora_jax.chain.projection import Projection
+from flora_jax.fused.leaves import combine, is_array, is_differentiable
+from flora_jax.fused.value_and_grad import value_and_grad
+from flora_jax.sharding.partition import constrain, known
+from flora_jax.update.apply_gradients import apply_gradients
+
+
+def make_train_step(
+    loss: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    projection: Projection,
+    *,
+    has_aux: bool = False,
+    micro_batches: int | None = None,
+    donate: bool = True,
+) -> Callable[..., tuple[Any, ...]]:
+    """A compiled training step in which no gradient and no tree of updates is ever whole.
+
+    Args:
+      loss: `(params, *batch) -> scalar` (or a pair with auxiliary data). `params` is any pytree: a
+        dict, Linen's params, an NNX state (merge it inside), an Equinox module.
+      tx: `flora_jax.flora` or another chain with `flora_jax.project(projection)`, leaf-wise.
+      projection: that of `tx`.
+      has_aux: whether `loss` gives a pair.
+      micro_batches: where given, every array of `batch` has so many micro-batches along its first
+        axis; their sketches are averaged inside of the step, by `lax.scan`.
+      donate: whether the step may overwrite the params and the state that it gets.
+
+    The step keeps to the shardings of the params and of the state that it is given (see
+    `state_shardings`).
+
+    Returns:
+      `step(params, opt_state, *batch)`, which gives `(params, opt_state, loss)`, and the auxiliary
+      data after them with `has_aux` (stacked where there are micro-batches). `step.lower` is that of
+      the compiled function.
+
+    Raises:
+      ValueError: (on the first call) `tx` is not leaf-wise; a first axis of `batch` of another length.
+
+    Example:
+      >>> import flora_jax, jax.numpy as jnp
+      >>> projection = flora_jax.Projection(4, side="input", min_dim=8, resample_every=2)
+      >>> tx = flora_jax.flora(1e-2, projection=projection, accumulation_steps=2)
+      >>> loss = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
+      >>> step = flora_jax.make_train_step(loss, tx, projection)
+      >>> params = {"kernel": jnp.ones((16, 8))}
+      >>> opt_state = tx.init(params)
+      >>> params, opt_state, value = step(params, opt_state, jnp.ones((2, 16)))
+    """
+    if micro_batches is not None and micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1, found {micro_batches}")
+
+    @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 4) if donate else ())
+    def compiled(rest, places, params, held, opt_state, *batch):
+        def of(params, *batch):
+            return loss(combine(params, combine(held, rest.tree())), *batch)
+
+        of_params, of_state = places
+        gradient = value_and_grad(of, projection, has_aux=has_aux, shardings=of_params)
+        grad_fn = partial(gradient, cycle=project.cycle(opt_state))
+        if micro_batches is None:
+            value, grads = grad_fn(params, *batch)
+        else:
+            value, grads = _mean(grad_fn, params, batch, micro_batches, has_aux)
+        params, opt_state = apply_gradients(tx, grads, opt_state, params, shardings=of_params)
+        return _put(params, of_params), _put(opt_state, of_state), value
+
+    def prepared(params, opt_state, *batch):
+        if micro_batches is not None:
+            _check_batch(batch, micro_batches)
+        own, held, rest = _parts(params)
+        places = tuple(tuple(map(known, jax.tree.leaves(tree))) for tree in (own, opt_state))
+        return (rest, places, own, held, opt_state, *batch)
+
+    def step(params, opt_state, *batch):
+        args = prepared(params, opt_state, *batch)
+        own, opt_state, value = compiled(*args)
+        params = combine(own, combine(args[3], args[0].tree()))
+        return (params, opt_state, *value) if has_aux else (params, opt_state, value)
+
+    step.lower = lambda *args: compiled.lower(*prepared(*args))  # type: ignore[attr-defined]
+    return step
+
+
+def _mean(grad_fn: Callable, params: Any, batch: Any, count: int, has_aux: bool) -> Any:
+    """Mean of value and gradients over the first axis of the batch; auxiliary data are stacked."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    _, shapes = jax.eval_shape(grad_fn, params, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(sums, one):
+        value, grads = grad_fn(params, *one)
+        return jax.tree.map(lambda a, b: a + b / count, sums, grads), value
+
+    grads, values = jax.lax.scan(add, zeros, batch, length=count)
+    if has_aux:
+        return (values[0].mean(), values[1]), grads
+    return values.mean(), grads
+
+
+def _check_batch(batch: Any, count: int) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        if not jnp.shape(leaf) or jnp.shape(leaf)[0] != count:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"batch{name} must have micro_batches={count} as its first axis, found shape "
+                f"{jnp.shape(leaf)}"
+            )
+
+
+def _put(tree: Any, places: tuple[Any, ...]) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, map(constrain, leaves, places))
+
+
+class _Static:
+    """What is no array in the params, hashable for `jit`."""
+
+    def __init__(self, tree: Any):
+        self.leaves, self.structure = jax.tree.flatten(tree)
+
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+    def __hash__(self) -> int:
+        return hash((self.structure, *self.leaves))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Static)
+            and self.structure == other.structure
+            and self.leaves == other.leaves
+        )
+
+
+def _parts(params: Any) -> tuple[Any, Any, _Static]:
+    """What is trained, other arrays, and what is no array, each with None for the others."""
+    own = jax.tree.map(lambda x: x if is_differentiable(x) else None, params)
+    held = jax.tree.map(lambda x: x if is_array(x) and not is_differentiable(x) else None, params)
+    rest = jax.tree.map(lambda x: None if is_array(x) or is_differentiable(x) else x, params)
+    return own, held, _Static(rest)

@@ -1,0 +1,161 @@
+"""The rules that draw `A`: unbiased, of the stated variance, and of the stated structure."""
+
+import json
+import os
+import subprocess
+import sys
+from statistics import NormalDist
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flora_jax.chain import distributions
+from tests.helpers import DISTRIBUTIONS, make_spec, normal, sample
+
+DRAWS = 3000
+SIZE, RANK, ROWS = 12, 3, 2
+
+
+def estimates(distribution, size=SIZE, rank=RANK):
+    """`g AᵀA` for two rows and many keys, in float64: (draws, rows, size), and the rows."""
+    spec = make_spec((size, ROWS), (0,), rank=rank, distribution=distribution)
+    a = np.asarray(jax.vmap(lambda cycle: sample(spec, cycle))(jnp.arange(DRAWS)), np.float64)
+    g = normal(5, (ROWS, size)).astype(np.float64)
+    return np.einsum("nm,krm,krl->knl", g, a, a), g
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_mean_of_the_estimates_is_the_gradient(distribution):
+    """The mean of K estimates is off by √(v/K) ‖g‖ in the root mean square; four of these is the bound."""
+    found, g = estimates(distribution)
+    bound = 4 * np.sqrt(distributions.variance(distribution, RANK, SIZE) / DRAWS)
+    error = np.linalg.norm(found.mean(0) - g) / np.linalg.norm(g)
+    assert error < bound
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("size", [8, 12])
+def test_variance_is_the_stated_one(distribution, size):
+    """Relative errors have a spread of the order of their mean: 3000 draws give it within 10 %."""
+    found, g = estimates(distribution, size)
+    measured = np.mean(np.sum((found - g) ** 2, (1, 2))) / np.sum(g**2)
+    assert measured == pytest.approx(distributions.variance(distribution, RANK, size), rel=0.1)
+
+
+@pytest.mark.parametrize("size", [9, 16])
+@pytest.mark.parametrize("rank", [4, 9])
+def test_orthonormal_rows_and_their_scale(size, rank):
+    spec = make_spec((size, 5), (0,), rank=rank, distribution="orthonormal")
+    a = np.asarray(sample(spec, 2), np.float64)
+    np.testing.assert_allclose(a @ a.T, np.eye(rank) * size / rank, atol=1e-5)
+
+
+def test_srht_rows_are_orthogonal_on_a_power_of_two():
+    spec = make_spec((64, 5), (0,), rank=16, distribution="srht")
+    a = np.asarray(sample(spec, 2), np.float64)
+    np.testing.assert_allclose(a @ a.T, np.eye(16) * 4, atol=1e-5)
+
+
+def test_srht_is_signs_times_rows_of_the_hadamard_matrix():
+    spec = make_spec((16, 5), (0,), rank=8, distribution="srht")
+    a = np.asarray(sample(spec, 1), np.float64) * np.sqrt(8)
+    hadamard = np.ones((1, 1))
+    for _ in range(4):
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    hits = [
+        [bool(np.all(a[i] * a[j] == a[i][0] * a[j][0] * row)) for row in hadamard]
+        for i in range(8)
+        for j in range(i)
+    ]
+    assert all(sum(row) == 1 for row in hits)  # products of two rows cancel the signs
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "srht"])
+def test_entries_are_signs(distribution):
+    spec = make_spec((40, 5), (0,), rank=33, distribution=distribution)
+    a = np.asarray(sample(spec, 0))
+    np.testing.assert_allclose(np.abs(a), 33**-0.5, rtol=1e-6)
+    assert abs(np.sign(a).mean()) < 5 / np.sqrt(a.size)
+
+
+def test_gaussian_entries_are_normal():
+    """A million entries: five standard errors of each moment; Kolmogorov's bound at 1e-6 is 2.7/√n."""
+    key = jax.random.key(1)
+    found = distributions.columns("gaussian", key, 1000, 1000, jnp.arange(1000))
+    a = np.sort(np.asarray(found, np.float64).ravel())
+    assert abs(a.mean()) < 5 / np.sqrt(a.size)
+    assert a.var() == pytest.approx(1, abs=5 * np.sqrt(2 / a.size))
+    assert np.mean(a**4) == pytest.approx(3, abs=5 * np.sqrt(96 / a.size))
+    assert np.mean(a**6) == pytest.approx(15, abs=5 * np.sqrt(10170 / a.size))
+    expected = np.array([NormalDist().cdf(x) for x in a])
+    steps = np.arange(a.size + 1) / a.size
+    distance = max(np.abs(steps[1:] - expected).max(), np.abs(steps[:-1] - expected).max())
+    assert distance < 2.7 / np.sqrt(a.size) + 2.3e-4
+
+
+def test_gaussian_entries_of_a_column_are_uncorrelated():
+    """Neighbours in a column and in a row, and their squares: five standard errors."""
+    a = np.asarray(
+        distributions.columns("gaussian", jax.random.key(2), 500, 1000, jnp.arange(1000)),
+        np.float64,
+    )
+    for values in (a, (a**2 - 1) / np.sqrt(2)):
+        for left, right in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1])):
+            assert abs(np.mean(left * right)) < 5 / np.sqrt(left.size)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_block_of_columns_is_the_same_block(distribution):
+    key = jax.random.key(3)
+    every = jnp.arange(40, dtype=jnp.int32)
+    whole = distributions.columns(distribution, key, 7, 40, every)
+    part = distributions.columns(distribution, key, 7, 40, every[11:23].reshape(3, 4))
+    np.testing.assert_array_equal(part.reshape(12, 7), whole[11:23])
+
+
+GOLDEN = {
+    "gaussian": [
+        [1.050034523010254, -2.4205775260925293, 0.08611011505126953, 0.19223928451538086],
+        [-0.00949239730834961, 1.5042619705200195, -0.049157142639160156, 0.2838129997253418],
+    ],
+    "rademacher": [[-1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]],
+    "srht": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]],
+}
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "srht"])
+def test_values_of_the_first_release(distribution):
+    """What checkpoints rely on: columns 0 and 5 under key 42."""
+    columns = distributions.columns(distribution, jax.random.key(42), 4, 9, jnp.array([0, 5]))
+    np.testing.assert_array_equal(columns, np.float32(GOLDEN[distribution]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--xla_cpu_enable_fast_math=true",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=3",
+    ],
+)
+def test_values_do_not_depend_on_xla_flags(flags):
+    program = (
+        "import jax, jax.numpy as jnp\n"
+        "from flora_jax import distributions\n"
+        "for name in ('gaussian', 'rademacher', 'srht'):\n"
+        "    draw = jax.jit(lambda: distributions.columns(\n"
+        "        name, jax.random.key(42), 4, 9, jnp.array([0, 5])))\n"
+        "    print(draw().tolist())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert dict(zip(("gaussian", "rademacher", "srht"), lines, strict=True)) == GOLDEN

@@ -1,0 +1,181 @@
+"""The links: accumulate against optax.MultiSteps, momentum against numpy, project's counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax
+from flora_jax.chain.accumulate import StepsPerCycle
+from tests.helpers import (
+    Naive,
+    assert_close,
+    assert_tree_close,
+    make_gradients,
+    make_params,
+    matrix_of_a,
+    run,
+)
+
+
+def growing(step):
+    """1, 2, 3, 3, 3, ... micro-steps."""
+    return jnp.minimum(step + 1, 3)
+
+
+def projection(**others):
+    return flora_jax.Projection(8, min_dim=8, **others)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("every", [1, 4, growing])
+def test_accumulate_of_whole_gradients_is_multisteps(every, mean):
+    params = make_params()
+    gradients = make_gradients(params, 9)
+    mine = flora_jax.accumulate(optax.adam(0.1), every, use_grad_mean=mean)
+    theirs = optax.MultiSteps(optax.adam(0.1), every, use_grad_mean=mean)
+    state, expected = mine.init(params), theirs.init(params)
+    step, other = jax.jit(mine.update), jax.jit(theirs.update)
+    for gradient in gradients:
+        updates, state = step(gradient, state, params)
+        wanted, expected = other(gradient, expected, params)
+        assert_tree_close(updates, wanted, 1e-4)
+        assert bool(flora_jax.has_updated(state)) == bool(theirs.has_updated(expected))
+
+
+def test_updates_between_boundaries_are_zero():
+    params = make_params()
+    tx = flora_jax.flora(0.1, projection=projection(resample_every=3), accumulation_steps=3)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for i, gradient in enumerate(make_gradients(params, 6)):
+        updates, state = step(gradient, state, params)
+        moves = [bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates)]
+        assert all(moves) if i % 3 == 2 else not any(moves)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "srht"])
+@pytest.mark.parametrize("mean", [True, False])
+def test_algorithm_one_against_numpy(distribution, mean):
+    params = make_params()
+    rule = projection(resample_every=3, distribution=distribution)
+    tx = flora_jax.flora(
+        0.0,
+        projection=rule,
+        accumulation_steps=3,
+        optimizer=optax.scale(1.0),
+        use_grad_mean=mean,
+    )
+    gradients = make_gradients(params, 6)
+    state, step = tx.init(params), jax.jit(tx.update)
+    plans = {leaf.path: leaf.spec for leaf in flora_jax.plan(params, rule).leaves}
+    for i, gradient in enumerate(gradients):
+        updates, state = step(gradient, state, params)
+        if i % 3 == 2:
+            total = jax.tree.map(
+                lambda *leaves: np.sum(np.asarray(leaves, np.float64), 0), *gradients[i - 2 : i + 1]
+            )
+            total = jax.tree.map(lambda x: x / 3 if mean else x, total)
+            assert_close(updates["dense"]["bias"], total["dense"]["bias"], 1e-6)
+            for path, found, g in (
+                ("dense/kernel", updates["dense"]["kernel"], total["dense"]["kernel"]),
+                ("out/kernel", updates["out"]["kernel"], total["out"]["kernel"]),
+            ):
+                naive, a = Naive(plans[path]), matrix_of_a(plans[path], i // 3)
+                assert_close(found, naive.decompress(a, naive.project(a, g)), 1e-5)
+
+
+def test_algorithm_two_against_numpy():
+    """Momentum in float64, with a real transfer each two micro-steps."""
+    params = {"w": make_params()["out"]["kernel"]}
+    rule = projection(resample_every=2)
+    tx = flora_jax.flora(0.0, projection=rule, momentum=0.8, optimizer=optax.scale(1.0))
+    spec = flora_jax.plan(params, rule).leaves[0].spec
+    naive, moment = Naive(spec), np.zeros(spec.data_shape)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for i, gradient in enumerate(make_gradients(params, 7)):
+        updates, state = step(gradient, state, params)
+        a = matrix_of_a(spec, i // 2)
+        if i and i % 2 == 0:
+            moment = naive.transfer(matrix_of_a(spec, i // 2 - 1), a, moment)
+        moment = 0.8 * moment + 0.2 * naive.project(a, gradient["w"])
+        assert_close(updates["w"], naive.decompress(a, moment), 1e-5)
+
+
+def test_momentum_of_whole_leaves_is_an_average():
+    params = {"b": jnp.zeros(5)}
+    tx = flora_jax.momentum(0.5)
+    state, moment = tx.init(params), np.zeros(5)
+    for gradient in make_gradients(params, 3):
+        updates, state = tx.update(gradient, state, params)
+        moment = 0.5 * moment + 0.5 * np.asarray(gradient["b"], np.float64)
+        assert_close(updates["b"], moment, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("every", "cycles"),
+    [
+        (1, [0, 1, 2, 3, 4, 5, 6]),
+        (3, [0, 0, 0, 1, 1, 1, 2]),
+        (growing, [0, 1, 1, 2, 2, 2, 3]),
+        (StepsPerCycle(growing, 2), [0, 0, 0, 1, 1, 1, 1]),
+    ],
+)
+def test_cycles_of_project(every, cycles):
+    params = make_params()
+    tx = flora_jax.project(projection(resample_every=every))
+    state, step = tx.init(params), jax.jit(tx.update)
+    for cycle in cycles:
+        assert int(flora_jax.cycle(state)) == cycle
+        sketches, state = step(params, state)
+        assert int(sketches["out"]["kernel"].cycle) == cycle
+
+
+def test_schedule_of_boundaries_under_momentum_trains():
+    params = make_params()
+    rule = projection(resample_every=StepsPerCycle(growing, 2))
+    tx = flora_jax.flora(0.1, projection=rule, accumulation_steps=growing, momentum=0.9)
+    _, state = run(tx, params, make_gradients(params, 9))
+    assert int(flora_jax.cycle(state)) == 2
+    assert bool(flora_jax.has_updated(state))
+
+
+def test_project_sets_the_cycle_of_a_sketch_that_has_none():
+    params = make_params()
+    tx = flora_jax.project(projection())
+    state = tx.init(params)
+    made, later = tx.update(params, state)
+    spec = made["out"]["kernel"].spec
+    fresh = {**made, "out": {"kernel": flora_jax.Sketch(made["out"]["kernel"].data, None, spec)}}
+    again, _ = tx.update(fresh, later)
+    assert int(again["out"]["kernel"].cycle) == 1
+    np.testing.assert_array_equal(again["out"]["kernel"].data, made["out"]["kernel"].data)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_gradients_come_back_in_their_dtype(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), make_params())
+    rule = projection(resample_every=2)
+    tx = flora_jax.flora(0.1, projection=rule, accumulation_steps=2, optimizer=optax.scale(1.0))
+    state = tx.init(params)
+    for gradient in make_gradients(params, 2):
+        updates, state = jax.jit(tx.update)(gradient, state, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(updates))
+
+
+def test_state_maps_over_params():
+    """`optax.tree.map_params` finds what belongs to a parameter: the way to its shardings."""
+    params = make_params()
+    rule = projection(resample_every=2)
+    tx = flora_jax.flora(0.1, projection=rule, accumulation_steps=2, momentum=0.9)
+    names = {"dense": {"kernel": "dk", "bias": "db"}, "out": {"kernel": "ok"}}
+    mapped = optax.tree.map_params(tx, lambda leaf, name: name, tx.init(params), names)
+    found = [leaf for leaf in jax.tree.leaves(mapped) if isinstance(leaf, str)]
+    assert sorted(set(found)) == ["db", "dk", "ok"]
+
+
+def test_has_updated_without_accumulation():
+    params = make_params()
+    tx = flora_jax.flora(0.1, projection=projection())
+    assert bool(flora_jax.has_updated(tx.init(params)))

@@ -1,0 +1,126 @@
+"""What is compiled for a plan. Without libtpu the chips' place is taken by devices of this machine."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.memory import compiled, estimate
+from flora_jax.models import shapes
+
+BORN, ORDINARY, LORA, GALORE, ADAM, MULTISTEPS = estimate.METHODS
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 2,
+    "num_labels": 10,
+}
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    def mesh(chip, count):
+        kinds = (jax.sharding.AxisType.Auto,)
+        return Mesh(np.array(jax.devices()[:count]), ("chips",), axis_types=kinds)
+
+    monkeypatch.setattr(compiled, "_mesh", mesh)
+
+
+def setting(chips=1, config=CONFIG, rank=16):
+    return estimate.Setting(shapes.from_config(config, jnp.float32), rank, 32, 4, chips)
+
+
+@pytest.mark.parametrize("config", [CONFIG, VIT])
+@pytest.mark.parametrize("method", compiled.MEASURED)
+def test_parameters_and_state_are_in_it(method, config):
+    given = setting(config=config)
+    parts = estimate.estimate(given, method).parts
+    size = compiled.measure(given, method)
+    assert size is not None
+    held = parts["parameters"] + parts["state"]
+    assert held < size < held + tree_bytes(given.model.params) + 2**24
+
+
+def test_order_of_the_methods():
+    sizes = {method: compiled.measure(setting(), method) for method in compiled.MEASURED}
+    assert sizes[BORN] < sizes[ORDINARY] < min(sizes[MULTISTEPS], sizes[ADAM])
+
+
+@pytest.mark.parametrize("method", [BORN, LORA, MULTISTEPS])
+def test_chips_divide_it(method):
+    one, four = (compiled.measure(setting(chips), method) for chips in (1, 4))
+    assert one is not None and four is not None
+    parts = estimate.estimate(setting(), method).parts
+    assert (parts["parameters"] + parts["state"]) / 4 < four < 0.4 * one
+
+
+def test_weights_are_cut_along_what_flora_keeps():
+    given = setting(4)
+    mesh = compiled._mesh("v5e", 4)
+    params = compiled._cut(given.model.params, compiled.Projection(16), mesh)
+    specs = jax.tree.map(lambda x: x.sharding.spec, params)
+    assert specs["embed"]["embedding"] == PartitionSpec("chips", None)
+    assert specs["head"]["kernel"] == PartitionSpec(None, "chips")
+    assert specs["layers"]["up"]["kernel"] == PartitionSpec(None, "chips", None)
+    assert specs["layers"]["down"]["kernel"] == PartitionSpec(None, None, "chips")
+    assert specs["norm"]["scale"] == PartitionSpec(None)
+
+
+@pytest.mark.parametrize(
+    ("chip", "holds", "expected"),
+    [
+        ("v5e", {"v5e": 2, "v5p": 3}, 2),
+        ("v5e", {"v5p": 40 * estimate.GIB}, 40 * estimate.GIB),
+        ("v5e", {"v5p": 3}, 15.75 * estimate.GIB + 1),  # v5e has no room for it all the same
+        ("v5e", {}, None),
+        ("v5p", {}, None),
+    ],
+)
+def test_what_does_not_fit_is_compiled_for_a_larger_chip(monkeypatch, chip, holds, expected):
+    monkeypatch.setattr(compiled, "_mesh", lambda chip, count: chip)
+    monkeypatch.setattr(compiled, "_lowered", lambda setting, method, mesh: mesh)
+    monkeypatch.setattr(compiled, "_bytes", holds.get)
+    assert compiled.measure(setting(), BORN, chip) == expected
+
+
+def test_only_want_of_memory_is_an_answer():
+    class Lowered:
+        said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for"
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.said)
+
+    assert compiled._bytes(Lowered()) is None
+    Lowered.said = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compiled._bytes(Lowered())
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"method must be one of Flora, .*, found 'GaLore'"):
+        compiled.measure(setting(), GALORE)
+
+
+def test_obstacles(monkeypatch):
+    given, many = setting(), setting(1000)
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    assert compiled.obstacle(given, BORN, "v5e") == "the package libtpu is not installed"
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: True)
+    assert compiled.obstacle(given, BORN, "v5e") == ""
+    assert "is none of v5e, v6e, v5p" in compiled.obstacle(given, BORN, "A100-40GB")
+    assert "1000 chips are more than those of v5e:16x16" in compiled.obstacle(many, BORN, "v5e")
+    assert "GaLore takes the compiler" in compiled.obstacle(given, GALORE, "v5e")
