@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import flora_jax
+from flora_jax.chain import storage
 from tests.helpers import assert_tree_close, assert_tree_equal, make_gradients, make_params, run
 
 EVERY = 3
@@ -55,7 +56,7 @@ def test_full_rank_is_multisteps(optimizer, tolerance):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_restored_run_is_bit_equal(stop, dtype, momentum, monkeypatch):
-    monkeypatch.setattr(flora_jax.storage, "MIN_SIZE", 1)
+    monkeypatch.setattr(storage, "MIN_SIZE", 1)
     params = make_params()
     gradients = make_gradients(params, 3 * EVERY)
     tx = flora_jax.flora(

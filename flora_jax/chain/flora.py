@@ -59,7 +59,7 @@ def flora(
       preset: `paper`: Gaussian projections, Algorithms 1 and 2. `advised`: the same chain with what was
         measured to be better at no memory: the updates of compressed leaves scaled by `shrink` and,
         where `rank` is given, `srht` projections, each kept for 64 steps. `official`: the authors' JAX
-        optimizer as it is, see `flora_jax.official`.
+        optimizer as it is, see `flora_jax.chain.official`.
       seed: of the projections, where `rank` is given.
       use_grad_mean: mean of the micro-steps, else their sum.
       state_dtype: of sketches between micro-steps: `float32`, `float64`, `bfloat16` or `int8`.

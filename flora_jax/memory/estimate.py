@@ -89,7 +89,7 @@ class Estimate:
       parts: bytes on each chip at the worst moment, by the names in `PARTS`.
       capacity: bytes that a program may use.
       largest_rank: the largest multiple of 8 that fits; None where none does or there is no rank.
-      measured: bytes of all parts as the compiler says (`flora_jax.compiled`); None where it was not asked.
+      measured: bytes of all parts as the compiler says (`flora_jax.memory.compiled`); None where it was not asked.
     """
 
     method: str
@@ -119,7 +119,7 @@ class Setting:
     """What is to be trained, and on what.
 
     Attributes:
-      model: of `flora_jax.shapes`.
+      model: of `flora_jax.models.shapes`.
       rank: of Flora, GaLore and LoRA.
       length: tokens of a sequence.
       batch: sequences of a micro-step, over all chips.

@@ -1,6 +1,6 @@
 """Forward: the loss of a `shapes.Model` as a function of its params, in plain JAX, for a compiler to weigh.
 
-As `flora_jax.planner` has it: layers under `scan`, each one rematerialised, attention over `CHUNK` queries and
+As `flora_jax.memory.estimate` has it: layers under `scan`, each one rematerialised, attention over `CHUNK` queries and
 the logits of `CHUNK` tokens at a time. It computes what the model does, but for constants that weigh
 nothing (the base of rotary frequencies, the epsilon of norms), which are the usual ones.
 
@@ -26,7 +26,7 @@ def loss(model: Model, place: Callable[[Any], Any] = lambda x: x) -> Callable[..
     """`(params, *batch) -> scalar`: the mean cross-entropy, nats per token (or image).
 
     Args:
-      model: of `flora_jax.shapes`.
+      model: of `flora_jax.models.shapes`.
       place: what is done to the states between layers, `(B, T, D)`: a sharding constraint.
 
     Returns:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flora_jax
+from flora_jax.chain import products
 from flora_jax.sharding import manual
 from tests.helpers import assert_tree_close, normal
 
@@ -74,7 +75,7 @@ def naive(projection, grads):
         if spec is None:
             result[name] = grad
             continue
-        whole = np.asarray(flora_jax.projection.sample(spec, 0), np.float64)
+        whole = np.asarray(products.sample(spec, 0), np.float64)
         count = len(spec.projected)
         letters = "abcd"[: grad.ndim]
         projected = "".join(letters[axis] for axis in spec.projected)
@@ -133,7 +134,7 @@ def test_training_is_that_of_one_device(side, others):
 
     def step(of, params, state, x):
         gradient = flora_jax.value_and_grad(of, projection)
-        _, grads = gradient(params, x, cycle=flora_jax.transforms.cycle(state))
+        _, grads = gradient(params, x, cycle=flora_jax.cycle(state))
         return flora_jax.apply_gradients(tx, grads, state, params)
 
     states = specs_of_state(tx)
@@ -219,7 +220,7 @@ def test_the_part_of_a_is_that_of_the_whole_to_the_last_bit():
     }
 
     def all_of():
-        return {name: flora_jax.projection.sample(spec, 3) for name, spec in specs.items()}
+        return {name: products.sample(spec, 3) for name, spec in specs.items()}
 
     cut = {"up": P(), "down": P(None, "model"), "experts": P("model"), "heads": P()}
     run = jax.shard_map(all_of, mesh=MESH, in_specs=(), out_specs=cut)
