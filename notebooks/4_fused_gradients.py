@@ -26,7 +26,7 @@ import numpy as np
 
 import flora_jax
 from experiments.models import llama
-from flora_jax.chain import products
+from flora_jax.chain.products import sample
 from flora_jax.chain.sketch import is_sketch
 
 # %% [markdown]
@@ -91,7 +91,7 @@ _, sketches = fused(params, x)
 whole = jax.grad(loss)(params, x)
 projected, _ = tx.update(whole, tx.init(params), params)
 for path in params:
-    A = np.asarray(products.sample(sketches[path].spec, 0), np.float64)
+    A = np.asarray(sample(sketches[path].spec, 0), np.float64)
     expected = A @ np.asarray(whole[path], np.float64)
     for name, data in (("born", sketches[path].data), ("projected", projected[path].data)):
         error = np.linalg.norm(data - expected) / np.linalg.norm(expected)
@@ -250,7 +250,7 @@ assert {tuple(sorted(s)) for s in weight_shaped(found, params)} == {(256, 640)}
 _, sketches = grad_fn(params, x, cycle=0)
 whole = jax.grad(normalised)(params, x)
 for path in params:
-    A = np.asarray(products.sample(sketches[path].spec, 0), np.float64)
+    A = np.asarray(sample(sketches[path].spec, 0), np.float64)
     expected = A @ np.asarray(whole[path], np.float64)
     error = np.linalg.norm(sketches[path].data - expected) / np.linalg.norm(expected)
     print(f"{path:7} relative error {error:.1e}")
