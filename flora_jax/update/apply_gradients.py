@@ -158,12 +158,12 @@ def _evaluate(program: _Program, values: Values) -> list[Any]:
             _swapped(swap, out) if i in inside else Const(0) for i, out in enumerate(program.outs)
         ]
         branches.append(dataclasses.replace(program, nodes=nodes, outs=outs))
-    free = {
+    free = dict.fromkeys(  # in an order that every process has: compilation caches, and hosts, must agree
         atom
         for branch in branches
         for atom in [*(a for node in branch.nodes for a in node.ins), *branch.outs]
         if isinstance(atom, Var) and (atom in maker or atom in values.known)
-    }
+    )
     for atom in free:
         values(atom)
 
