@@ -1,12 +1,14 @@
-"""Sets up a virtual environment and runs ruff, pyright, mkdocs and pytest; arguments go to pytest.
+"""Sets up a virtual environment and runs ruff, pyright, mkdocs and pytest; other arguments go to pytest.
 
-With `--lowest` as the first argument pytest alone runs, at the lowest versions of the dependencies,
-without `tests/parity`, since comparisons with torch need it once, and without what is marked `newest`.
+python3 -m tests             the newest versions of the dependencies for this Python
+python3 -m tests --long      the same, with what is long by nature
+python3 -m tests --lowest    a core selection at the lowest versions
+python3 -m tests --newest    the same selection on the newest Python that this machine has
 """
 
 import sys
 
-from experiments.environment import python, run
+from experiments.environment import newer_python, python, run
 
 LINTERS = (
     ("ruff", "check", "."),
@@ -14,17 +16,31 @@ LINTERS = (
     ("pyright", "--pythonpath", "{python}"),
     ("mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site"),
 )
+CORE = ("tests/chain", "tests/fused", "tests/update", "tests/sharding", "tests/test_frameworks.py")
 
 
 def main(arguments: list[str]) -> int:
-    lowest = arguments[:1] == ["--lowest"]
-    interpreter = python("test" if lowest else "test,parity", lowest)
+    own = {word for word in arguments if word in ("--long", "--lowest", "--newest")}
+    rest = [word for word in arguments if word not in own]
+    marked = [] if "--long" in own else ["-m", "not long"]
+    workers = ["-n", "auto", "--dist", "loadfile"]
+    paths = [] if any(word.startswith("tests") for word in rest) else list(CORE)
+    if "--lowest" in own:
+        interpreter = python("test-core", ".venv-lowest", lowest=True)
+    elif "--newest" in own:
+        base = newer_python()
+        if base is None:
+            version = ".".join(map(str, sys.version_info[:2]))
+            print(f"No Python newer than {version} was found: the newest JAX was not tested.")
+            return 0
+        interpreter = python("test-core", ".venv-newest", base)
+    else:
+        interpreter, paths = python("test,parity"), []
     failed = 0
-    for command in () if lowest else LINTERS:
+    for command in () if paths or rest else LINTERS:
         words = (word.format(python=interpreter) for word in command)
         failed |= run(interpreter, "-m", *words)
-    left_out = ["--ignore=tests/parity", "-m", "not newest"] if lowest else []
-    return failed | run(interpreter, "-m", "pytest", "-n", "auto", *left_out, *arguments[lowest:])
+    return failed | run(interpreter, "-m", "pytest", *workers, *marked, *paths, *rest)
 
 
 if __name__ == "__main__":
