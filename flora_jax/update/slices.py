@@ -238,12 +238,12 @@ class Slices:
         found[node.outs[0]] = apply(node.eqn, *ins, **changes)
 
     def _decompressed(self, cut, data) -> jax.Array:
-        shape, names = list(self.spec.shape), list(self.spec.cut)
+        shape, names = list(self.spec.shape), list(self.spec.sharded)
         shape[self.axis] = self.width  # each device has but one of them, of which a block is held
         if names:
             names[self.axis] = ()
         block = self.spec.block * self.width
-        spec = dataclasses.replace(self.spec, shape=tuple(shape), cut=tuple(names), block=block)
+        spec = dataclasses.replace(self.spec, shape=tuple(shape), sharded=tuple(names), block=block)
         place = products.data_batch(self.spec)[0]
         return products.decompress_with(spec, cut(self.keys, 0), cut(data, place))
 
