@@ -74,7 +74,7 @@ def apply_gradients(
         return optax.apply_updates(params, updates), opt_state
 
     leaves = jax.tree.leaves(params)
-    places = list(map(explicit.place, leaves))
+    places = list(map(explicit.sharding_of, leaves))
     if shardings is not None:
         given = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
         places = [own if one is None else one for one, own in zip(given, places, strict=True)]
