@@ -1,4 +1,9 @@
-"""Flora for JAX: sketches of gradients in place of gradients (arXiv 2402.03293)."""
+"""Flora for JAX: optimizers that keep low-rank sketches of gradients in place of the gradients.
+
+The method is from Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors",
+arXiv 2402.03293. The paper's algorithms are in `flora_jax.chain`, whose docstring says which file has
+which of their lines.
+"""
 
 from flora_jax.chain.accumulate import accumulate as accumulate
 from flora_jax.chain.accumulate import has_updated as has_updated

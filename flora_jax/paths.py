@@ -1,4 +1,4 @@
-"""Paths: how a leaf of a tree is named, in keys and in messages."""
+"""Paths: the name of each leaf of a pytree, which its PRNG key and all messages about it are made from."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import jax
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Names a leaf: the entries of its key path, joined by `/`.
+    """Returns the name of a leaf: the entries of its key path, joined by `/`.
 
     The last entry of a Flax NNX variable (`value`) is left out, so that a tree of variables and
-    the same tree of bare arrays give the same names.
+    the same tree of plain arrays give the same names.
     """
     if path and getattr(path[-1], "name", None) in ("value", "raw_value"):
         path = path[:-1]

@@ -48,7 +48,7 @@ def matrix_of_a(spec, cycle):
 
 
 class Naive:
-    """The three products on a weight that is cut into matrices by transpose and reshape."""
+    """The three products on a weight that is split into matrices by transpose and reshape."""
 
     def __init__(self, spec):
         self.spec = spec
@@ -64,10 +64,10 @@ class Naive:
         return self._data(np.einsum("bnm,brm->bnr", matrices, a))
 
     def decompress(self, a, data):
-        whole = np.einsum("bnr,brm->bnm", self._matrices(data), a)
+        estimate = np.einsum("bnr,brm->bnm", self._matrices(data), a)
         lengths = tuple(self.spec.shape[i] for i in self.spec.projected)
-        whole = whole.reshape(self.lead_shape + lengths)
-        return np.transpose(whole, np.argsort(self.lead + self.spec.projected))
+        estimate = estimate.reshape(self.lead_shape + lengths)
+        return np.transpose(estimate, np.argsort(self.lead + self.spec.projected))
 
     def transfer(self, a, b, data):
         return self._data(np.einsum("bnr,brm,bsm->bns", self._matrices(data), a, b))
@@ -139,7 +139,7 @@ def make_gradients(params, count, seed=100):
 
 
 def run(tx, params, gradients, state=None):
-    """Feeds the gradients one by one under jit; gives the params and the state."""
+    """Feeds the gradients one by one under jit; returns the params and the state."""
     state = jax.jit(tx.init)(params) if state is None else state
 
     @jax.jit

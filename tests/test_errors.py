@@ -123,19 +123,19 @@ WRONG = {
     ),
     "sketch where none is made": (
         lambda: update(flora_jax.project(projection(mask=False)), sketches()),
-        "'a/kernel': found a sketch, expected a whole gradient, .* (masked)",
+        "'a/kernel': found a sketch, expected an uncompressed gradient, .* (masked)",
     ),
-    "whole gradient to accumulate": (
+    "uncompressed gradient to accumulate": (
         lambda: update(accumulate(projection=projection(resample_every=2)), PARAMS),
-        "'a/kernel': accumulate found a whole gradient, expected a sketch",
+        "'a/kernel': accumulate found an uncompressed gradient, expected a sketch",
     ),
     "sketch to accumulate without projection": (
         lambda: update(accumulate(), sketches()),
-        "'a/kernel': accumulate found a sketch, expected a whole gradient; give accumulate the",
+        "'a/kernel': accumulate found a sketch, expected an uncompressed gradient; give accumulate the",
     ),
-    "whole gradient to momentum": (
+    "uncompressed gradient to momentum": (
         lambda: update(flora_jax.momentum(0.9, projection=projection()), PARAMS),
-        "'a/kernel': momentum found a whole gradient, expected a sketch",
+        "'a/kernel': momentum found an uncompressed gradient, expected a sketch",
     ),
     "sketch without a cycle": (
         lambda: flora_jax.decompress().update(

@@ -27,7 +27,7 @@ from flora_jax.adapters.low_rank import Adapter
 from flora_jax.chain import distributions
 from flora_jax.chain.keys import fold_path
 from flora_jax.chain.sketch import Spec
-from flora_jax.fused.made import BLOCK, Made
+from flora_jax.fused.lazy import BLOCK, Lazy
 from flora_jax.fused.weight import Kind, Weight, both_factors, down_labels, kinds_of
 
 
@@ -79,7 +79,7 @@ def growing(sigma: float, steps: int) -> optax.Schedule:
 def noise(spec: Spec, key: jax.Array, scale: jax.Array) -> jax.Array:
     """The noise of one leaf whole; for looking at it. `scale` is `(*B, *K)`, K the axes of the outputs."""
     zeros = jnp.zeros(spec.shape, scale.dtype)
-    return _made(spec, key, zeros, scale, BLOCK).value()
+    return _made(spec, key, zeros, scale, BLOCK).materialize()
 
 
 def filter_scale(weight: Weight, sigma: jax.typing.ArrayLike) -> jax.Array:
@@ -91,9 +91,9 @@ def filter_scale(weight: Weight, sigma: jax.typing.ArrayLike) -> jax.Array:
     batch, kept = (
         "".join(labels[axis] for axis in weight.axes(kind)) for kind in ("batch", "kept")
     )
-    down, tap = both_factors(weight)
+    down, up = both_factors(weight)
     of_down = down_labels(weight, labels)
-    of_tap = "".join(
+    of_up = "".join(
         "Z" if axis == weight.slot else label
         for axis, label in enumerate(labels)
         if axis == weight.slot or weight.kinds[axis] != "projected"
@@ -102,22 +102,22 @@ def filter_scale(weight: Weight, sigma: jax.typing.ArrayLike) -> jax.Array:
     goal = batch + kept
     squares = jnp.einsum(f"{labels},{labels}->{goal}", value, value)
     cross = jnp.einsum(f"{of_down},{labels}->{goal}Z", down, value)
-    squares += 2 * jnp.einsum(f"{goal}Z,{of_tap}->{goal}", cross, tap)
+    squares += 2 * jnp.einsum(f"{goal}Z,{of_up}->{goal}", cross, up)
     gram = jnp.einsum(f"{of_down},{of_down[:-1]}Y->{batch}ZY", down, down)
-    of_other = of_tap.replace("Z", "Y")
-    squares += jnp.einsum(f"{batch}ZY,{of_tap},{of_other}->{goal}", gram, tap, tap)
+    of_other = of_up.replace("Z", "Y")
+    squares += jnp.einsum(f"{batch}ZY,{of_up},{of_other}->{goal}", gram, up, up)
     scale = jnp.sqrt(jnp.maximum(squares, 0) / weight.spec.size)
     return jax.lax.stop_gradient(jnp.asarray(sigma) * scale)
 
 
 def _noisy(weight: Weight, key: jax.Array, sigma: Any, block: int) -> Weight:
-    if isinstance(weight.value, Made):
+    if isinstance(weight.value, Lazy):
         raise ValueError(f"{weight.spec.path!r}: flat_lora needs a weight in floating point")
     scale = filter_scale(weight, sigma)
     return weight.replace(value=_made(weight.spec, key, weight.value, scale, block))
 
 
-def _made(spec: Spec, key: jax.Array, value: jax.Array, scale: jax.Array, block: int) -> Made:
+def _made(spec: Spec, key: jax.Array, value: jax.Array, scale: jax.Array, block: int) -> Lazy:
     keys, lengths = fold_path(key, spec.path), [spec.shape[axis] for axis in spec.batch]
     if lengths:
         index = jnp.arange(math.prod(lengths), dtype=jnp.int32)
@@ -125,7 +125,7 @@ def _made(spec: Spec, key: jax.Array, value: jax.Array, scale: jax.Array, block:
     piece = _Noise(kinds_of(spec), str(jax.random.key_impl(key)))
     parts = {"value": value, "keys": jax.random.key_data(keys), "scale": scale}
     axis = spec.projected[0] - len(spec.shape)
-    return Made(parts, _Whole(piece, axis), piece, axis, block=block)
+    return Lazy(parts, _Whole(piece, axis), piece, axis, block=block)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from flora_jax.chain.products import data_batch
 from flora_jax.chain.projection import Projection
 from flora_jax.chain.sketch import Spec
 from flora_jax.fused.interpreter import Traced, Walk, exposed
+from flora_jax.fused.lazy import is_lazy, materialized
 from flora_jax.fused.leaves import combine, is_array, partition
-from flora_jax.fused.made import is_made, value_of
 from flora_jax.fused.rules import RULES
 from flora_jax.fused.weight import Weight, merged
 
@@ -218,7 +218,7 @@ def _weights(adapter: Adapter, params: Any, adapter_params: Any) -> dict[str, We
     """The adapted leaves, by path."""
     factors = _checked(adapter, params, adapter_params)
     plans = plans_of(adapter.projection, params)
-    leaves = zip(plans, jax.tree.leaves(params, is_leaf=is_made), strict=True)
+    leaves = zip(plans, jax.tree.leaves(params, is_leaf=is_lazy), strict=True)
     return {
         plan.path: _weight(plan, leaf, factors[plan.path])
         for plan, leaf in leaves
@@ -228,7 +228,7 @@ def _weights(adapter: Adapter, params: Any, adapter_params: Any) -> dict[str, We
 
 def _run(adapter: Adapter, walk: Walk, fun, params, adapter_params, args, kwargs) -> Any:
     arrays, rest = arrays_apart(params)
-    leaves, structure = jax.tree.flatten(arrays, is_leaf=is_made)
+    leaves, structure = jax.tree.flatten(arrays, is_leaf=is_lazy)
     adapted = _weights(adapter, arrays, adapter_params)
     if adapter.prepare is not None:
         adapted = adapter.prepare(arrays, adapter_params, adapted)
@@ -248,7 +248,7 @@ def _run(adapter: Adapter, walk: Walk, fun, params, adapter_params, args, kwargs
     jaxpr = jax.make_jaxpr(flat)(*map(_outline, leaves), *given)
     paths = [plan.path for plan in plans_of(adapter.projection, arrays)]
     ins = [
-        Traced(adapted[path] if path in adapted else value_of(leaf), False)
+        Traced(adapted[path] if path in adapted else materialized(leaf), False)
         for path, leaf in zip(paths, leaves, strict=True)
     ]
     ins += [Traced(value, False) for value in given]
@@ -259,13 +259,13 @@ def _run(adapter: Adapter, walk: Walk, fun, params, adapter_params, args, kwargs
 
 
 def arrays_apart(params: Any) -> tuple[Any, Any]:
-    """Arrays (`Made` ones too), and all else, each with None in place of the other."""
+    """Arrays (`Lazy` ones too), and all else, each with None in place of the other."""
 
     def pick(wanted: bool) -> Any:
         def visit(x):
-            return x if (is_made(x) or is_array(x)) == wanted else None
+            return x if (is_lazy(x) or is_array(x)) == wanted else None
 
-        return jax.tree.map(visit, params, is_leaf=is_made)
+        return jax.tree.map(visit, params, is_leaf=is_lazy)
 
     return pick(True), pick(False)
 
@@ -273,22 +273,22 @@ def arrays_apart(params: Any) -> tuple[Any, Any]:
 def plans_of(projection: Projection, params: Any) -> list[LeafPlan]:
     """The plan of every array, in the order of the tree."""
     arrays, _ = arrays_apart(params)
-    return leaf_plans(jax.tree.map(_outline, arrays, is_leaf=is_made), projection)
+    return leaf_plans(jax.tree.map(_outline, arrays, is_leaf=is_lazy), projection)
 
 
 def _outline(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_made(leaf) else leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_lazy(leaf) else leaf
 
 
 def _merged(adapter: Adapter, params: Any, adapter_params: Any, sign: int) -> Any:
     arrays, rest = arrays_apart(params)
-    leaves, structure = jax.tree.flatten(arrays, is_leaf=is_made)
+    leaves, structure = jax.tree.flatten(arrays, is_leaf=is_lazy)
     adapted = _weights(adapter, arrays, adapter_params)
     paths = [plan.path for plan in plans_of(adapter.projection, arrays)]
     results = []
     for path, leaf in zip(paths, leaves, strict=True):
         weight = adapted.get(path)
         if weight is not None:
-            leaf = merged(weight.replace(tap=sign * weight.tap))
+            leaf = merged(weight.replace(up=sign * weight.up))
         results.append(leaf)
     return combine(jax.tree.unflatten(structure, results), rest)

@@ -15,8 +15,8 @@ import jax
 
 from flora_jax.adapters.low_rank import Adapter, arrays_apart, plans_of
 from flora_jax.chain.sketch import Spec
+from flora_jax.fused.lazy import Lazy, is_lazy
 from flora_jax.fused.leaves import combine
-from flora_jax.fused.made import Made, is_made
 
 Kind = Literal["int8", "int4", "nf4"]
 
@@ -32,7 +32,7 @@ def quantize(adapter: Adapter, params: Any, kind: Kind = "int8", *, tile: int | 
         where that divides it.
 
     Returns:
-      A tree for `apply` and `merge` of an adapter: with a `Made` in the place of each such weight.
+      A tree for `apply` and `merge` of an adapter: with a `Lazy` in the place of each such weight.
 
     Raises:
       ValueError: another kind, a tile that does not divide the input side.
@@ -40,16 +40,16 @@ def quantize(adapter: Adapter, params: Any, kind: Kind = "int8", *, tile: int | 
     if kind not in ("int8", "int4", "nf4"):
         raise ValueError(f"kind must be one of int8, int4, nf4, found {kind!r}")
     arrays, rest = arrays_apart(params)
-    leaves, structure = jax.tree.flatten(arrays, is_leaf=is_made)
+    leaves, structure = jax.tree.flatten(arrays, is_leaf=is_lazy)
     plans = plans_of(adapter.projection, arrays)
     results = [
-        _quantized(plan.spec, leaf, kind, tile) if plan.spec and not is_made(leaf) else leaf
+        _quantized(plan.spec, leaf, kind, tile) if plan.spec and not is_lazy(leaf) else leaf
         for plan, leaf in zip(plans, leaves, strict=True)
     ]
     return combine(jax.tree.unflatten(structure, results), rest)
 
 
-def _quantized(spec: Spec, leaf: Any, kind: Kind, tile: int | None) -> Made:
+def _quantized(spec: Spec, leaf: Any, kind: Kind, tile: int | None) -> Lazy:
     import qwix
 
     axis = spec.projected[-1]
@@ -61,4 +61,4 @@ def _quantized(spec: Spec, leaf: Any, kind: Kind, tile: int | None) -> Made:
     others = tuple(i for i in range(len(spec.shape)) if i not in spec.projected)
     tiles = {axis: tile} if tile else None
     parts = qwix.quantize(leaf, kind, channelwise_axes=others, tiled_axes=tiles)
-    return Made(parts, qwix.dequantize)
+    return Lazy(parts, qwix.dequantize)

@@ -1,4 +1,10 @@
-"""accumulate: `C ← C + G Aᵀ` over `τ` micro-steps (arXiv 2402.03293, Algorithm 1)."""
+"""accumulate: sums sketches over `τ` micro-steps, `C ← C + G Aᵀ` (arXiv 2402.03293, Algorithm 1).
+
+| paper | here |
+|---|---|
+| `τ` | `every` |
+| `C` | `AccumulateState.accumulated` |
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,13 +22,14 @@ from flora_jax.sharding import manual
 
 
 class AccumulateState(NamedTuple):
-    """State of `accumulate`.
+    """The state of `accumulate`.
 
     Attributes:
-      mini_step: int32 scalar, micro-steps since the last boundary.
-      gradient_step: int32 scalar, boundaries so far.
-      accumulated: tree of the params; each leaf of the sketch's shape, or the weight's own.
-      inner_state: of the wrapped transformation.
+      mini_step: The number of micro-steps since the last optimizer step, an int32 scalar.
+      gradient_step: The number of optimizer steps so far, an int32 scalar.
+      accumulated: A tree like the params. Each leaf has the shape of the sketch, or of the weight where
+        it is uncompressed.
+      inner_state: The state of the wrapped transformation.
     """
 
     mini_step: Any
@@ -33,9 +40,13 @@ class AccumulateState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepsPerCycle:
-    """A schedule for `resample_every`: cycles of `count` boundaries, when `every` is a schedule.
+    """A schedule for `resample_every` that gives cycles of `count` optimizer steps where `every` is a schedule.
 
-    Cycle `c` has `Σ every(g)` micro-steps, over the gradient steps `g` from `c · count` on.
+    Cycle `c` has `Σ every(g)` micro-steps, summed over the `count` optimizer steps `g` from `c · count` on.
+
+    Attributes:
+      every: The schedule of the micro-steps in an optimizer step, as in `accumulate`.
+      count: The number of optimizer steps in a cycle.
     """
 
     every: Callable[[Any], Any]
@@ -54,21 +65,31 @@ def accumulate(
     use_grad_mean: bool = True,
     accumulator_dtype: storage.StateDtype = "float32",
 ) -> optax.GradientTransformationExtraArgs:
-    """Sums micro-steps and gives the sum to `inner` at each boundary; zero updates in between.
+    """Sums the gradients of several micro-steps, then takes one optimizer step with the sum.
 
-    What `optax.MultiSteps` is to gradients, for trees of sketches and whole leaves. A micro-step that
-    is not finite is left out by `skip_nonfinite` around the whole chain.
+    It does for trees of sketches and uncompressed gradients what `optax.MultiSteps` does for trees of
+    gradients: on the micro-step that completes an optimizer step, the sum is passed to `inner`; on all
+    others the updates are zero. To leave out micro-steps with a NaN or an infinity, put
+    `skip_nonfinite` around the entire chain.
 
     Args:
-      inner: what runs at a boundary, usually `optax.chain(decompress(), optimizer)`.
-      every: micro-steps to a boundary: an int, or a schedule of the gradient step.
-      projection: that of the `project` before it. None where nothing is compressed.
-      use_grad_mean: mean of the micro-steps, else their sum.
-      accumulator_dtype: `float32`, `float64`, or, rounded stochastically, `bfloat16` or `int8`.
+      inner: The transformation that runs on each optimizer step, usually
+        `optax.chain(decompress(), optimizer)`.
+      every: The number of micro-steps in an optimizer step: an int, or a schedule, a function of the
+        number of the optimizer step.
+      projection: The `Projection` of the `project` that comes before, or None where nothing is
+        compressed.
+      use_grad_mean: Whether `inner` receives the mean of the micro-steps' gradients rather than their
+        sum.
+      accumulator_dtype: The dtype of the sum between micro-steps: `float32`, `float64`, or, with
+        stochastic rounding, `bfloat16` or `int8`.
+
+    Returns:
+      A transformation with the state `AccumulateState`.
 
     Raises:
-      ValueError: a wrong argument; cycles of `projection` that would end inside one accumulation;
-        (on update, at trace time) a leaf that does not fit the state.
+      ValueError: An argument is not valid, or the cycles of `projection` would end inside an optimizer
+        step. On `update`, at trace time: a leaf does not fit the state.
 
     References:
       arXiv 2402.03293, Algorithm 1.
@@ -96,28 +117,28 @@ def accumulate(
             lambda old, new: old + weight * new, storage.load_tree(state.accumulated), numbers
         )
 
-        def boundary(sums, inner_state):
-            whole = states.with_numbers(sketches, sums)
-            result, inner_state = inner.update(whole, inner_state, params, **extra_args)
+        def optimizer_step(sums, inner_state):
+            total = states.with_numbers(sketches, sums)
+            result, inner_state = inner.update(total, inner_state, params, **extra_args)
             kept = states.zeros(updates, projection, accumulator_dtype)
             return result, inner_state, kept
 
-        result_shape, _, _ = jax.eval_shape(boundary, sums, state.inner_state)
+        result_shape, _, _ = jax.eval_shape(optimizer_step, sums, state.inner_state)
 
-        def between(sums, inner_state):
+        def no_step(sums, inner_state):
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result_shape)
             count = (state.gradient_step, state.mini_step)
             kept = states.store(sums, projection, sketches, accumulator_dtype, count)
             return zeros, inner_state, kept
 
-        is_boundary = state.mini_step + 1 >= length
+        is_step = state.mini_step + 1 >= length
         result, inner_state, kept = manual.switch(
-            is_boundary, (between, boundary), sums, state.inner_state
+            is_step, (no_step, optimizer_step), sums, state.inner_state
         )
         return result, AccumulateState(
-            mini_step=jnp.where(is_boundary, 0, state.mini_step + 1),
+            mini_step=jnp.where(is_step, 0, state.mini_step + 1),
             gradient_step=jnp.where(
-                is_boundary, optax.safe_increment(state.gradient_step), state.gradient_step
+                is_step, optax.safe_increment(state.gradient_step), state.gradient_step
             ),
             accumulated=kept,
             inner_state=inner_state,
@@ -127,10 +148,16 @@ def accumulate(
 
 
 def has_updated(opt_state: Any) -> jax.Array:
-    """Whether the last micro-step was a boundary; always, where nothing is accumulated.
+    """Returns whether the last micro-step completed an optimizer step, so that the parameters changed.
+
+    Args:
+      opt_state: The state of an optimizer with at most one `accumulate` anywhere inside.
+
+    Returns:
+      A bool scalar. It is always True where nothing is accumulated.
 
     Raises:
-      ValueError: there is more than one `accumulate` in it.
+      ValueError: The state has more than one `accumulate` in it.
     """
     if not states.of_kind(opt_state, AccumulateState):
         return jnp.asarray(True)
@@ -139,7 +166,7 @@ def has_updated(opt_state: Any) -> jax.Array:
 
 
 def _check_cycles(resample_every: Every, every: Every) -> None:
-    """A cycle must be a whole number of accumulations."""
+    """Raises a ValueError unless each cycle is an integer number of optimizer steps."""
     if isinstance(resample_every, int) and isinstance(every, int):
         fits = resample_every % every == 0
     else:

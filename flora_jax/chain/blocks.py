@@ -1,8 +1,9 @@
-"""Blocks: a loop over an axis of which no more than some indices are looked at a time.
+"""Blocks: a loop over an axis that works on a limited number of indices at a time.
 
-A block is a part of each of several equal runs of the axis, side by side. Where the axis is cut over
-devices, and their number divides that of the runs, every block has a part of each device's own, and
-nothing moves between them; a block of neighbours would lie on one device alone.
+The axis is divided into several equal runs, and a block is a part of each run, side by side. Where the
+axis is sharded over devices, and their number divides that of the runs, every block has indices of
+every device, so that nothing moves between devices. A block of neighbouring indices would be on one
+device alone.
 """
 
 from collections.abc import Callable
@@ -17,14 +18,14 @@ MOST_RUNS = 256
 
 
 class Block(NamedTuple):
-    """Indices of a block.
+    """The indices of a block.
 
     Attributes:
-      total: length of the axis.
-      runs: equal parts of it.
-      start: int or int32 scalar, where in each run the block begins.
-      length: indices of each run in it.
-      first: those before this one, in each run, were in the block before as well.
+      total: The length of the axis.
+      runs: The number of equal runs that the axis is divided into.
+      start: The index within each run at which the block begins, an int or an int32 scalar.
+      length: The number of indices that the block has of each run.
+      first: The first index within each run that no earlier block had.
     """
 
     total: int
@@ -35,47 +36,48 @@ class Block(NamedTuple):
 
     @property
     def size(self) -> int:
+        """The number of indices in the block."""
         return self.runs * self.length
 
     def indices(self) -> jax.Array:
-        """int32, `(size,)`."""
+        """Returns the indices of the block along the axis, an int32 array of shape `(size,)`."""
         starts = jnp.arange(self.runs, dtype=jnp.int32)[:, None] * (self.total // self.runs)
         return (starts + self.start + jnp.arange(self.length, dtype=jnp.int32)).reshape(-1)
 
     def fresh(self) -> jax.Array:
-        """bool, `(size,)`: which indices were in no block before."""
+        """Returns which of the indices were in no earlier block, a bool array of shape `(size,)`."""
         within = self.start + jnp.arange(self.length) >= self.first
         return jnp.tile(within, self.runs)
 
     def take(self, array: jax.Array, axis: int) -> jax.Array:
-        """The block's part of an array along this axis."""
+        """Returns the block's part of an array along this axis."""
         if self.size == self.total:
             return array
-        if self.runs == 1:  # XLA copies what it has to look at in another shape
+        if self.runs == 1:  # no reshape, for which XLA may make a copy
             return jax.lax.dynamic_slice_in_dim(array, self.start, self.length, axis)
         part = jax.lax.dynamic_slice_in_dim(
-            self._cut(array, axis), self.start, self.length, axis + 1
+            self._in_runs(array, axis), self.start, self.length, axis + 1
         )
         return part.reshape(*array.shape[:axis], self.size, *array.shape[axis + 1 :])
 
     def put(self, array: jax.Array, part: jax.Array, axis: int) -> jax.Array:
-        """The array with the block's part of it replaced."""
+        """Returns the array with the block's part of it replaced."""
         if self.size == self.total:
             return part
         if self.runs == 1:
             return jax.lax.dynamic_update_slice_in_dim(array, part, self.start, axis)
         shape = (*array.shape[:axis], self.runs, self.length, *array.shape[axis + 1 :])
-        cut, part = self._cut(array, axis), part.reshape(shape)
-        written = jax.lax.dynamic_update_slice_in_dim(cut, part, self.start, axis + 1)
+        divided, part = self._in_runs(array, axis), part.reshape(shape)
+        written = jax.lax.dynamic_update_slice_in_dim(divided, part, self.start, axis + 1)
         return written.reshape(array.shape)
 
-    def _cut(self, array: jax.Array, axis: int) -> jax.Array:
+    def _in_runs(self, array: jax.Array, axis: int) -> jax.Array:
         run = self.total // self.runs
         return array.reshape(*array.shape[:axis], self.runs, run, *array.shape[axis + 1 :])
 
 
 def runs(total: int, most: int) -> int:
-    """Into how many equal runs an axis is cut for blocks of so many indices: a power of two."""
+    """Returns the number of equal runs, a power of two, for an axis of length `total` and blocks of at most `most` indices."""
     count = 1
     while 2 * count <= min(MOST_RUNS, most) and total % (2 * count) == 0:
         count *= 2
@@ -83,15 +85,19 @@ def runs(total: int, most: int) -> int:
 
 
 def over_blocks(total: int, most: int, body: Callable[[Block, Any], Any], carry: Any) -> Any:
-    """Runs `carry = body(block, carry)` until every index was in a block.
+    """Runs `carry = body(block, carry)` until every index has been in a block.
 
-    The last block is drawn back so that it fits; `Block.fresh` tells what it repeats.
+    All blocks have the same size, so the last one may begin earlier and repeat indices of the one
+    before; `Block.fresh` says which.
 
     Args:
-      total: length of the axis.
-      most: indices of a block; at least one of each run.
-      body: of a block and the carry.
-      carry: tree of arrays.
+      total: The length of the axis.
+      most: The largest number of indices in a block.
+      body: A function of a block and the carry that returns the new carry.
+      carry: The initial carry, a pytree of arrays.
+
+    Returns:
+      The carry after the last block.
     """
     if most >= total:
         return body(Block(total, 1, 0, total, 0), carry)

@@ -1,4 +1,4 @@
-"""carry_over: an optimizer's state for params of which some are new, gone or frozen."""
+"""carry_over: moves an optimizer's state to params some of which are new, removed or frozen."""
 
 from typing import Any
 
@@ -9,24 +9,25 @@ from flora_jax.paths import path_name
 
 
 def carry_over(opt_state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
-    """The state of `tx` for these params, with all that `opt_state` already knows.
+    """Returns the state of `tx` for new params, keeping all of the old state that still applies.
 
-    Keys come from a weight's path, so what is there for the others goes on as if nothing had happened.
+    Since the keys of projections are derived from the weights' paths, all weights that stay go on as if
+    nothing had happened, even in the middle of a cycle.
 
     Args:
-      opt_state: the state so far, of the same chain for other params, other labels of
-        `optax.multi_transform` or another `mask`.
-      tx: the transformation.
-      params: the params from now on.
+      opt_state: The state so far, of the same chain for other params, for other labels of
+        `optax.multi_transform`, or for another `mask`.
+      tx: The transformation for the new params.
+      params: The new params.
 
     Returns:
-      `tx.init(params)`, in which each array that `opt_state` has under the same path, of the same
-      shape and dtype, is the one that it has.
+      The state `tx.init(params)`, in which every array that `opt_state` has under the same path, with
+      the same shape and dtype, is replaced by the one in `opt_state`.
 
     Raises:
-      ValueError: they have nothing in common but counts.
+      ValueError: The two states have nothing in common but counts.
 
-    Example:
+    Examples:
       >>> import flora_jax, jax.numpy as jnp
       >>> tx = flora_jax.flora(1e-2, rank=16, accumulation_steps=4)
       >>> params = {"kernel": jnp.ones((256, 512))}

@@ -1,4 +1,4 @@
-"""decompress: sketches to gradient leaves, `Ĝ = C A`, for the base optimizer (arXiv 2402.03293)."""
+"""decompress: estimates gradients from sketches, `Ĝ = C A`, for the base optimizer (arXiv 2402.03293)."""
 
 import contextlib
 import contextvars
@@ -17,16 +17,20 @@ from flora_jax.chain.transformation import transformation
 
 _tracing = contextvars.ContextVar("tracing", default=False)
 decompress_p = core.Primitive("flora_decompress")
-"""`products.decompress` of one leaf, as one operation of a jaxpr; it is traced and never run."""
+"""`products.decompress` of one leaf as a single operation of a jaxpr; it is traced and never run."""
 
 
 def decompress() -> optax.GradientTransformation:
-    """Turns sketches back into gradient leaves, `C A`; other leaves pass.
+    """Turns each sketch `C` into the unbiased estimate `C A` of its gradient.
 
-    After it stands any optax optimizer, which sees an unbiased estimate of the gradient.
+    Uncompressed leaves pass through unchanged. Any optax optimizer can follow, since what it receives
+    has the shapes and dtypes of the gradients.
+
+    Returns:
+      A transformation without state.
 
     Raises:
-      ValueError: (on update) a sketch whose cycle no `project` has set.
+      ValueError: On `update`, a sketch has no cycle, because no `project` has set it.
 
     References:
       arXiv 2402.03293, Algorithm 1, line 10; Algorithm 2, line 14.
@@ -52,7 +56,7 @@ def decompress() -> optax.GradientTransformation:
 
 @contextlib.contextmanager
 def as_one_operation() -> Iterator[None]:
-    """Inside of it, `decompress` leaves one `decompress_p` for each leaf in the jaxpr that is traced."""
+    """Makes `decompress` write one `decompress_p` for each leaf into the jaxprs traced inside this context."""
     token = _tracing.set(True)
     try:
         yield

@@ -1,24 +1,24 @@
-"""The rules that draw a projection `A`, of shape `(r, m)`.
+"""Distributions: how the entries of a projection `A` are sampled from a key.
 
 | paper | here |
 |---|---|
-| `A`, `r × m` | `scale(...) * columns(...)`, transposed: one row of the array a column of `A` |
+| `A`, `r × m` | `scale(...) * columns(...)`, transposed: each row of that array is a column of `A` |
 | `r` | `rank` |
 | `m` | `size` |
 
-Each rule makes any set of columns of `A` without the others (`orthonormal` cannot), so that a
-device draws what it owns and a loop holds no more than a block. The entry of column `j` depends
-on the key and on `j` alone. All are unbiased, `E[AᵀA] = I`.
+All of them are unbiased, `E[AᵀA] = I`. Any set of columns of `A` can be sampled without the others
+(except in `orthonormal`), since the entries of column `j` depend on the key and on `j` alone. So each
+device samples the columns that it needs, and a loop holds no more of `A` than a block.
 
-The entries are made in integers and turned into floating point by one exact step, for a compiler
-rounds floating-point formulas (an inverse error function, say) as it happens to fuse them: these
-come out the same to the last bit on every backend and in every layout. `orthonormal` cannot, its
-QR is in floating point.
+The entries are computed in integers and converted to floating point by one exact step. A compiler
+rounds floating-point formulas (an inverse error function, say) differently as it fuses them; integers
+come out the same to the last bit on every backend and for every sharding. `orthonormal` is the
+exception, since its QR decomposition is in floating point.
 
-`srht` is the fast one. A sparse sign sketch would need scatters, which accelerators do badly;
-an entry of a subsampled randomised Hadamard transform is the parity of `popcount(row & column)`,
-integer arithmetic with no random bits but `r` row numbers and one sign a column, and the
-contraction stays the dense one that matrix units are built for.
+`srht` is the fastest. An entry of a subsampled randomised Hadamard transform is the parity of
+`popcount(row & column)`: integer arithmetic, with no random bits but `r` row numbers and one sign for
+each column, and the contraction stays a dense one, which accelerators are built for. (A sparse sign
+sketch would need scatters, which are slow there.)
 """
 
 from typing import Literal, get_args
@@ -32,23 +32,23 @@ DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
 
 
 def is_columnwise(distribution: Distribution) -> bool:
-    """Whether a block of columns can be drawn without the rest."""
+    """Returns whether a block of columns can be sampled without the others."""
     return distribution != "orthonormal"
 
 
 def scale(distribution: Distribution, rank: int, size: int) -> float:
-    """The factor between `columns` and the unbiased `A`."""
+    """Returns the factor by which `columns` is multiplied to give the unbiased `A`."""
     if distribution == "orthonormal":
         return (size / rank) ** 0.5
     return rank**-0.5
 
 
 def variance(distribution: Distribution, rank: int, size: int) -> float:
-    """Relative error of the estimate: `E‖g AᵀA − g‖² / ‖g‖²` for any row `g` of `size` numbers.
+    """Returns the relative variance of the estimate, `E‖g AᵀA − g‖² / ‖g‖²`, for any row `g` of `size` numbers.
 
-    From the second moments of the entries of `AᵀA`: each off-diagonal one has `1/r` (Gaussian and
-    Rademacher) or `(M − r) / (r (M − 1))` (`srht`, `M` the next power of two), each diagonal one
-    `2/r` (Gaussian) or 0; for orthonormal rows `AᵀA AᵀA = (m/r) AᵀA`.
+    It follows from the variances of the entries of `AᵀA`. An off-diagonal entry has variance `1/r`
+    (Gaussian and Rademacher) or `(M − r) / (r (M − 1))` (`srht`, where `M` is the next power of two),
+    a diagonal one `2/r` (Gaussian) or 0. For orthonormal rows `AᵀA AᵀA = (m/r) AᵀA`.
     """
     if distribution == "gaussian":
         return (size + 1) / rank
@@ -67,28 +67,30 @@ def columns(
     size: int,
     indices: Int32[Array, "*indices"],
 ) -> Float32[Array, "*indices {rank}"]:
-    """Draws columns of `A`, before `scale`.
+    """Samples columns of `A`, before they are multiplied by `scale`.
 
     Args:
-      distribution: which rule.
-      key: scalar typed key.
-      rank: rows of `A`.
-      size: columns of the whole `A`.
-      indices: int32 array of any shape, entries below `size`: which columns.
+      distribution: The name of the distribution.
+      key: A scalar typed key.
+      rank: The rank `r`, the number of rows of `A`.
+      size: The number `m` of columns of `A`.
+      indices: The numbers of the columns to sample: an int32 array of any shape, with entries below
+        `size`.
 
     Returns:
-      Array of shape `indices.shape + (rank,)`.
+      A float32 array of shape `indices.shape + (rank,)`.
     """
     return _RULES[distribution](key, rank, size, indices)
 
 
 def _gaussian(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array:
-    """One normal number from each random word, in integers.
+    """Turns each random word into one approximately normal number, in integer arithmetic.
 
-    The set bits of a word are a binomial number of variance 8; two fractions, taken from a product
-    of the word, fill the steps (variance 1/6); a cubic (Cornish and Fisher's) takes out the fourth
-    cumulant. Over all 2³² words: mean 1e-8, variance 1 − 2e-5, kurtosis 3.0001, and a distribution
-    function within 2.3e-4 of the normal one; no entry is beyond ±6.47.
+    The count of set bits of a word is binomial with variance 8. Two fractions, taken from a product
+    of the word, fill the steps between its values (variance 1/6), and a cubic polynomial (the
+    expansion of Cornish and Fisher) removes the fourth cumulant. Over all 2³² words the mean is 1e-8,
+    the variance 1 − 2e-5, the kurtosis 3.0001, the distribution function is within 2.3e-4 of the
+    normal one, and no entry is beyond ±6.47.
     """
     del size
     word = _by_column(key, indices, lambda k: jax.random.bits(k, (rank,), jnp.uint32))
@@ -134,14 +136,14 @@ _RULES = {
 }
 
 
-def _by_column(key: jax.Array, indices: jax.Array, draw) -> jax.Array:
+def _by_column(key: jax.Array, indices: jax.Array, sample) -> jax.Array:
     flat = indices.reshape(-1)
-    drawn = jax.vmap(lambda j: draw(jax.random.fold_in(key, j)))(flat)
-    return drawn.reshape(indices.shape + drawn.shape[1:])
+    sampled = jax.vmap(lambda j: sample(jax.random.fold_in(key, j)))(flat)
+    return sampled.reshape(indices.shape + sampled.shape[1:])
 
 
 def _sign(bits: jax.Array) -> jax.Array:
-    """+1 where the lowest bit is 0, −1 where it is 1."""
+    """Returns +1 where the lowest bit is 0, and −1 where it is 1."""
     return 1.0 - 2.0 * (bits & 1).astype(jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""flora: the chain with its arguments named as optax names them."""
+"""flora: the transformations of this folder put together, with arguments named as optax names them."""
 
 from typing import Any, Literal, get_args
 
@@ -18,9 +18,9 @@ from flora_jax.chain.transformation import transformation
 
 Preset = Literal["paper", "advised", "official"]
 KAPPA = 1000
-"""Optimizer steps between transfers under momentum: the paper's best κ."""
+"""The number of optimizer steps between transfers under momentum: the paper's best κ."""
 ADVISED = 64
-"""Optimizer steps that share a projection in the advised preset."""
+"""The number of optimizer steps that share a projection in the advised preset."""
 
 
 def flora(
@@ -44,35 +44,53 @@ def flora(
     weight_decay_mask: Any = None,
     eps: Any = 1e-30,
 ) -> optax.GradientTransformationExtraArgs:
-    """Flora: project → accumulate → (momentum →) decompress → Adafactor.
+    """The Flora optimizer: Adafactor on gradients that are accumulated, and averaged, as low-rank sketches.
+
+    It is the chain `project → accumulate → (momentum →) decompress → Adafactor`, where the middle two
+    are present as `accumulation_steps` and `momentum` say. Each micro-step's gradient `G` is kept as
+    the sketch `C = G Aᵀ` only.
 
     Args:
-      learning_rate: a number or a schedule of the gradient step.
-      rank: of the projections, as in `Projection`; this or `projection`.
-      projection: for all other choices. Its `resample_every` counts micro-steps and must be a
-        multiple of `accumulation_steps`. With `rank` alone it is one boundary, 64 in the advised
-        preset, 1000 under momentum.
-      accumulation_steps: micro-steps to a boundary: an int, or a schedule of the gradient step.
-      momentum: `β` of Algorithm 2; None for none.
-      optimizer: any optax optimizer in place of Adafactor; it then has its own learning rate, and
-        `learning_rate` and the arguments from `min_dim_size_to_factor` on are not used.
-      preset: `paper`: Gaussian projections, Algorithms 1 and 2. `advised`: the same chain with what was
-        measured to be better at no memory: the updates of compressed leaves scaled by `shrink` and,
-        where `rank` is given, `srht` projections, each kept for 64 steps. `official`: the authors' JAX
-        optimizer as it is, see `flora_jax.chain.official`.
-      seed: of the projections, where `rank` is given.
-      use_grad_mean: mean of the micro-steps, else their sum.
-      state_dtype: of sketches between micro-steps: `float32`, `float64`, `bfloat16` or `int8`.
-      skip_nonfinite: leave out every micro-step that has a NaN or an infinity, as if it had not been.
-      min_dim_size_to_factor: of `optax.adafactor`, as all that follow.
+      learning_rate: The learning rate: a number, or a schedule of the optimizer step.
+      rank: The rank `r` of the projections, with the same meaning as in `Projection`. Give either this
+        or `projection`.
+      projection: A `Projection`, for all other choices. Its `resample_every` counts micro-steps and must
+        be a multiple of `accumulation_steps`. Where `rank` is given instead, a new `A` is sampled after
+        every optimizer step, after every 64 in the advised preset, and after every 1000 under
+        momentum.
+      accumulation_steps: The number of micro-steps in an optimizer step: an int, or a schedule of the
+        optimizer step.
+      momentum: The decay `β` of Algorithm 2, or None for no momentum.
+      optimizer: An optax optimizer to use in place of Adafactor. It has its own learning rate:
+        `learning_rate` and the arguments from `min_dim_size_to_factor` on are then not used.
+      preset: The variant of the method. `paper` has Gaussian projections and Algorithms 1 and 2.
+        `advised` has in addition what was measured to be better at no cost in memory: the updates of
+        compressed leaves are scaled by `shrink`, and where `rank` is given, the projections are `srht`,
+        each kept for 64 optimizer steps. `official` is the authors' JAX optimizer as it behaves; see
+        `flora_jax.chain.official`.
+      seed: The seed of the projections, used where `rank` is given.
+      use_grad_mean: Whether the optimizer receives the mean of the micro-steps' gradients rather than
+        their sum.
+      state_dtype: The dtype of the sketches between micro-steps: `float32`, `float64`, `bfloat16` or
+        `int8`. The last two are rounded stochastically.
+      skip_nonfinite: Whether to leave out every micro-step whose gradients have a NaN or an infinity, as
+        if it had not been taken.
+      min_dim_size_to_factor: An argument of `optax.adafactor`, like all those below.
+      decay_rate: An argument of `optax.adafactor`.
+      multiply_by_parameter_scale: An argument of `optax.adafactor`.
+      clipping_threshold: An argument of `optax.adafactor`.
+      weight_decay_rate: An argument of `optax.adafactor`.
+      weight_decay_mask: An argument of `optax.adafactor`.
+      eps: An argument of `optax.adafactor`.
 
     Returns:
-      A `GradientTransformationExtraArgs`; updates between steps are zero.
+      A `GradientTransformationExtraArgs`. Its updates are zero on all micro-steps that do not complete
+      an optimizer step.
 
     Raises:
-      ValueError: a wrong argument.
+      ValueError: An argument is not valid.
 
-    Example:
+    Examples:
       >>> import flora_jax, jax, jax.numpy as jnp, optax
       >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
       >>> tx = flora_jax.flora(1e-2, rank=16, accumulation_steps=4)
@@ -82,7 +100,7 @@ def flora(
       >>> params = optax.apply_updates(params, updates)
 
     References:
-      Hao, Cao, Mou, arXiv 2402.03293.
+      Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", arXiv 2402.03293.
     """
     if preset not in get_args(Preset):
         raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}, found {preset!r}")

@@ -1,7 +1,8 @@
-"""From (seed, path, cycle) to a key.
+"""Keys: from a seed, a path and a cycle to the PRNG key of a projection `A`.
 
 The key of a projection is a pure function of the seed, the path of the weight in the parameter
-tree, and the cycle: never of the order of the leaves, of the devices, or of what was drawn before.
+tree, and the cycle. It does not depend on the order of the leaves, on the devices, or on what was
+sampled before.
 """
 
 import hashlib
@@ -16,11 +17,11 @@ def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32")
     """Derives the typed key of one leaf in one cycle.
 
     Args:
-      seed: of the projection; any Python int that `jax.random.key` takes.
-      path: the leaf's name, from `path_name`; 64 bits of its BLAKE2 hash are folded in.
-      cycle: int32 scalar, may be traced.
-      impl: name of the PRNG implementation. Only `threefry2x32` gives values that do not depend on
-        `vmap` and on the layout over devices.
+      seed: The seed of the `Projection`, any Python int that `jax.random.key` accepts.
+      path: The name of the leaf, from `path_name`. 64 bits of its BLAKE2 hash are folded into the key.
+      cycle: The number of the cycle, an int32 scalar, which may be traced.
+      impl: The name of the PRNG implementation. Only with `threefry2x32` do the values not depend on
+        `vmap` and on how arrays are sharded.
 
     Returns:
       A scalar typed key.
@@ -29,7 +30,7 @@ def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32")
 
 
 def fold_path(key: Key[Array, ""], path: str) -> Key[Array, ""]:
-    """A key of its own for the leaf of this name."""
+    """Folds the name of a leaf into a key, so that each leaf has a key of its own."""
     for word in struct.unpack("<II", hashlib.blake2s(path.encode(), digest_size=8).digest()):
         key = jax.random.fold_in(key, word)
     return key

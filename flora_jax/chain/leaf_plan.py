@@ -1,4 +1,4 @@
-"""Leaf plan: which leaf is compressed, on which side, to which rank; and why another is not."""
+"""Leaf plan: for each leaf, on which side and to which rank it is compressed, or why it is not."""
 
 import dataclasses
 import math
@@ -25,15 +25,15 @@ _EMBEDDING = re.compile(r"(^|[/_.])(\w*embed\w*|wte|wpe)([/_.]|$)", re.IGNORECAS
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-    """What happens to one leaf.
+    """Says what happens to one leaf of the parameters.
 
     Attributes:
-      path: name of the leaf.
-      shape: of the weight; inside `shard_map` of the part that is here.
-      dtype: of the weight, by name.
-      spec: of its sketch; None where the leaf is left whole.
-      side: `input` or `output`; None where the leaf is left whole.
-      reason: why it is left whole; empty where it is compressed.
+      path: The name of the leaf.
+      shape: The shape of the weight; inside `jax.shard_map`, of the part that the device has.
+      dtype: The name of the weight's dtype.
+      spec: The `Spec` of its sketch, or None where the leaf is uncompressed.
+      side: The side that is projected, `input` or `output`, or None where the leaf is uncompressed.
+      reason: The reason why the leaf is uncompressed; empty where it is compressed.
     """
 
     path: str
@@ -45,59 +45,63 @@ class LeafPlan:
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """Shape of what is accumulated: the sketch's, or the weight's own."""
+        """The shape of what is accumulated: that of the sketch, or of the uncompressed gradient."""
         return self.spec.part_data_shape if self.spec else self.shape
 
 
 def leaf_plans(tree: Any, projection: Projection) -> list[LeafPlan]:
-    """The plan of every leaf of params, gradients or sketches, in the order of the tree."""
+    """Returns the plan of every leaf of a tree of params, gradients or sketches, in the tree's order.
+
+    Raises:
+      ValueError: The mask, the dimension numbers or the partition specs of the projection do not fit.
+    """
     paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_sketch)
     here = [
         jax.ShapeDtypeStruct(leaf.spec.part_shape, leaf.spec.dtype) if is_sketch(leaf) else leaf
         for _, leaf in paths
     ]
     names = [path_name(path) for path, _ in paths]
-    cuts = _cuts(projection, jax.tree.unflatten(structure, here), names)
+    shardings = _shardings(projection, jax.tree.unflatten(structure, here), names)
     shapes = [
-        jax.ShapeDtypeStruct(_whole_shape(part.shape, cut), part.dtype)
-        for part, cut in zip(here, cuts, strict=True)
+        jax.ShapeDtypeStruct(_full_shape(part.shape, sharded), part.dtype)
+        for part, sharded in zip(here, shardings, strict=True)
     ]
     outline = jax.tree.unflatten(structure, shapes)
     masks = _broadcast("mask", projection.mask, outline, lambda x: isinstance(x, bool), True)
     numbers = _dimension_numbers(projection, outline)
     return [
-        _leaf_plan(name, part, leaf, cut, masked, number, projection)
-        for name, part, leaf, cut, masked, number in zip(
-            names, here, shapes, cuts, masks, numbers, strict=True
+        _leaf_plan(name, part, leaf, sharded, masked, number, projection)
+        for name, part, leaf, sharded, masked, number in zip(
+            names, here, shapes, shardings, masks, numbers, strict=True
         )
     ]
 
 
 def _leaf_plan(
-    path: str, here: Any, leaf: Any, cut: Any, masked: Any, numbers: Any, projection: Projection
+    path: str, here: Any, leaf: Any, sharded: Any, masked: Any, numbers: Any, projection: Projection
 ):
     shape, dtype = tuple(leaf.shape), str(jnp.dtype(leaf.dtype))
 
-    def whole(reason: str) -> LeafPlan:
+    def uncompressed(reason: str) -> LeafPlan:
         return LeafPlan(path, tuple(here.shape), dtype, None, None, reason)
 
     if not masked:
-        return whole("masked")
+        return uncompressed("masked")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return whole(f"{dtype} is no real floating type")
+        return uncompressed(f"{dtype} is no real floating type")
     if projection.select is not None and not projection.select(path, shape):
-        return whole("not selected")
+        return uncompressed("not selected")
     if len(shape) < 2:
-        return whole("vector" if shape else "scalar")
+        return uncompressed("vector" if shape else "scalar")
     kind = _kind(path, shape, projection)
     rule = {"embedding": projection.embedding, "head": projection.head}.get(kind, "matrix")
     if rule == "whole":
-        return whole(kind)
+        return uncompressed(kind)
     reduction, output = _matrix_axes(path, shape, numbers, projection.min_dim)
     inputs = math.prod(shape[axis] for axis in reduction)
     outputs = math.prod(shape[axis] for axis in output)
     if min(inputs, outputs) < projection.min_dim:
-        return whole(f"{inputs} x {outputs} is below min_dim {projection.min_dim}")
+        return uncompressed(f"{inputs} x {outputs} is below min_dim {projection.min_dim}")
     side = projection.side if rule == "matrix" else rule
     if side == "larger":
         side = "input" if inputs >= outputs else "output"
@@ -105,7 +109,7 @@ def _leaf_plan(
     rank = _rank(path, shape, min(inputs, outputs), projection)
     exact = rank == size and projection.distribution == "orthonormal"
     if rank >= size and not exact:
-        return whole(f"rank {rank} is not below the {side} side's {size}")
+        return uncompressed(f"rank {rank} is not below the {side} side's {size}")
     key_path, key_index = path, None
     if projection.stacked is not None and (told := projection.stacked(path)) is not None:
         key_path, key_index = told
@@ -123,25 +127,25 @@ def _leaf_plan(
         key_index=key_index,
         impl=projection.prng,
         block=projection.block,
-        cut=cut,
+        sharded=sharded,
     )
     return LeafPlan(path, spec.part_shape, dtype, spec, side, "")
 
 
-def _cuts(projection: Projection, tree: Any, names: list[str]) -> list[Any]:
-    """For each leaf what `Spec.cut` says; `tree` has the arrays that are here."""
+def _shardings(projection: Projection, tree: Any, names: list[str]) -> list[Any]:
+    """Returns `Spec.sharded` for each leaf; `tree` has the arrays as this device sees them."""
 
     def is_leaf(node):
         return node is None or isinstance(node, PartitionSpec | NamedSharding)
 
     given = _broadcast("partition_specs", projection.partition_specs, tree, is_leaf, None)
     return [
-        _cut(name, len(leaf.shape), getattr(one, "spec", one))
+        _sharded(name, len(leaf.shape), getattr(one, "spec", one))
         for name, leaf, one in zip(names, jax.tree.leaves(tree), given, strict=True)
     ]
 
 
-def _cut(name: str, axes: int, spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...]:
+def _sharded(name: str, axes: int, spec: PartitionSpec | None) -> tuple[tuple[str, ...], ...]:
     if spec is None or not any(spec):
         return ()
     if not isinstance(spec, PartitionSpec) or len(spec) > axes:
@@ -152,15 +156,15 @@ def _cut(name: str, axes: int, spec: PartitionSpec | None) -> tuple[tuple[str, .
     return partition.entries(spec, axes)
 
 
-def _whole_shape(shape: tuple[int, ...], cut: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
-    """Of the weight that a device has a part of this shape of."""
-    if not cut:
+def _full_shape(shape: tuple[int, ...], sharded: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
+    """Returns the shape of the full weight, given the shape of the part that a device has."""
+    if not sharded:
         return tuple(shape)
-    return tuple(length * manual.parts(names) for length, names in zip(shape, cut, strict=True))
+    return tuple(length * manual.parts(names) for length, names in zip(shape, sharded, strict=True))
 
 
 def _kind(path: str, shape: tuple[int, ...], projection: Projection) -> str:
-    """What a leaf is: `head`, `embedding` or `matrix`; the rules that were given before the names."""
+    """Returns `head`, `embedding` or `matrix`; functions that were given go before names in the path."""
     rules = (
         ("head", projection.is_head, _HEAD),  # first, since an unembedding has embed in its name
         ("embedding", projection.is_embedding, _EMBEDDING),
@@ -175,7 +179,7 @@ def _kind(path: str, shape: tuple[int, ...], projection: Projection) -> str:
 
 
 def _matrix_axes(path: str, shape: tuple[int, ...], numbers: Any, min_dim: int):
-    """Axes of the input and of the output side."""
+    """Returns the axes of the input side and those of the output side."""
     rank = len(shape)
     if numbers is not None:
         reduction = _axes(path, shape, numbers.reduction_axis)
@@ -188,8 +192,8 @@ def _matrix_axes(path: str, shape: tuple[int, ...], numbers: Any, min_dim: int):
         return reduction, output
     if min(shape[-2:]) >= min_dim or rank == 2:
         return (rank - 2,), (rank - 1,)
-    cut = max(range(1, rank), key=lambda i: min(math.prod(shape[:i]), math.prod(shape[i:])))
-    return tuple(range(cut)), tuple(range(cut, rank))
+    split = max(range(1, rank), key=lambda i: min(math.prod(shape[:i]), math.prod(shape[i:])))
+    return tuple(range(split)), tuple(range(split, rank))
 
 
 def _axes(path: str, shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
@@ -231,7 +235,7 @@ def _is_numbers(node: Any) -> bool:
 
 
 def _broadcast(name: str, prefix: Any, tree: Any, is_leaf: Any, default: Any) -> list[Any]:
-    """One value for each leaf of `tree`, from a prefix tree or a function that gives one."""
+    """Returns one value for each leaf of `tree`, from a prefix tree or a function that returns one."""
     leaves = jax.tree.leaves(tree)
     if leaves and callable(prefix) and not _is_numbers(prefix):
         prefix = prefix(tree)

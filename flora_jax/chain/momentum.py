@@ -1,4 +1,11 @@
-"""momentum: `M ← β M + (1 − β) G Aᵀ`, transferred every `κ` steps (arXiv 2402.03293, Algorithm 2)."""
+"""momentum: the first moment as a sketch, transferred every `κ` steps (arXiv 2402.03293, Algorithm 2).
+
+| paper | here |
+|---|---|
+| `M`, `n × r` | `MomentumState.momentum` |
+| `β` | `decay` |
+| `κ` | `Projection.resample_every` |
+"""
 
 from typing import Any, NamedTuple
 
@@ -14,12 +21,13 @@ from flora_jax.sharding import manual
 
 
 class MomentumState(NamedTuple):
-    """State of `momentum`.
+    """The state of `momentum`.
 
     Attributes:
-      count: int32 scalar, updates so far.
-      cycle: int32 scalar, whose projection made the sketches below.
-      momentum: tree of the params; each leaf of the sketch's shape, or the weight's own.
+      count: The number of updates so far, an int32 scalar.
+      cycle: The number of the cycle whose projections the sketches belong to, an int32 scalar.
+      momentum: A tree like the params. Each leaf has the shape of the sketch, or of the weight where it
+        is uncompressed.
     """
 
     count: Any
@@ -33,17 +41,22 @@ def momentum(
     projection: Projection | None = None,
     dtype: storage.StateDtype = "float32",
 ) -> optax.GradientTransformationExtraArgs:
-    """First moment of the gradient, kept as a sketch: `M ← β M + (1 − β) C`.
+    """Keeps the first moment of the gradient as a sketch: `M ← β M + (1 − β) G Aᵀ`.
 
-    When the incoming sketches are of another cycle, `M` is transferred to it first.
+    When the incoming sketches belong to another cycle, `M` is transferred to their projection first,
+    `M ← M A A′ᵀ`.
 
     Args:
-      decay: `β`, at least 0 and below 1.
-      projection: that of the `project` before it. None where nothing is compressed.
-      dtype: of the state; see `accumulate`.
+      decay: The decay `β`, at least 0 and below 1.
+      projection: The `Projection` of the `project` that comes before, or None where nothing is
+        compressed.
+      dtype: The dtype of the state, with the meaning of `accumulator_dtype` in `accumulate`.
+
+    Returns:
+      A transformation with the state `MomentumState`.
 
     Raises:
-      ValueError: a wrong argument; (on update, at trace time) a leaf that does not fit the state.
+      ValueError: An argument is not valid. On `update`, at trace time: a leaf does not fit the state.
 
     References:
       arXiv 2402.03293, Algorithm 2.
@@ -52,7 +65,8 @@ def momentum(
     storage.check("dtype", dtype)
 
     def init_fn(params):
-        count, cycle = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)  # two, to be donated
+        # two arrays rather than one, so that both can be donated
+        count, cycle = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         return MomentumState(count, cycle, states.zeros(params, projection, dtype))
 
     def update_fn(updates, state, params=None, **extra_args):

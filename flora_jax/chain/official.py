@@ -1,17 +1,18 @@
-"""The optimizer of the authors' JAX package as it behaves, for comparison; never the default.
+"""Official: the optimizer of the authors' JAX package as it behaves, for comparison; it is never the default.
 
-It differs from the paper, and from `flora_jax.flora`, in this:
+It differs from the paper, and from `flora_jax.flora`, in the following:
 
-- Adafactor's factored second moment comes first; momentum is of the preconditioned update `u`.
-- The step is `β · (M A) + (1 − β) · u`, with the current `u` whole.
-- Every `κ` steps (the first included) `M` is projected down with the old `A` again, `M A Aᵀ`, and
-  from then on read with the new one.
-- Matrices of two axes only, of at least 128 × 128, and of an aspect ratio of at most 4; the
-  smaller side is projected away.
-- Momentum is kept in bfloat16, rounded to nearest, and for whole leaves too.
+- Adafactor's factored second moment comes first, and the momentum `M` averages the preconditioned
+  update `u`.
+- The step is `β · (M A) + (1 − β) · u`, where the current `u` is not compressed.
+- Every `κ` steps (the first included) `M` is projected with the old `A` again, `M A Aᵀ`, and from then
+  on decompressed with the new one.
+- Only matrices of two axes are compressed, of at least 128 × 128 and with an aspect ratio of at most 4;
+  their smaller side is projected.
+- The momentum is kept in bfloat16, rounded to nearest, for uncompressed leaves too.
 
-The numbers are not theirs to the last bit: their keys come from the order of the leaves, ours
-from the leaf's path.
+The numbers are not the same as the authors' to the last bit, since their keys come from the order of
+the leaves, and those here from the leaves' paths.
 """
 
 from functools import partial
@@ -31,11 +32,12 @@ KAPPA = 1000
 
 
 class OfficialState(NamedTuple):
-    """State of `scale_by_official`.
+    """The state of `scale_by_official`.
 
     Attributes:
-      count: int32 scalar, updates so far.
-      momentum: bfloat16 tree of the params; leaves of the sketch's shape, or the weight's own.
+      count: The number of updates so far, an int32 scalar.
+      momentum: A tree like the params, in bfloat16. Each leaf has the shape of the sketch, or of the
+        weight where it is uncompressed.
     """
 
     count: Any
@@ -45,7 +47,14 @@ class OfficialState(NamedTuple):
 def flora(
     learning_rate: optax.ScalarOrSchedule, *, rank: int, decay: float = 0.9, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """The authors' chain: factored RMS (decay 0.99) → momentum → clipping → parameter scale."""
+    """Returns the authors' chain: factored RMS (decay 0.99) → momentum → clipping → parameter scale.
+
+    Args:
+      learning_rate: The learning rate: a number or a schedule.
+      rank: The rank `r` of the projections.
+      decay: The decay `β` of the momentum.
+      seed: The seed of the projections.
+    """
     return optax.chain(
         optax.scale_by_factored_rms(decay_rate=0.99),
         scale_by_official(rank, decay, seed),
@@ -59,7 +68,14 @@ def flora(
 def scale_by_official(
     rank: int, decay: float = 0.9, seed: int = 0, kappa: int = KAPPA
 ) -> optax.GradientTransformation:
-    """The authors' momentum link: `β · (M A) + (1 − β) · u`."""
+    """Returns the authors' momentum, `β · (M A) + (1 − β) · u`, as a transformation.
+
+    Args:
+      rank: The rank `r` of the projections.
+      decay: The decay `β`.
+      seed: The seed of the projections.
+      kappa: The number `κ` of steps that share a projection.
+    """
 
     def init_fn(params):
         leaves, structure = jax.tree.flatten(params)
@@ -87,8 +103,8 @@ def scale_by_official(
             )
             sketch = products.project(spec, new, update.astype(jnp.bfloat16))
             kept = (decay * kept + (1 - decay) * sketch).astype(kept.dtype)
-            whole = products.decompress(spec, new, kept.astype(jnp.float32))
-            return decay * whole + (1 - decay) * update, kept
+            estimate = products.decompress(spec, new, kept.astype(jnp.float32))
+            return decay * estimate + (1 - decay) * update, kept
 
         leaves, structure = jax.tree.flatten(updates)
         momenta = jax.tree.leaves(state.momentum)

@@ -1,4 +1,4 @@
-"""Plan: the plans of all leaves, and the bytes of state, before a run."""
+"""Plan: which leaves are compressed, and how many bytes the state takes, before a run."""
 
 import dataclasses
 import json
@@ -16,13 +16,14 @@ from flora_jax.chain.projection import Projection
 
 
 class Use(NamedTuple):
-    """One use of a compressed weight.
+    """Describes one use of a compressed weight in a loss function.
 
     Attributes:
-      path: the weight's name.
-      primitive: name of the operation.
-      place: file and line of the caller, where known.
-      whole: whether the weight's whole gradient exists there for a moment, for want of a rule.
+      path: The name of the weight.
+      primitive: The name of the JAX primitive that uses it.
+      place: The file and line of the caller, where known.
+      whole: Whether the weight's full gradient is materialized there, because the fused route has no
+        rule for this use.
     """
 
     path: str
@@ -33,14 +34,15 @@ class Use(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The leaves, and the bytes of state by method; `str()` gives the table.
+    """Says what will be compressed, and what the optimizer's state will take; `str()` gives it as a table.
 
     Attributes:
-      leaves: a `LeafPlan` for each leaf, in the order of the tree.
-      sketch_bytes: bytes of one accumulator (or momentum) for each leaf, in the same order.
-      state_bytes: bytes of all optimizer state, by method.
-      whole_uses: uses of compressed weights that make a whole gradient for want of a rule; filled
-        in by `ValueAndGrad.plan`.
+      leaves: A `LeafPlan` for each leaf, in the order of the tree.
+      sketch_bytes: The bytes of one accumulator (or momentum) for each leaf, in the same order.
+      state_bytes: The bytes of the optimizer's state, for Flora and for each method it is compared
+        with.
+      whole_uses: The uses of compressed weights at which a full gradient is materialized, because the
+        fused route has no rule for them. Only `ValueAndGrad.plan` fills them in.
     """
 
     leaves: tuple[LeafPlan, ...]
@@ -49,7 +51,7 @@ class Plan:
     whole_uses: tuple[Use, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, ready for JSON."""
+        """Returns the plan as plain data, ready for JSON."""
         leaves = [
             {
                 "path": leaf.path,
@@ -64,14 +66,15 @@ class Plan:
             }
             for leaf, size in zip(self.leaves, self.sketch_bytes, strict=True)
         ]
-        whole = [use._asdict() for use in self.whole_uses]
-        return {"leaves": leaves, "state_bytes": dict(self.state_bytes), "whole_uses": whole}
+        uses = [use._asdict() for use in self.whole_uses]
+        return {"leaves": leaves, "state_bytes": dict(self.state_bytes), "whole_uses": uses}
 
     def to_json(self) -> str:
+        """Returns the plan as JSON text."""
         return json.dumps(self.as_dict(), indent=2)
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "side", "rank", "sketch", "bytes", "left whole because")]
+        rows = [("parameter", "shape", "side", "rank", "sketch", "bytes", "uncompressed because")]
         for leaf, size in zip(self.leaves, self.sketch_bytes, strict=True):
             rows.append(
                 (
@@ -85,13 +88,13 @@ class Plan:
                 )
             )
         totals = [("state", "bytes", "ratio to MultiSteps")]
-        whole = self.state_bytes["MultiSteps + Adafactor"]
+        full = self.state_bytes["MultiSteps + Adafactor"]
         for name, size in self.state_bytes.items():
-            totals.append((name, f"{size:,}", f"{size / whole:.3f}" if whole else "-"))
+            totals.append((name, f"{size:,}", f"{size / full:.3f}" if full else "-"))
         tables = [rows, totals]
         if self.whole_uses:
             uses = [(use.path, use.primitive, use.place) for use in self.whole_uses]
-            tables.append([("whole gradient of", "for want of a rule for", "at"), *uses])
+            tables.append([("full gradient of", "since there is no rule for", "at"), *uses])
         return "\n\n".join(map(_table, tables))
 
 
@@ -104,23 +107,26 @@ def plan(
     dtype: storage.StateDtype = "float32",
     tx: optax.GradientTransformation | None = None,
 ) -> Plan:
-    """Says before a run what will be compressed, and what the state will weigh.
+    """Says before a run which leaves will be compressed, and how many bytes the state will take.
+
+    Nothing is computed, and the parameters need not exist.
 
     Args:
-      params: tree of arrays, or of `jax.ShapeDtypeStruct` (`jax.eval_shape` of a model's init).
-      projection: the `Projection`.
-      accumulation_steps: as in `flora`.
-      momentum: as in `flora`.
-      dtype: of the state, as in `flora`.
-      tx: the transformation whose state is weighed as `Flora`; by default `flora_jax.flora` with
-        these arguments, over Adafactor.
+      params: A pytree of arrays, or of `jax.ShapeDtypeStruct` (as `jax.eval_shape` of a model's `init`
+        returns it).
+      projection: The `Projection`.
+      accumulation_steps: The number of micro-steps in an optimizer step, as in `flora`.
+      momentum: The decay of the momentum, as in `flora`.
+      dtype: The dtype of the sketches in the state, with the meaning of `state_dtype` in `flora`.
+      tx: The transformation whose state is counted under the name `Flora`. By default it is
+        `flora_jax.flora` with these arguments, over Adafactor.
 
     Returns:
-      A `Plan`; its bytes are those that the states have after `init`. GaLore stands for
-      `optax.contrib.galore` at the same rank on the same matrices (each batch index one matrix).
+      A `Plan`. Its bytes are those of the arrays that `init` of each method returns. `GaLore` is
+      `optax.contrib.galore` at the same rank on the same matrices, each batch index being one matrix.
 
     Raises:
-      ValueError: the projection's mask or dimension numbers do not fit the params.
+      ValueError: The mask or the dimension numbers of the projection do not fit the params.
     """
 
     params = jax.eval_shape(lambda tree: tree, params)
@@ -147,14 +153,14 @@ def plan(
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree (or of their shapes)."""
+    """Returns the bytes of all arrays of a tree, which may also be given as shapes."""
     return sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
     )
 
 
 def _galore_bytes(leaf: LeafPlan) -> int:
-    """Projector and two moments of `optax.contrib.galore` at the rank of the plan."""
+    """Returns the bytes of a projector and two moments of `optax.contrib.galore` at the plan's rank."""
     itemsize = jnp.dtype(leaf.dtype).itemsize
     if leaf.spec is None:
         return 2 * math.prod(leaf.shape) * itemsize

@@ -1,14 +1,15 @@
-"""Projection: which gradients are compressed and how; and what `A` does to one weight.
+"""Products: the products of one weight's gradient, or of its sketch, with `A`.
 
 | paper | here |
 |---|---|
+| `A`, `r × m` | `sample` |
 | `C = G Aᵀ` | `project` |
 | `Ĝ = C A` | `decompress` |
 | `C A A′ᵀ` | `transfer` |
 
-In the shape descriptions `B` stands for the batch axes of a weight, `P` for its projected axes,
-`r` for the rank. No axis is merged or moved: the sketch has the weight's axes, with `r` in place
-of `P`, so that what is known of the weight's layout over devices holds for the rest.
+In the descriptions of shapes `B` stands for the batch axes of a weight, `P` for its projected axes
+(whose sizes multiply to `m`), and `r` for the rank. No axis is merged or moved: the sketch has the
+weight's axes with `r` in the place of `P`, so that it is sharded along all other axes as the weight is.
 
 Source: Hao, Cao, Mou, arXiv 2402.03293, Algorithms 1 and 2.
 """
@@ -32,21 +33,27 @@ from flora_jax.sharding import manual
 
 
 def sample(spec: Spec, cycle: ArrayLike) -> jax.Array:
-    """Draws the whole `A` of a leaf; for looking at it, since nothing in the chain needs it whole.
+    """Samples all of `A` for one leaf.
+
+    It is meant for inspection and tests: nothing in the chain has all of `A` in memory.
+
+    Args:
+      spec: The `Spec` of the leaf.
+      cycle: The number of the cycle, an int32 scalar.
 
     Returns:
-      float32 array of shape `(B, r, P)`.
+      A float32 array of shape `(B, r, P)`.
     """
     _check_prng(spec)
     indices = spec.positions(spec.projected)
 
-    def draw(key):
-        drawn = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
-        return jnp.moveaxis(drawn, -1, 0) * _scale(spec)
+    def sample_one(key):
+        columns = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
+        return jnp.moveaxis(columns, -1, 0) * _scale(spec)
 
     for _ in spec.batch:
-        draw = jax.vmap(draw)
-    return draw(matrix_keys(spec, cycle))
+        sample_one = jax.vmap(sample_one)
+    return sample_one(matrix_keys(spec, cycle))
 
 
 def project(
@@ -54,16 +61,17 @@ def project(
 ) -> Float[Array, "*data"]:
     """Compresses a gradient: `C = G Aᵀ`, Algorithm 1, line 7.
 
-    Contracts in the gradient's dtype with float32 sums.
+    The factors are in the gradient's dtype, and the sums in float32.
 
     Args:
-      spec: of the leaf.
-      cycle: int32 scalar.
-      gradient: of shape `spec.shape`.
+      spec: The `Spec` of the leaf.
+      cycle: The number of the cycle, an int32 scalar.
+      gradient: The gradient `G`, of shape `spec.shape`; where the weight is sharded over manual axes,
+        the device's part of it, of shape `spec.part_shape`.
 
     Returns:
-      float32 array (float64 for a float64 gradient) of shape `spec.data_shape`; of parts of both
-      where manual axes cut the weight.
+      The sketch `C`, a float32 array (float64 for a float64 gradient) of shape `spec.data_shape`, or
+      `spec.part_data_shape` for a part.
     """
 
     def one(axes, key, matrix):
@@ -89,30 +97,30 @@ def decompress(
     """Estimates the gradient: `Ĝ = C A`, Algorithm 1, line 10.
 
     Args:
-      spec: of the leaf.
-      cycle: int32 scalar, that of the projection which made `data`.
-      data: of shape `spec.data_shape`.
+      spec: The `Spec` of the leaf.
+      cycle: The number of the cycle whose projection the sketch belongs to, an int32 scalar.
+      data: The sketch `C`, of shape `spec.data_shape`.
 
     Returns:
-      Array of shape `spec.shape` and dtype `spec.dtype`.
+      The estimate `Ĝ`, an array of shape `spec.shape` and dtype `spec.dtype`.
     """
     return decompress_with(spec, matrix_keys(spec, cycle), data)
 
 
-def decompress_with(spec: Spec, drawn_with: jax.Array, data: jax.Array) -> jax.Array:
-    """`decompress`, given the keys of the matrices, `B`."""
+def decompress_with(spec: Spec, keys: jax.Array, data: jax.Array) -> jax.Array:
+    """Does what `decompress` does, given `matrix_keys` in place of the cycle."""
 
     def one(axes, key, sketch):
         sketch = sketch * _scale(spec)
 
-        def write(block, gradient):  # columns that two blocks share are written twice, alike
+        def write(block, gradient):  # columns in two blocks are written twice, with equal values
             columns = axes.columns(key, block).astype(sketch.dtype)
             slab = jnp.einsum(axes.decompress, sketch, columns).astype(spec.dtype)
             return block.put(gradient, slab, axes.projected[0])
 
         return axes.loop(write, jnp.zeros(axes.shape, spec.dtype))
 
-    return _over_batch(spec, one, drawn_with, data, data_batch(spec), spec.batch)
+    return _over_batch(spec, one, keys, data, data_batch(spec), spec.batch)
 
 
 def transfer(
@@ -120,16 +128,16 @@ def transfer(
 ) -> Float[Array, "*data"]:
     """Moves a sketch to another cycle's projection: `C (A A′ᵀ)`, Algorithm 2, line 9.
 
-    The `r × r` product comes first, so that nothing of the weight's size exists.
+    The `r × r` product `A A′ᵀ` is computed first, so that nothing as large as the weight exists.
 
     Args:
-      spec: of the leaf.
-      old: int32 scalar, the cycle whose projection made `data`.
-      new: int32 scalar, the cycle it shall belong to.
-      data: of shape `spec.data_shape`.
+      spec: The `Spec` of the leaf.
+      old: The number of the cycle that the sketch belongs to, an int32 scalar.
+      new: The number of the cycle that it is moved to, an int32 scalar.
+      data: The sketch `C`, of shape `spec.data_shape`.
 
     Returns:
-      Array of the shape and dtype of `data`.
+      The sketch in the new cycle, with the shape and dtype of `data`.
     """
 
     def one(axes, pair, sketch):
@@ -150,7 +158,7 @@ def transfer(
 
 
 class _Axes:
-    """One matrix of a leaf, its batch axes taken away: labels for einsum, and blocks of columns."""
+    """The axes of one matrix of a leaf, without batch axes: einsum equations, and blocks of columns."""
 
     def __init__(self, spec: Spec):
         kept = [axis for axis in range(len(spec.shape)) if axis not in spec.batch]
@@ -158,15 +166,14 @@ class _Axes:
         self.shape = tuple(spec.part_shape[axis] for axis in kept)
         self.projected = tuple(kept.index(axis) for axis in spec.projected)
         labels = string.ascii_lowercase[: len(kept)]
-        whole = labels
         data = "".join(
             "r" if axis == self.projected[0] else label
             for axis, label in enumerate(labels)
             if axis == self.projected[0] or axis not in self.projected
         )
         columns = "".join(labels[axis] for axis in self.projected) + "r"
-        self.project = f"{whole},{columns}->{data}"
-        self.decompress = f"{data},{columns}->{whole}"
+        self.project = f"{labels},{columns}->{data}"
+        self.decompress = f"{data},{columns}->{labels}"
         self.data_shape = tuple(
             spec.rank if axis == self.projected[0] else length
             for axis, length in enumerate(self.shape)
@@ -174,16 +181,19 @@ class _Axes:
         )
 
     def columns(self, key: jax.Array, block: Block, repeat: bool = True) -> jax.Array:
-        """Columns of a block of the first projected axis; without `repeat` zero where it repeats."""
+        """Samples a block of columns along the first projected axis.
+
+        Without `repeat`, columns that an earlier block had are zero.
+        """
         spec = self.spec
         indices = spec.positions(spec.projected, block.indices())
-        drawn = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
+        sampled = distributions.columns(spec.distribution, key, spec.rank, spec.size, indices)
         if repeat or block.size == block.total:
-            return drawn
-        return jnp.where(block.fresh().reshape(-1, *[1] * (drawn.ndim - 1)), drawn, 0.0)
+            return sampled
+        return jnp.where(block.fresh().reshape(-1, *[1] * (sampled.ndim - 1)), sampled, 0.0)
 
     def loop(self, body: Callable[[Block, Any], Any], carry: jax.Array) -> jax.Array:
-        """`over_blocks` of the first projected axis."""
+        """Runs `over_blocks` along the first projected axis."""
         total = self.shape[self.projected[0]]
         most = max(1, self.spec.block // (self.spec.rank * (self.spec.size // total)))
         if not distributions.is_columnwise(self.spec.distribution):
@@ -192,19 +202,19 @@ class _Axes:
 
 
 def _over_batch(
-    spec: Spec, one: Callable, drawn_with: Any, array: jax.Array, axes_in, axes_out
+    spec: Spec, one: Callable, keys: Any, array: jax.Array, axes_in, axes_out
 ) -> jax.Array:
-    """Applies `one(axes, key, matrix)` along the batch axes; no more than a block of `A` is drawn.
+    """Applies `one(axes, key, matrix)` along the batch axes, with no more than a block of `A` in memory.
 
-    As many matrices are looked at side by side as a batch axis has runs (see `blocks`), each with a
-    smaller block of its own: where that axis is cut over devices, each looks at its own. A matrix
-    whose columns must be drawn all at once is looked at alone.
+    As many matrices are worked on side by side as a batch axis has runs (see `blocks`), each with a
+    smaller block of its own, so that where the axis is sharded each device works on its own matrices.
+    A matrix whose columns must be sampled together is worked on alone.
     """
     apart = MOST_RUNS if distributions.is_columnwise(spec.distribution) else 1
 
-    def over(axis: int, block: int, apart: int, drawn_with: Any, array: jax.Array) -> jax.Array:
+    def over(axis: int, block: int, apart: int, keys: Any, array: jax.Array) -> jax.Array:
         if axis == len(spec.batch):
-            return one(_Axes(dataclasses.replace(spec, block=block)), drawn_with, array)
+            return one(_Axes(dataclasses.replace(spec, block=block)), keys, array)
         inner = math.prod(array.shape[1 : len(spec.batch) - axis])
         total = array.shape[0]
         side_by_side = runs(total, apart)
@@ -214,25 +224,25 @@ def _over_batch(
         )
 
         def write(part: Block, result: jax.Array) -> jax.Array:
-            keys, matrices = jax.tree.map(lambda x: part.take(x, 0), (drawn_with, array))
-            return part.put(result, each(keys, matrices), 0)
+            some_keys, matrices = jax.tree.map(lambda x: part.take(x, 0), (keys, array))
+            return part.put(result, each(some_keys, matrices), 0)
 
-        shape = jax.eval_shape(each, drawn_with, array)
+        shape = jax.eval_shape(each, keys, array)
         return over_blocks(total, together, write, jnp.zeros(shape.shape, shape.dtype))
 
     leading = tuple(range(len(spec.batch)))
     array = jnp.moveaxis(array, axes_in, leading)
-    return jnp.moveaxis(over(0, spec.block, apart, drawn_with, array), leading, axes_out)
+    return jnp.moveaxis(over(0, spec.block, apart, keys, array), leading, axes_out)
 
 
 def data_batch(spec: Spec) -> tuple[int, ...]:
-    """Where the batch axes are in the sketch."""
+    """Returns the positions of the batch axes in the sketch."""
     gone = spec.projected[1:]
     return tuple(axis - sum(other < axis for other in gone) for axis in spec.batch)
 
 
 def matrix_keys(spec: Spec, cycle: ArrayLike) -> jax.Array:
-    """Typed keys of shape `B`: one for each matrix of the leaf."""
+    """Returns an array of typed keys, of shape `B`: one for each matrix of the leaf."""
     _check_prng(spec)
     key = keys.leaf_key(spec.seed, spec.key_path, cycle, spec.impl)
     if spec.key_index is not None:

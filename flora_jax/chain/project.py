@@ -1,4 +1,4 @@
-"""project: gradient leaves to sketches, `C = G Aᵀ` (arXiv 2402.03293, Algorithm 1, lines 5 to 7)."""
+"""project: compresses gradient leaves to sketches, `C = G Aᵀ` (arXiv 2402.03293, Algorithm 1, lines 5 to 7)."""
 
 from typing import Any, NamedTuple
 
@@ -14,11 +14,11 @@ from flora_jax.chain.transformation import transformation
 
 
 class ProjectState(NamedTuple):
-    """State of `project`.
+    """The state of `project`.
 
     Attributes:
-      cycle: int32 scalar, of the micro-step to come.
-      micro_step: int32 scalar, micro-steps already spent in it.
+      cycle: The number of the cycle that the next micro-step belongs to, an int32 scalar.
+      micro_step: The number of micro-steps of this cycle that are already done, an int32 scalar.
     """
 
     cycle: Any
@@ -26,17 +26,20 @@ class ProjectState(NamedTuple):
 
 
 def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
-    """Turns the gradient leaves that the plan compresses into sketches.
+    """Compresses each gradient `G`, `n × m`, to its sketch `C = G Aᵀ`, `n × r`.
+
+    Leaves that the projection does not compress pass through unchanged. Leaves that are sketches
+    already, as `flora_jax.value_and_grad` returns them, are checked, and their cycle is set.
 
     Args:
-      projection: the `Projection`.
+      projection: The `Projection`, which says which leaves are compressed, and how `A` is sampled.
 
     Returns:
-      A transformation from a tree of gradients to the same tree with `Sketch` leaves. A leaf that
-      is a `Sketch` already has its cycle set.
+      A transformation from a tree of gradients to the same tree with `Sketch` leaves.
 
     Raises:
-      ValueError: (on update) an incoming `Sketch` is not of the kind that would have been made.
+      ValueError: On `update`, an incoming `Sketch` is not the one that this projection would have
+        given.
 
     References:
       arXiv 2402.03293, Algorithm 1, lines 5 to 7.
@@ -70,9 +73,15 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
 
 
 def cycle(opt_state: Any) -> jax.Array:
-    """The cycle that the next micro-step belongs to, found anywhere in an optimizer's state.
+    """Returns the number of the cycle that the next micro-step belongs to.
+
+    Args:
+      opt_state: The state of an optimizer with one `project` anywhere inside.
+
+    Returns:
+      An int32 scalar, to be passed on to `flora_jax.value_and_grad`'s function.
 
     Raises:
-      ValueError: there is no `project` in it, or more than one.
+      ValueError: The state has no `project` in it, or more than one.
     """
     return states.only(opt_state, ProjectState, "project").cycle

@@ -1,4 +1,4 @@
-"""Projection: which gradients are compressed, on which side, to which rank, and how `A` is sampled."""
+"""Projection: the settings that say which gradients are compressed, and how `A` is sampled for them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,14 +19,15 @@ Head = Literal["input", "whole", "matrix"]
 
 
 class DimensionNumbers(NamedTuple):
-    """Which axes of a weight are the two sides of a matrix, after optax's convention.
+    """Says which axes of a weight form the two sides of a matrix, as in optax's Muon and GaLore.
 
     All axes that are named in neither are batch axes: each index along them (a layer stacked by
-    `scan`, an expert, a head, a tap of a convolution) is a matrix with a projection of its own.
+    `scan`, an expert, a head, a position in a convolution's window) is a matrix with a projection
+    of its own.
 
     Attributes:
-      reduction_axis: axis or axes of the input side.
-      output_axis: axis or axes of the output side.
+      reduction_axis: The axis or axes of the input side.
+      output_axis: The axis or axes of the output side.
     """
 
     reduction_axis: int | Sequence[int] = 0
@@ -36,42 +37,58 @@ class DimensionNumbers(NamedTuple):
 @no_type_check  # wrong values get a sentence of their own, below
 @dataclasses.dataclass(frozen=True, eq=False)
 class Projection:
-    """Which leaves are compressed, on which side, to which rank, and how `A` is drawn.
+    """Says which gradients are compressed, on which side, to which rank, and how `A` is sampled.
+
+    The gradient `G` of a matrix is `n × m`, with `m` the side that is projected; `A` is `r × m`, and
+    the sketch is `C = G Aᵀ`, `n × r`.
 
     Attributes:
-      rank: rows of `A`: an int, a fraction (0, 1) of the smaller side of each matrix, or a
-        function of the leaf's path and shape that gives an int.
-      distribution: `gaussian` (entries N(0, 1/r), the paper's), `rademacher` (±1/√r), `orthonormal`
-        (rows scaled by √(m/r); exact when r = m), `srht` (subsampled randomised Hadamard transform).
-      side: which side of the matrix is projected away; `larger` takes the input side of a square.
-      resample_every: micro-steps of a cycle; an int, or a schedule of the cycle.
-      seed: int.
-      min_dim: both sides of a matrix must have at least so many rows for it to be compressed.
-      mask: pytree of bools (or a prefix of one), or a function of the params that gives it, as in
-        `optax.masked`; False leaves a leaf whole.
-      select: function of path and shape; False leaves a leaf whole.
-      weight_dimension_numbers: a `DimensionNumbers` (optax's own are taken as well) for all leaves
-        of two or more axes, a pytree of them with None where the rule below holds, or a function
-        of the params that gives it. Without it the last two axes are the matrix, `(input, output)`,
-        and all before are batch axes; where those two are smaller than `min_dim`, the array is cut
-        in two where the smaller part is largest: `(embed, heads, head_dim)` is embed × (heads · head_dim).
-      embedding: what is done to lookup tables: `output` projects each row, so that rows which did
-        not occur keep a gradient of zero; `whole` leaves them whole; `matrix` has no rule of its own.
-      is_embedding: function of path and shape. By default a table of two axes whose path names it
-        so (`embed…`, `wte`, `wpe`).
-      head: what is done to the matrix that gives the logits: `input` projects its input side, whichever is
-        larger, so that the gradients of the classes are not mixed: projecting the vocabulary away costs
-        far more loss than the bytes it saves; `whole` leaves it whole; `matrix` has no rule of its own.
-      is_head: function of path and shape. By default a matrix of two axes whose path names it so
-        (`head`, `lm_head`, `unembed…`, `logits…`, `output_projection`, `classifier`).
-      stacked: function of the path that gives None, or the path and index of this layer in the
-        stacked form of the model; layers so told draw what the stacked ones draw.
-      prng: name of the PRNG implementation. With others than `threefry2x32` (`rbg` is faster on TPU)
-        values may differ between layouts over devices.
-      block: largest number of entries of `A` that is held at a time, per weight.
-      partition_specs: pytree of `PartitionSpec` (or a prefix of one, None for whole), or a function of
-        the params that gives it: how weights are cut inside `jax.shard_map`, where the arrays do not
-        tell. Each device then draws its own part of the one `A`. Without it a part counts as a weight.
+      rank: The rank `r`, the number of rows of `A`: an int, a fraction between 0 and 1 of the smaller
+        side of each matrix, or a function of the leaf's path and shape that returns an int.
+      distribution: The distribution of `A`: `gaussian` (entries `N(0, 1/r)`, as in the paper),
+        `rademacher` (entries `±1/√r`), `orthonormal` (orthogonal rows, scaled by `√(m/r)`; exact when
+        `r = m`) or `srht` (a subsampled randomised Hadamard transform).
+      side: The side of the matrix that is projected: `input`, `output`, or `larger`, which means the
+        input side where the two are equal.
+      resample_every: The number of micro-steps in a cycle, after which a new `A` is sampled: an int, or
+        a schedule, a function of the number of the cycle.
+      seed: The int from which all keys are derived, together with the path of the leaf and the cycle.
+      min_dim: The least size of either side of a matrix that is compressed; smaller ones stay
+        uncompressed.
+      mask: A pytree of bools (or a prefix of one), or a function from the params to such a tree, as in
+        `optax.masked`. Leaves with False stay uncompressed.
+      select: A function of the leaf's path and shape. Leaves for which it returns False stay
+        uncompressed.
+      weight_dimension_numbers: A `DimensionNumbers` (optax's own are accepted too) for all leaves of two
+        or more axes, a pytree of them with None where the default rule holds, or a function from the
+        params to such a tree. By default the last two axes are the matrix, `(input, output)`, and all
+        axes before them are batch axes. Where one of those two is smaller than `min_dim`, the axes are
+        instead split into input and output axes such that the smaller side is as large as possible:
+        `(embed, heads, head_dim)` becomes a matrix `embed × (heads · head_dim)`.
+      embedding: The treatment of embedding tables. `output` projects each row, so that the rows which
+        no token used keep a gradient of zero; `whole` leaves the tables uncompressed; `matrix` treats
+        them as any other matrix.
+      is_embedding: A function of the leaf's path and shape that says whether it is an embedding table.
+        By default it is one if it has two axes and its path says so (`embed…`, `wte`, `wpe`).
+      head: The treatment of the matrix that gives the logits. `input` projects its input side, even where
+        that is the smaller one, so that the gradients of the classes are not mixed: projecting the
+        vocabulary costs far more loss than the bytes it saves. `whole` leaves the matrix uncompressed;
+        `matrix` treats it as any other.
+      is_head: A function of the leaf's path and shape that says whether it is such a matrix. By default
+        it is one if it has two axes and its path says so (`head`, `lm_head`, `unembed…`, `logits…`,
+        `output_projection`, `classifier`).
+      stacked: A function of the leaf's path that returns None, or the path and the index that this layer
+        has where the model's layers are stacked. A layer sampled so has the same `A` as in the stack.
+      prng: The name of the PRNG implementation. With any other than `threefry2x32` (`rbg` is faster on
+        TPUs) the values of `A` may depend on how arrays are sharded.
+      block: The largest number of entries of `A` that are in memory at a time, for each weight.
+      partition_specs: A pytree of `PartitionSpec` (or a prefix of one, with None for replicated weights),
+        or a function from the params to such a tree: how the weights are sharded inside
+        `jax.shard_map`, where the arrays themselves do not say it. Each device then samples its own
+        part of one `A`. Without it each device's part is treated as a weight by itself.
+
+    Raises:
+      ValueError: One of the values is not valid.
     """
 
     rank: int | float | Callable[[str, tuple[int, ...]], int]
@@ -109,7 +126,7 @@ class Projection:
 
 
 def check_every(name: str, every: Any) -> None:
-    """Raises ValueError unless `every` is an int of at least 1 or a schedule."""
+    """Raises a ValueError unless `every` is an int of at least 1 or a schedule."""
     if callable(every):
         return
     if not _is_int(every) or every < 1:

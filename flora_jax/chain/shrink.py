@@ -1,4 +1,4 @@
-"""shrink: the updates of compressed leaves, shortened by what their estimate is too long."""
+"""shrink: shortens the updates of compressed leaves, since an estimate `C A` is longer than its gradient."""
 
 import optax
 
@@ -8,16 +8,20 @@ from flora_jax.chain.projection import Projection
 
 
 def shrink(projection: Projection) -> optax.GradientTransformation:
-    """Scales the updates of compressed leaves by `1/√(1 + v)`; goes after the base optimizer.
+    """Scales the updates of compressed leaves by `1/√(1 + v)`. It goes after the base optimizer.
 
-    `v` is the relative variance of the leaf's estimate (`Spec.variance`). The estimate is `√(1 + v)`
-    times longer than the gradient, and the multiple of it that is nearest to the gradient is
-    `1/(1 + v)`. An optimizer that divides by the root mean square has taken one of the two roots
-    already; this takes the other. (One such factor for each row, from the running second moments of
-    the estimate, was measured to be worse than one for the matrix.) Nothing happens to a leaf that is left whole, nor at `v = 0`.
+    Here `v` is the relative variance of the leaf's estimate, `Spec.variance`. The estimate is
+    `√(1 + v)` times longer than the gradient, and the multiple of it that is nearest to the gradient
+    has the factor `1/(1 + v)`. An optimizer that divides by the root mean square has already applied
+    one of the two factors `1/√(1 + v)`; this transformation applies the other. (A factor for each row,
+    from the running second moments of the estimate, was measured to be worse than one for the matrix.)
+    The updates of uncompressed leaves stay as they are.
 
     Args:
-      projection: that of the chain.
+      projection: The `Projection` of the chain.
+
+    Returns:
+      A transformation without state.
     """
 
     def update_fn(updates, state, params=None):

@@ -1,4 +1,12 @@
-"""Sketch: the compressed gradient `C = G Aᵀ`, which knows how to find the key of its `A`."""
+"""Sketch: the compressed gradient `C = G Aᵀ`, together with all that is needed to find the key of its `A`.
+
+| paper | here |
+|---|---|
+| `C`, `n × r` | `Sketch.data`, the weight's axes with the rank in the place of the projected ones |
+| `r` | `Spec.rank` |
+| `m` | `Spec.size` |
+| which `A` | `Sketch.cycle`, with `seed` and `key_path` of the `Spec` |
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,28 +20,34 @@ from flora_jax.chain import distributions
 from flora_jax.sharding import manual
 
 Every = int | Callable[[Any], Any]
-"""A number of micro-steps, or a schedule of it, as in `optax.MultiSteps`."""
+"""A number of micro-steps, or a schedule of that number, as in `optax.MultiSteps`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """All that is fixed about the sketch of one weight; hashable, and static under `jit`.
+    """Describes the sketch of one weight: everything about it that does not change during a run.
+
+    A `Spec` is hashable, and static under `jax.jit`.
 
     Attributes:
-      path: the weight's name in the parameter tree.
-      shape: of the weight.
-      dtype: of the weight's gradient, which `decompress` gives back.
-      projected: axes of the weight that `A` contracts, ascending: the order of its columns.
-      batch: axes along which each index has a projection of its own.
-      rank: rows of `A`.
-      distribution: which rule draws `A`.
-      seed: of the projection.
-      resample_every: micro-steps that share one `A`.
-      key_path: the path that the key is made from; differs from `path` where layers are told to agree.
-      key_index: folded into the key where not None: the place of an unstacked layer in its stack.
-      impl: name of the PRNG implementation.
-      block: largest number of entries of `A` that are held at a time.
-      cut: for each axis the mesh axes that cut it where they are manual; empty for none at all.
+      path: The weight's name in the parameter tree.
+      shape: The shape of the weight.
+      dtype: The dtype of the weight's gradient, which `decompress` returns.
+      projected: The axes of the weight that `A` contracts, in ascending order, which is also the order
+        of the columns of `A`.
+      batch: The axes along which each index has a projection of its own.
+      rank: The rank `r`, the number of rows of `A`.
+      distribution: The distribution of `A`, as in `Projection`.
+      seed: The seed of the `Projection`.
+      resample_every: The number of micro-steps that share one `A`, as in `Projection`.
+      key_path: The path that the key is derived from. It differs from `path` where
+        `Projection.stacked` says so.
+      key_index: The index that is folded into the key: the place of an unstacked layer in its stack, or
+        None.
+      impl: The name of the PRNG implementation.
+      block: The largest number of entries of `A` that are in memory at a time.
+      sharded: For each axis of the weight, the manual mesh axes that it is sharded over inside
+        `jax.shard_map`. It is empty where no axis is.
     """
 
     path: str
@@ -49,17 +63,17 @@ class Spec:
     key_index: int | None
     impl: str
     block: int
-    cut: tuple[tuple[str, ...], ...] = ()
+    sharded: tuple[tuple[str, ...], ...] = ()
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Axes of the weight that are neither projected nor batch axes."""
+        """The axes of the weight that are neither projected nor batch axes."""
         other = self.projected + self.batch
         return tuple(axis for axis in range(len(self.shape)) if axis not in other)
 
     @property
     def size(self) -> int:
-        """`m`: columns of `A`."""
+        """The number `m` of columns of `A`."""
         size = 1
         for axis in self.projected:
             size *= self.shape[axis]
@@ -67,38 +81,39 @@ class Spec:
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """The weight's shape, with the rank in place of the projected axes."""
+        """The shape of the sketch: the weight's, with the rank in the place of the projected axes."""
         return self._compressed(self.shape)
 
     @property
     def part_shape(self) -> tuple[int, ...]:
-        """Of the part of the weight that a device has here, inside `shard_map`; `shape` elsewhere."""
-        if not self.cut:
+        """The shape of the part of the weight that a device has inside `shard_map`; `shape` elsewhere."""
+        if not self.sharded:
             return self.shape
         return tuple(
             length // manual.parts(names)
-            for length, names in zip(self.shape, self.cut, strict=True)
+            for length, names in zip(self.shape, self.sharded, strict=True)
         )
 
     @property
     def part_data_shape(self) -> tuple[int, ...]:
-        """Of the sketch's part here."""
+        """The shape of the part of the sketch that a device has inside `shard_map`; `data_shape` elsewhere."""
         return self._compressed(self.part_shape)
 
     @property
     def summed(self) -> tuple[str, ...]:
-        """The mesh axes that cut projected axes: a sketch is the sum over the devices along them."""
-        return tuple(name for axis in self.projected if self.cut for name in self.cut[axis])
+        """The mesh axes that projected axes are sharded over: a sketch is the sum over their devices."""
+        return tuple(name for axis in self.projected if self.sharded for name in self.sharded[axis])
 
     def positions(self, axes: Sequence[int], first: Any = None) -> jax.Array:
-        """Where in the whole weight each index of some axes is that a device has here.
+        """Returns the positions in the full weight of the entries that this device has.
 
         Args:
-          axes: of the weight, ascending.
-          first: int32 indices of the first of them; by default all.
+          axes: The axes of the weight to index, in ascending order.
+          first: The int32 indices to take along the first of these axes. By default all are taken.
 
         Returns:
-          int32 array, one axis for each; its entries count the whole weight's, the last axis fastest.
+          An int32 array with one axis for each of `axes`. Its entries are flat indices into those axes
+          of the full weight, with the last axis varying fastest.
         """
         result: Any = jnp.zeros((), jnp.int32)
         for number, axis in enumerate(axes):
@@ -106,8 +121,8 @@ class Spec:
             index: Any = jnp.arange(length, dtype=jnp.int32)
             if number == 0 and first is not None:
                 index = first
-            if self.cut:
-                index = index + manual.index(self.cut[axis]) * length
+            if self.sharded:
+                index = index + manual.index(self.sharded[axis]) * length
             result = result[..., None] * self.shape[axis] + index
         return result
 
@@ -120,21 +135,23 @@ class Spec:
 
     @property
     def variance(self) -> float:
-        """`E‖Ĝ − G‖² / ‖G‖²` of the estimate `Ĝ = C A`."""
+        """The relative variance `E‖Ĝ − G‖² / ‖G‖²` of the estimate `Ĝ = C A`."""
         return distributions.variance(self.distribution, self.rank, self.size)
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass
 class Sketch:
-    """The compressed gradient of one weight; a pytree node.
+    """The compressed gradient `C = G Aᵀ` of one weight, as a pytree node.
 
-    All arithmetic on trees does the right thing to it, since it is linear in the gradient.
+    A sketch is linear in the gradient. So sums, means over devices, loss scaling, clipping and
+    whatever else is done to trees of gradients can be done to trees of sketches.
 
     Attributes:
-      data: `C`, of shape `spec.data_shape`.
-      cycle: int32 scalar that finds the key of `A`; None until `project` sets it.
-      spec: the static rest.
+      data: The numbers of `C`, an array of shape `spec.data_shape`.
+      cycle: The number of the cycle, an int32 scalar, from which the key of `A` is derived. It is None
+        until `project` sets it.
+      spec: The static description of the sketch, a `Spec`.
     """
 
     data: Any
@@ -154,12 +171,13 @@ class Sketch:
         return cls(data, cycle, spec)
 
     def __add__(self, other: "Sketch") -> "Sketch":
-        """The sketch of the sum of two gradients.
+        """Adds two sketches, which gives the sketch of the sum of the two gradients.
 
         Raises:
-          TypeError: `other` is no sketch.
-          ValueError: the two are of different weights or projections, or one has its cycle set
-            and the other has not. Two traced cycles cannot be compared and are taken as equal.
+          TypeError: `other` is not a sketch.
+          ValueError: The two sketches belong to different weights, projections or cycles, or one has
+            its cycle set and the other has not. Two traced cycles cannot be compared and are taken
+            as equal.
         """
         if not isinstance(other, Sketch):
             raise TypeError(

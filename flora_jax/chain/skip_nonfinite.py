@@ -1,4 +1,4 @@
-"""skip_nonfinite: micro-steps with a NaN or an infinity are left out."""
+"""skip_nonfinite: leaves out micro-steps whose gradients have a NaN or an infinity."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,19 @@ from flora_jax.sharding import manual
 
 
 def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Leaves out each micro-step whose gradients have a NaN or an infinity, as if it had not been.
+    """Leaves out each micro-step whose gradients have a NaN or an infinity, as if it had not been taken.
 
-    `optax.apply_if_finite` without its limit, for sketches as well: the update is zero, and the state
-    of `inner` stays as it was.
+    On such a micro-step the updates are zero, and the state of `inner` stays as it was. It differs from
+    `optax.apply_if_finite` in that sketches are allowed, and that there is no limit to the number of
+    micro-steps left out.
 
     Args:
-      inner: the whole chain, so that every count in it stays with the others.
+      inner: The transformation to wrap. It should be the entire chain, so that all counts in its state
+        agree.
 
     Returns:
-      A transformation with the state of `optax.apply_if_finite`; `total_notfinite` counts.
+      A transformation with the state of `optax.apply_if_finite`, whose `total_notfinite` is the number
+      of micro-steps left out so far.
     """
     inner = optax.with_extra_args_support(inner)
 

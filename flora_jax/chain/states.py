@@ -1,8 +1,8 @@
-"""States: what the transformations of the chain keep of sketches and of uncompressed gradients.
+"""States: what `accumulate` and `momentum` keep of sketches and of uncompressed gradients, and how it is checked.
 
-They see numbers only, and optax gives their `init` nothing but params: the projection is named to them
-again, so that they know the shapes of the sketches before the first one comes. A sketch that is not of the
-kind it says is refused at trace time.
+Their states hold plain arrays only. Since optax passes nothing but the params to `init`, they are given
+the projection too, so that they know the shapes of the sketches before the first one arrives. A sketch
+that does not belong to this projection is refused at trace time.
 """
 
 import dataclasses
@@ -18,29 +18,33 @@ from flora_jax.chain.sketch import Every, Sketch, is_sketch
 
 
 def of_kind(opt_state: Any, kind: type) -> list[Any]:
+    """Returns all states of this type in `opt_state`."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]
 
 
-def only(opt_state: Any, kind: type, link: str) -> Any:
+def only(opt_state: Any, kind: type, name: str) -> Any:
+    """Returns the one state of this type in `opt_state`; raises a ValueError if there is not exactly one."""
     found = of_kind(opt_state, kind)
     if len(found) != 1:
         raise ValueError(
-            f"opt_state must hold the state of one flora_jax.{link}, found {len(found)}"
+            f"opt_state must hold the state of one flora_jax.{name}, found {len(found)}"
         )
     return found[0]
 
 
 def at(every: Every, step: Any) -> Any:
+    """Returns the value of a number or a schedule at this step."""
     return every(step) if callable(every) else every
 
 
 def check_kind(plan: LeafPlan, leaf: Sketch) -> None:
+    """Raises a ValueError unless the sketch is the one that the plan describes."""
     if plan.spec == leaf.spec:
         return
     if plan.spec is None:
         raise ValueError(
-            f"{plan.path!r}: found a sketch, expected a whole gradient, since the leaf is not "
+            f"{plan.path!r}: found a sketch, expected an uncompressed gradient, since the leaf is not "
             f"compressed ({plan.reason})"
         )
     for field in dataclasses.fields(plan.spec):
@@ -51,20 +55,20 @@ def check_kind(plan: LeafPlan, leaf: Sketch) -> None:
             )
 
 
-def expected(link: str, projection: Projection | None) -> Callable[[LeafPlan, Any], Any]:
-    """A check that what comes in fits the state of `link`."""
+def expected(name: str, projection: Projection | None) -> Callable[[LeafPlan, Any], Any]:
+    """Returns a function that checks whether a leaf fits the state of the transformation of this name."""
 
     def check(plan: LeafPlan, leaf):
         if is_sketch(leaf) and projection is None:
             raise ValueError(
-                f"{plan.path!r}: {link} found a sketch, expected a whole gradient; give {link} the "
-                "projection that flora_jax.project has"
+                f"{plan.path!r}: {name} found a sketch, expected an uncompressed gradient; give {name} "
+                "the projection that flora_jax.project has"
             )
         if is_sketch(leaf):
             check_kind(plan, leaf)
         elif plan.spec is not None:
             raise ValueError(
-                f"{plan.path!r}: {link} found a whole gradient, expected a sketch; put "
+                f"{plan.path!r}: {name} found an uncompressed gradient, expected a sketch; put "
                 "flora_jax.project with the same projection before it"
             )
         return leaf
@@ -73,7 +77,7 @@ def expected(link: str, projection: Projection | None) -> Callable[[LeafPlan, An
 
 
 def map_leaves(visit: Callable, projection: Projection | None, updates: Any) -> Any:
-    """Maps `visit(plan, leaf)` over the gradient leaves, sketches being leaves."""
+    """Maps `visit(plan, leaf)` over the gradient leaves, where each sketch is one leaf."""
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_sketch)
     plans = _plans(updates, projection)
     visited = [visit(plan, leaf) for plan, leaf in zip(plans, leaves, strict=True)]
@@ -85,17 +89,19 @@ def _plans(tree: Any, projection: Projection | None) -> list[LeafPlan]:
 
 
 def leaves(tree: Any) -> list[Any]:
+    """Returns the leaves of a tree, where each sketch is one leaf."""
     return jax.tree.leaves(tree, is_leaf=is_sketch)
 
 
 def numbers(tree: Any) -> Any:
+    """Returns the tree with each sketch replaced by its array."""
     return jax.tree.map(
         lambda leaf: leaf.data if is_sketch(leaf) else leaf, tree, is_leaf=is_sketch
     )
 
 
 def with_numbers(sketches: Any, numbers: Any) -> Any:
-    """Puts numbers in the places of those of `sketches`; whole leaves keep their dtype."""
+    """Replaces the arrays of `sketches` by those of `numbers`; uncompressed leaves keep their dtype."""
 
     def put(leaf, data):
         if is_sketch(leaf):
@@ -106,6 +112,7 @@ def with_numbers(sketches: Any, numbers: Any) -> Any:
 
 
 def zeros(tree: Any, projection: Projection | None, dtype: storage.StateDtype) -> Any:
+    """Returns zeros, as they are kept in this dtype, for each leaf of the params or gradients."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_sketch)
     plans = _plans(tree, projection)
     zeros = [storage.zeros(dtype, plan.data_shape) for plan, _ in zip(plans, leaves, strict=True)]
@@ -119,7 +126,7 @@ def store(
     dtype: storage.StateDtype,
     counts: tuple[Any, ...],
 ) -> Any:
-    """Keeps each leaf, rounded under a key of its own where the dtype is narrow."""
+    """Returns each leaf as it is kept in this dtype, rounded with a key of its own where that is stochastic."""
     if dtype in ("float32", "float64"):
         return jax.tree.map(lambda leaf: leaf.astype(dtype), numbers)
     leaves, structure = jax.tree.flatten(numbers)

@@ -1,9 +1,9 @@
-"""Storage: how the numbers of a state are kept between micro-steps.
+"""Storage: the dtypes in which a state keeps its numbers between micro-steps.
 
-`float32` (and `float64`) as they are; `bfloat16` and `int8` with stochastic rounding, so that
-what is kept is an unbiased estimate of what was put there and small additions are not lost.
-`int8` has one float32 scale for each 128 numbers along the last axis; arrays of fewer than 4096
-numbers stay in float32.
+`float32` and `float64` keep the numbers as they are. `bfloat16` and `int8` round stochastically, so
+that what is kept is an unbiased estimate of what was stored, and small additions are not lost. `int8`
+has one float32 scale for each 128 numbers along the last axis, and keeps arrays of fewer than 4096
+numbers in float32.
 """
 
 import math
@@ -18,11 +18,12 @@ MIN_SIZE = 4096
 
 
 class Quantized(NamedTuple):
-    """Block-wise int8: of one array, or (in a state) a tree of values beside a tree of scales.
+    """An array in int8 with a scale for each block of 128, or a tree of values with a tree of scales.
 
     Attributes:
-      values: int8, of the shape of the array; float32 for a small one.
-      scales: float32, the last axis divided by 128, rounded up; of shape (1,) for a small one.
+      values: The int8 values, of the array's shape; float32 for an array of fewer than 4096 numbers.
+      scales: The float32 scales, with the last axis divided by 128 and rounded up; of shape `(1,)` for
+        an array of fewer than 4096 numbers.
     """
 
     values: Any
@@ -34,13 +35,13 @@ def is_quantized(node: Any) -> bool:
 
 
 def check(name: str, dtype: Any) -> None:
-    """Raises ValueError unless `dtype` is one that states can be kept in."""
+    """Raises a ValueError unless `dtype` is one that states can be kept in."""
     if dtype not in ("float32", "float64", "bfloat16", "int8"):
         raise ValueError(f"{name} must be one of float32, float64, bfloat16, int8, found {dtype!r}")
 
 
 def nbytes(dtype: StateDtype, shape: tuple[int, ...]) -> int:
-    """Bytes that an array of this shape takes."""
+    """Returns the number of bytes that an array of this shape takes in this dtype."""
     size = math.prod(shape)
     if dtype == "int8":
         width = 1 if _quantizes(shape) else 4
@@ -49,7 +50,7 @@ def nbytes(dtype: StateDtype, shape: tuple[int, ...]) -> int:
 
 
 def zeros(dtype: StateDtype, shape: tuple[int, ...]) -> Any:
-    """A kept zero of this shape."""
+    """Returns zeros of this shape, as they are kept in this dtype."""
     if dtype != "int8":
         return jnp.zeros(shape, dtype)
     values = jnp.zeros(shape, jnp.int8 if _quantizes(shape) else jnp.float32)
@@ -57,7 +58,7 @@ def zeros(dtype: StateDtype, shape: tuple[int, ...]) -> Any:
 
 
 def load(kept: Any) -> jax.Array:
-    """The numbers as float32 (float64 if kept so)."""
+    """Returns the numbers in float32, or in float64 if they are kept so."""
     if not is_quantized(kept):
         return kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
     if kept.values.dtype != jnp.int8:
@@ -67,7 +68,7 @@ def load(kept: Any) -> jax.Array:
 
 
 def store(dtype: StateDtype, array: jax.Array, key: jax.Array) -> Any:
-    """Keeps the numbers; `key` serves the stochastic rounding."""
+    """Returns the numbers as they are kept in this dtype; `key` is for the stochastic rounding."""
     if dtype == "int8":
         if _quantizes(array.shape):
             return _quantize(array, key)
@@ -78,9 +79,9 @@ def store(dtype: StateDtype, array: jax.Array, key: jax.Array) -> Any:
 
 
 def transposed(kept: list[Any], structure: Any) -> Any:
-    """A tree of what is kept; of int8, a tree of values and a tree of scales.
+    """Puts the kept leaves into a tree, and for int8 into a tree of values beside a tree of scales.
 
-    So that each leaf of a state is an array where a parameter is one, as Flax NNX wants it.
+    So each leaf of a state is an array where a parameter is an array, as Flax NNX requires.
     """
     if kept and is_quantized(kept[0]):
         pairs = zip(*kept, strict=True)
@@ -89,7 +90,7 @@ def transposed(kept: list[Any], structure: Any) -> Any:
 
 
 def load_tree(kept: Any) -> Any:
-    """The numbers of a `transposed` tree."""
+    """Loads all numbers of a tree that `transposed` returned."""
     if is_quantized(kept):
         return jax.tree.map(lambda values, scales: load(Quantized(values, scales)), *kept)
     return jax.tree.map(load, kept)
@@ -109,7 +110,7 @@ def _quantize(array: jax.Array, key: jax.Array) -> Quantized:
     blocks = jnp.pad(array, [(0, 0)] * len(lead) + [(0, -last % BLOCK)])
     blocks = blocks.reshape(*lead, -1, BLOCK)
     scales = jnp.max(jnp.abs(blocks), axis=-1) / 127.0
-    # XLA's maximum may drop a NaN; a block that has one must not load as numbers
+    # XLA's maximum may drop a NaN, and a block that has one must not load as finite numbers
     scales = jnp.where(jnp.all(jnp.isfinite(blocks), axis=-1), scales, jnp.nan)
     steps = blocks / jnp.where(scales > 0, scales, 1.0)[..., None]
     steps = steps.reshape(*lead, -1)[..., :last]
@@ -119,7 +120,10 @@ def _quantize(array: jax.Array, key: jax.Array) -> Quantized:
 
 
 def _round_bfloat16(array: jax.Array, key: jax.Array) -> jax.Array:
-    """Adds uniform bits below bfloat16's last and cuts; inf and NaN are left alone."""
+    """Rounds stochastically: adds random bits below the last bit of bfloat16, then truncates.
+
+    Infinities and NaN stay as they are.
+    """
     array = array.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
     noise = jax.random.bits(key, array.shape, jnp.uint16).astype(jnp.uint32)

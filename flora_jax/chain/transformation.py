@@ -1,4 +1,4 @@
-"""Transformation: what each transformation of the chain is wrapped in, so that it runs on meshes of explicit axes."""
+"""Transformation: the wrapper that makes each transformation of the chain run on meshes with explicit axes."""
 
 import jax
 import optax
@@ -8,12 +8,13 @@ from flora_jax.sharding import explicit
 
 
 def transformation(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A transformation whose `init` and `update` run with explicit axes automatic inside.
+    """Wraps a transformation so that explicit mesh axes are automatic inside its `init` and `update`.
 
-    Updates and state lie where the params do that they belong to.
+    Updates and state are sharded as the params that they belong to. Without explicit axes nothing
+    changes.
 
     Raises:
-      ValueError: (on update) explicit axes, sketches, and no params.
+      ValueError: On `update`, there are sketches on explicit axes, but no params were given.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -29,7 +30,7 @@ def transformation(tx: optax.GradientTransformation) -> optax.GradientTransforma
         if any(is_sketch(leaf) for leaf in jax.tree.leaves(owners, is_leaf=is_sketch)):
             raise ValueError(
                 "params must be given to tx.update on a mesh of explicit axes, found None: they say "
-                "where a weight lies that the sketch is of"
+                "how the weight of each sketch is sharded"
             )
 
         def update(updates, state, params, extra_args):

@@ -1,7 +1,8 @@
-"""The walk over a function's jaxpr with some of its inputs replaced by `Weight`s.
+"""Interpreter: evaluates a function's jaxpr with some of its inputs replaced by `Weight`s.
 
-Only what a weight touches is interpreted; all else is bound as it stands. An operation that has no
-rule gets the weight exposed, and is noted.
+Only operations on weights are interpreted; all others are bound unchanged. An operation that has no
+rule receives the weight as a plain array, whose full gradient is then materialized, and is noted for
+the plan.
 """
 
 import dataclasses
@@ -12,17 +13,17 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from flora_jax.chain.plan import Use
-from flora_jax.fused.made import Made
+from flora_jax.fused.lazy import Lazy
 from flora_jax.fused.weight import Joined, Weight, expose
 
 
 class Traced(NamedTuple):
-    """A value on the walk.
+    """A value during the evaluation.
 
     Attributes:
-      value: an array, a `Weight` or weights `Joined`.
-      active: whether the gradient may pass through it.
-      broadcast: operand and `broadcast_dimensions` where it is but a broadcast one.
+      value: An array, a `Weight`, or weights that are `Joined`.
+      active: Whether a gradient may flow through it.
+      broadcast: The operand and its `broadcast_dimensions`, where the value is that operand broadcast.
     """
 
     value: Any
@@ -32,18 +33,19 @@ class Traced(NamedTuple):
 
 @dataclasses.dataclass
 class Walk:
-    """A walk.
+    """One evaluation of a jaxpr, from its first equation to its last.
 
     Attributes:
-      rules: by name of the primitive, `(walk, equation, inputs) -> outputs`, or None where the rule
-        does not fit after all.
-      uses: seen so far, in order and without repetition.
+      rules: The rules by the name of the primitive. Each is a function `(walk, equation, inputs)` that
+        returns the outputs, or None where it does not apply after all.
+      uses: The uses of weights seen so far, in order and without repetition.
     """
 
     rules: Mapping[str, Callable[["Walk", Any, list[Traced]], list[Traced] | None]]
     uses: dict[Use, None] = dataclasses.field(default_factory=dict)
 
     def note(self, eqn: Any, inputs: Sequence[Traced], whole: bool) -> None:
+        """Adds a use of the weights among the inputs; `whole` says that a full gradient is materialized."""
         place = _place(eqn)
         for traced in inputs:
             value = traced.value
@@ -52,7 +54,7 @@ class Walk:
                     self.uses.setdefault(Use(part.spec.path, eqn.primitive.name, place, whole))
 
     def run(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Traced]) -> list[Traced]:
-        """Evaluates an open jaxpr; `consts` are not differentiated."""
+        """Evaluates an open jaxpr. Its `consts` are not differentiated."""
         values: dict[Any, Traced] = {}
 
         def read(atom) -> Traced:
@@ -61,18 +63,18 @@ class Walk:
         values.update(zip(jaxpr.constvars, (Traced(const, False) for const in consts), strict=True))
         values.update(zip(jaxpr.invars, inputs, strict=True))
         for eqn in jaxpr.eqns:
-            with eqn.ctx.manager:  # which axes of a mesh are explicit there
+            with eqn.ctx.manager:  # it says which axes of a mesh are explicit there
                 outs = self.step(eqn, [read(atom) for atom in eqn.invars])
             values.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def step(self, eqn: Any, ins: list[Traced]) -> list[Traced]:
-        """Evaluates an equation."""
+        """Evaluates one equation."""
         if not any(isinstance(traced.value, Weight | Joined) for traced in ins):
             return bind(eqn, ins)
         joined = any(isinstance(traced.value, Joined) for traced in ins)
         rule = self.rules.get("joined" if joined else eqn.primitive.name)
-        ins = _made(eqn, ins)
+        ins = _materialized(eqn, ins)
         outs = rule(self, eqn, ins) if rule else None
         if outs is None:
             self.note(eqn, ins, whole=True)
@@ -81,7 +83,7 @@ class Walk:
 
 
 def apply(eqn: Any, *values: Any, **changes: Any) -> Any:
-    """Binds an equation's primitive to values, with some of its params changed."""
+    """Applies an equation's primitive to values, with some of its params changed."""
     params = eqn.primitive.get_bind_params({**eqn.params, **changes})
     functions, params = params if isinstance(params, tuple) else ((), params)
     return eqn.primitive.bind(*functions, *values, **params)
@@ -99,7 +101,7 @@ def bind(eqn: Any, ins: Sequence[Traced]) -> list[Traced]:
 
 
 def exposed(ins: Sequence[Traced]) -> list[Traced]:
-    """The same with arrays in place of weights."""
+    """Returns the same values with plain arrays in the place of weights."""
     return [
         Traced(_exposed(traced.value), True)
         if isinstance(traced.value, Weight | Joined)
@@ -114,21 +116,21 @@ def _exposed(value: Any) -> Any:
     return expose(value) if isinstance(value, Weight) else value
 
 
-def _made(eqn: Any, ins: list[Traced]) -> list[Traced]:
-    """Values that are made where they are used, made, unless the operation is such a use or leads to it."""
-    if eqn.primitive.name in _MAKES_LATER:
+def _materialized(eqn: Any, ins: list[Traced]) -> list[Traced]:
+    """Computes `Lazy` values, unless the operation has a use for them as they are."""
+    if eqn.primitive.name in _LAZY_USES:
         return ins
 
-    def make(traced: Traced) -> Traced:
+    def materialize(traced: Traced) -> Traced:
         weight = traced.value
-        if isinstance(weight, Weight) and isinstance(weight.value, Made):
-            weight = weight.replace(value=weight.value.value())
+        if isinstance(weight, Weight) and isinstance(weight.value, Lazy):
+            weight = weight.replace(value=weight.value.materialize())
         return traced._replace(value=weight)
 
-    return [make(traced) for traced in ins]
+    return [materialize(traced) for traced in ins]
 
 
-_MAKES_LATER = {
+_LAZY_USES = {
     "convert_element_type",
     "dot_general",
     "scan",
@@ -147,7 +149,7 @@ def is_inexact(value: Any) -> bool:
 
 
 def _place(eqn: Any) -> str:
-    """File and line of the innermost frame that is no library's."""
+    """Returns the file and line of the innermost frame that does not belong to a library."""
     traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
     frames = getattr(traceback, "frames", None) or []
     for frame in frames:

@@ -1,11 +1,11 @@
-"""Leaves: the arrays of any pytree, what is differentiated among them, and what is no array."""
+"""Leaves: which leaves of a pytree are arrays, and which of those are differentiated."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flora_jax.fused.made import is_made
+from flora_jax.fused.lazy import is_lazy
 
 
 def is_array(x: Any) -> bool:
@@ -13,6 +13,7 @@ def is_array(x: Any) -> bool:
 
 
 def is_differentiable(x: Any) -> bool:
+    """Returns whether a leaf is a floating-point number or array; raises a ValueError for a complex one."""
     if isinstance(x, float):
         return True
     if not is_array(x):
@@ -23,7 +24,7 @@ def is_differentiable(x: Any) -> bool:
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
-    """Arrays (and numbers), and all else, each with None in place of the other."""
+    """Splits a tree into one of arrays (and numbers) and one of all else, each with None for the other's leaves."""
 
     def is_number(x):
         return is_array(x) or isinstance(x, int | float | complex)
@@ -33,7 +34,7 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
 
 def combine(left: Any, right: Any) -> Any:
-    """The leaves of the one, and where it has None those of the other."""
+    """Puts two trees together again: the leaves of `left`, and where it has None, those of `right`."""
     return jax.tree.map(
-        lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None or is_made(x)
+        lambda a, b: b if a is None else a, left, right, is_leaf=lambda x: x is None or is_lazy(x)
     )

@@ -1,9 +1,11 @@
-"""value_and_grad: gradients that are born compressed.
+"""value_and_grad: gradients that are compressed inside the backward pass, and never materialized.
+
+For a layer `y = x W`, where `δ` is the cotangent of `y`:
 
 | paper | here |
 |---|---|
-| `x Aᵀ`, LoRA's down projection of the input | what is kept for the backward pass |
-| `C = G Aᵀ = (x Aᵀ)ᵀ δ`, the gradient of LoRA's up factor at zero | the sketch |
+| `x Aᵀ`, LoRA's down projection of the input | what is saved for the backward pass, in the place of `x` |
+| `C = G Aᵀ`, the gradient of LoRA's up factor at zero | the sketch `(x Aᵀ)ᵀ δ` |
 
 Source: arXiv 2402.03293, Section 2 and Algorithm 1.
 """
@@ -35,30 +37,33 @@ def value_and_grad(
     has_aux: bool = False,
     shardings: Any = None,
 ) -> "ValueAndGrad":
-    """As `jax.value_and_grad`, with `Sketch`es in place of the gradients that `projection` compresses.
+    """Like `jax.value_and_grad`, but returns sketches, and never materializes the gradients they are of.
 
-    Their data are what `project` makes of `jax.value_and_grad`'s, to rounding, but the whole
-    gradient never exists, and where the input side is projected (`side="input"`) the activations
-    that a weight meets are kept at width `r`. A use of a weight that has no rule falls back to the
-    whole gradient, which is projected at once; `ValueAndGrad.plan` names it.
+    Each gradient `G` that `projection` compresses is returned as a `Sketch`, whose data equal
+    `G Aᵀ` (what `project` makes of the gradient of `jax.value_and_grad`) up to rounding. Where the
+    input side is projected (`side="input"`), the layer's input is saved for the backward pass at width
+    `r` only. If a weight is used in a way for which there is no rule, its full gradient is materialized
+    there and projected at once; `ValueAndGrad.plan` names all such uses.
 
     Args:
-      fun: function of pytrees to a scalar (and auxiliary data).
-      projection: that of the optimizer's chain.
-      argnums: which positional arguments to differentiate.
-      has_aux: whether `fun` gives a pair of the scalar and auxiliary data.
-      shardings: tree of `NamedSharding` of the differentiated argument(s), None in it where a leaf's is
-        unknown. Each sketch is then summed over devices to where `state_shardings` says that it
-        lies, and no further.
+      fun: The function to differentiate. It takes pytrees and returns a scalar, or a pair of a scalar
+        and auxiliary data.
+      projection: The `Projection` of the optimizer's chain.
+      argnums: The positional argument or arguments to differentiate.
+      has_aux: Whether `fun` returns a pair of the scalar and auxiliary data.
+      shardings: A pytree of `NamedSharding` for the differentiated argument or arguments, with None for
+        leaves whose sharding is unknown. Each sketch is then reduced over devices to the sharding that
+        `state_shardings` gives it, and is not replicated first.
 
     Returns:
-      A function `(*args, cycle, **kwargs)` that gives the value and the gradients. `cycle` is
-      `flora_jax.cycle(opt_state)`. Leaves that are no floating-point arrays have the gradient None.
+      A `ValueAndGrad`, a function `(*args, cycle, **kwargs)` that returns the value and the gradients.
+      Pass `flora_jax.cycle(opt_state)` as `cycle`. Leaves that are not floating-point arrays have the
+      gradient None.
 
     Raises:
-      ValueError: `argnums` out of range, a complex parameter.
+      ValueError: On a call, `argnums` is out of range, or a parameter is complex.
 
-    Example:
+    Examples:
       >>> import flora_jax, jax, jax.numpy as jnp
       >>> projection = flora_jax.Projection(4, min_dim=8)
       >>> tx = flora_jax.flora(1e-2, projection=projection)
@@ -75,7 +80,7 @@ def value_and_grad(
 
 @dataclasses.dataclass(frozen=True)
 class ValueAndGrad:
-    """What `value_and_grad` gives; see there."""
+    """The function that `value_and_grad` returns. Its attributes are the arguments given there."""
 
     fun: Callable
     projection: Projection
@@ -85,19 +90,21 @@ class ValueAndGrad:
 
     def __call__(self, *args: Any, cycle: Any, **kwargs: Any) -> Any:
         function = _Function(self, args, kwargs)
-        taps = list(map(_tap, function.plans, function.differentiated))
-        wholes = [
+        ups = list(map(_zero_up, function.plans, function.differentiated))
+        uncompressed = [
             None if plan.spec else leaf
             for plan, leaf in zip(function.plans, function.differentiated, strict=True)
         ]
 
-        places = self._places(function)
+        shardings = self._shardings(function)
 
-        def run(taps, wholes):
-            taps, wholes = (list(map(constrain, leaves, places)) for leaves in (taps, wholes))
-            return function.result(function.walk(Walk(RULES), cycle, taps, wholes, places))
+        def run(ups, uncompressed):
+            ups, uncompressed = (
+                list(map(constrain, leaves, shardings)) for leaves in (ups, uncompressed)
+            )
+            return function.result(function.walk(Walk(RULES), cycle, ups, uncompressed, shardings))
 
-        value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(taps, wholes)
+        value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(ups, uncompressed)
         leaves = [
             grad if plan.spec is None else Sketch(_total(plan.spec, leaf, data), None, plan.spec)
             for plan, leaf, data, grad in zip(
@@ -107,8 +114,8 @@ class ValueAndGrad:
         grads = function.gradients(leaves)
         return (value if self.has_aux else value[0]), grads
 
-    def _places(self, function: "_Function") -> list[Any]:
-        """Where each gradient shall lie."""
+    def _shardings(self, function: "_Function") -> list[Any]:
+        """Returns the sharding of each gradient, or None where it is not known."""
         if self.shardings is None:
             return [None] * len(function.plans)
         leaves = jax.tree.leaves(self.shardings, is_leaf=lambda x: x is None)
@@ -123,29 +130,37 @@ class ValueAndGrad:
         ]
 
     def uses(self, *args: Any, **kwargs: Any) -> tuple[Use, ...]:
-        """Where the compressed weights are used, and how; the arguments may be shapes."""
+        """Returns all uses of compressed weights. The arguments may be `jax.ShapeDtypeStruct`s."""
         walk = Walk(RULES)
 
         def traced(args, kwargs):
             function = _Function(self, args, kwargs)
-            taps = list(map(_tap, function.plans, function.differentiated))
-            places = [None] * len(taps)
-            return function.walk(walk, 0, taps, function.differentiated, places)
+            ups = list(map(_zero_up, function.plans, function.differentiated))
+            shardings = [None] * len(ups)
+            return function.walk(walk, 0, ups, function.differentiated, shardings)
 
         arrays, rest = partition((args, kwargs))
         jax.eval_shape(lambda arrays: traced(*combine(arrays, rest)), arrays)
         return tuple(walk.uses)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """`flora_jax.plan` of the (first) differentiated argument, with the uses that have no rule."""
+        """Returns `flora_jax.plan` of the (first) differentiated argument, and the uses without a rule.
+
+        Args:
+          *args: The arguments of the function; they may be `jax.ShapeDtypeStruct`s.
+          **kwargs: The keyword arguments of the function, without `cycle`.
+
+        Returns:
+          A `Plan` whose `whole_uses` are the uses at which a full gradient is materialized.
+        """
         first = self.argnums if isinstance(self.argnums, int) else self.argnums[0]
         params = jax.tree.map(lambda x: x if is_differentiable(x) else None, args[first])
-        whole = tuple(use for use in self.uses(*args, **kwargs) if use.whole)
-        return dataclasses.replace(make_plan(params, self.projection), whole_uses=whole)
+        uses = tuple(use for use in self.uses(*args, **kwargs) if use.whole)
+        return dataclasses.replace(make_plan(params, self.projection), whole_uses=uses)
 
 
 class _Function:
-    """`fun` of some arguments as a jaxpr over flat leaves."""
+    """The function with these arguments, as a jaxpr over flat leaves."""
 
     def __init__(self, owner: ValueAndGrad, args: tuple, kwargs: dict):
         argnums = owner.argnums
@@ -198,21 +213,26 @@ class _Function:
         self.jaxpr = jax.make_jaxpr(flat)(*self.differentiated, *self.others)
 
     def walk(
-        self, walk: Walk, cycle: Any, taps: list[Any], wholes: list[Any], places: list[Any]
+        self,
+        walk: Walk,
+        cycle: Any,
+        ups: list[Any],
+        uncompressed: list[Any],
+        shardings: list[Any],
     ) -> list[Any]:
-        """Evaluates it with weights in place of the leaves that have a tap."""
+        """Evaluates it with a `Weight` in the place of each leaf that is compressed."""
         ins = []
-        for plan, leaf, tap, whole, place in zip(
-            self.plans, self.differentiated, taps, wholes, places, strict=True
+        for plan, leaf, up, plain, sharding in zip(
+            self.plans, self.differentiated, ups, uncompressed, shardings, strict=True
         ):
-            value = Weight.start(plan.spec, cycle, leaf, tap, place) if plan.spec else whole
+            value = Weight.start(plan.spec, cycle, leaf, up, sharding) if plan.spec else plain
             ins.append(Traced(value, True))
         ins += [Traced(leaf, False) for leaf in self.others]
         outs = exposed(walk.run(self.jaxpr.jaxpr, self.jaxpr.consts, ins))
         return [traced.value for traced in outs]
 
     def result(self, outs: list[Any]) -> tuple[Any, Any]:
-        """`(value, (value, aux))`."""
+        """Returns `(value, (value, aux))`, with which the value is part of the auxiliary data too."""
         aux = combine(jax.tree.unflatten(self.aux_structure, outs[1:]), self.aux_rest)
         return outs[0], aux
 
@@ -229,15 +249,16 @@ class _Function:
         return trees
 
 
-def _tap(plan: LeafPlan, leaf: Any) -> jax.Array | None:
+def _zero_up(plan: LeafPlan, leaf: Any) -> jax.Array | None:
+    """Returns the up factor of a compressed leaf, which is zero."""
     if plan.spec is None:
         return None
     spec = plan.spec
     zeros = jnp.zeros(spec.part_data_shape, jnp.promote_types(spec.dtype, jnp.float32))
     zeros = manual.vary(zeros, manual.varying(leaf) - set(spec.summed))
-    return explicit.put(zeros, of_sketch(plan.spec, explicit.place(leaf)))
+    return explicit.put(zeros, of_sketch(plan.spec, explicit.sharding_of(leaf)))
 
 
 def _total(spec: Spec, leaf: Any, data: jax.Array) -> jax.Array:
-    """The sum over devices that cut projected axes, where types do not tell JAX to make it."""
+    """Sums over the devices that projected axes are sharded over, where types do not make JAX do so."""
     return manual.total(data, sorted(set(spec.summed) - manual.varying(leaf)))

@@ -1,15 +1,19 @@
-"""Weight: what stands for a weight inside a function whose gradients are born compressed.
+"""Weight: what stands for a weight inside a function whose gradients are compressed in the backward pass.
 
-A linear layer `y = x W` may be written `y = x W + (x Aᵀ) B` with `B = 0`, LoRA at its start; the
-derivative by `B` is `(x Aᵀ)ᵀ δ`, the sketch of the gradient of `W`. `B` is the weight's *tap* here.
-It has no part in the forward computation: what uses a weight says in its own backward rule what
-its cotangent at the tap is. JAX's differentiation then sums the taps of all uses, over the steps
-of a `scan`, over micro-batches and over devices, and never sees the weight itself.
+A linear layer `y = x W` is the same as `y = x W + (x Aᵀ) U` with `U = 0`, which is LoRA at its start:
+`A` is its down factor, and `U` its up factor. The derivative with respect to `U` is `(x Aᵀ)ᵀ δ`, where
+`δ` is the cotangent of `y`, and that is the sketch of the gradient of `W`. So each weight has an up
+factor of zeros here, and is itself not differentiated. The up factor takes no part in the forward
+computation: each use of a weight has a backward rule of its own that gives the cotangent of the up
+factor. JAX then sums these over all uses, over the steps of a `scan`, over micro-batches and over
+devices.
 
-The same array with an `A` and a `B` that are *kept*, in place of a drawn one and zero, is an adapter
-(`flora_jax.adapters`). It takes part in the forward computation, and all its derivatives are JAX's.
+An adapter (`flora_jax.adapters`) is the same array with down and up factors that are parameters, in
+place of a sampled `A` and zero. It takes part in the forward computation, and all its derivatives are
+JAX's.
 
-In the shape descriptions `B` are the batch axes of a weight, `P` its projected ones.
+In the descriptions of shapes `B` stands for the batch axes of a weight, `P` for its projected axes, and
+`r` for the rank.
 
 Source: arXiv 2402.03293, Section 2 and Algorithm 1.
 """
@@ -28,7 +32,7 @@ from jax.sharding import NamedSharding
 from flora_jax.chain import distributions, products
 from flora_jax.chain.blocks import Block, over_blocks
 from flora_jax.chain.sketch import Spec
-from flora_jax.fused.made import Made, product, value_of
+from flora_jax.fused.lazy import Lazy, materialized, product
 from flora_jax.sharding import explicit, manual, partition
 
 Kind = Literal["projected", "batch", "kept"]
@@ -37,39 +41,44 @@ Kind = Literal["projected", "batch", "kept"]
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A weight, or what came of it by operations that keep its projected axes to themselves.
+    """A weight, or the result of operations on one that do not mix its projected axes with others.
 
     Attributes:
-      value: the array; where the factors are kept also a `Made` one.
-      tap: zeros, of the shape of `value` with the rank in place of the first projected axis and 1 in
-        place of the others.
-      keys: uint32 key data `(*B, words)`; where the factors are kept, `A` itself, `(*B, m · r)`.
-      columns: int32 `(*P,)`, which column of `A` each index is; None where none was moved.
-      factors: float `(*P,)`, by what each column is multiplied; None for 1.
-      spec: of the weight.
-      kinds: what each axis of `value` is.
-      looked_up: whether it is rows of the weight, found by index, rather than (a part of) the weight.
-      place: the `NamedSharding` of the tap's cotangent; None where it is not known.
-      kept: whether `A` and the tap are an adapter's, and the weight is `value + A tap`.
-      order: where the factors are kept, what computes `x (W + F G)` of matrices `(t, p)`, `(p, q)`,
-        `(p, r)` and `(r, q)`; static. None for `x W + (x F) G`.
+      value: The array; for an adapter it may be `Lazy`.
+      up: The up factor: of the shape of `value`, with the rank in the place of the first projected axis
+        and 1 in the place of the others. It is zero, except for an adapter.
+      keys: The uint32 data of the keys of `A`, of shape `(*B, words)`; for an adapter the down factor
+        itself, of shape `(*B, m · r)`.
+      columns: The column of `A` that each index along the projected axes belongs to, an int32 array of
+        shape `(*P,)`; None where none has been moved.
+      factors: The factor that each of these columns is multiplied by, a float array of shape `(*P,)`;
+        None for 1.
+      spec: The `Spec` of the weight.
+      kinds: For each axis of `value`, whether it is a projected axis, a batch axis, or neither (`kept`).
+      looked_up: Whether the array is rows of the weight, found by index, rather than (a part of) the
+        weight.
+      sharding: The `NamedSharding` of the cotangent of the up factor, or None where it is not known.
+      adapter: Whether the factors are those of an adapter, so that the weight is `value` plus their
+        product.
+      order: For an adapter, the function that computes `x (W + F G)` from matrices of shapes `(t, p)`,
+        `(p, q)`, `(p, r)` and `(r, q)`; static. None stands for `x W + (x F) G`.
     """
 
     value: Any
-    tap: Any
+    up: Any
     keys: Any
     columns: Any
     factors: Any
     spec: Spec
     kinds: tuple[Kind, ...]
     looked_up: bool = False
-    place: NamedSharding | None = None
-    kept: bool = False
+    sharding: NamedSharding | None = None
+    adapter: bool = False
     order: Callable[..., jax.Array] | None = None
 
     def tree_flatten(self):
-        children = (self.value, self.tap, self.keys, self.columns, self.factors)
-        static = (self.spec, self.kinds, self.looked_up, self.place, self.kept, self.order)
+        children = (self.value, self.up, self.keys, self.columns, self.factors)
+        static = (self.spec, self.kinds, self.looked_up, self.sharding, self.adapter, self.order)
         return children, static
 
     @classmethod
@@ -77,57 +86,78 @@ class Weight:
         return cls(*children, *static)
 
     @classmethod
-    def start(cls, spec: Spec, cycle: Any, value: Any, tap: Any, place: Any = None) -> "Weight":
-        """The weight itself, or the part that is here; `place` is of the tap's shape."""
-        if place is not None:
-            cut = list(partition.entries(place.spec, tap.ndim))
+    def start(cls, spec: Spec, cycle: Any, value: Any, up: Any, sharding: Any = None) -> "Weight":
+        """Makes a `Weight` of a parameter, or of the part of it that this device has.
+
+        Args:
+          spec: The `Spec` of the weight.
+          cycle: The number of the cycle.
+          value: The parameter.
+          up: Zeros of shape `spec.part_data_shape`.
+          sharding: The `NamedSharding` of the sketch, or None where it is not known.
+        """
+        if sharding is not None:
+            names = list(partition.entries(sharding.spec, up.ndim))
             for axis in spec.projected[1:]:
-                cut.insert(axis, ())
-            place = NamedSharding(place.mesh, partition.spec_of(cut))
-        tap = jnp.expand_dims(tap, spec.projected[1:])
+                names.insert(axis, ())
+            sharding = NamedSharding(sharding.mesh, partition.spec_of(names))
+        up = jnp.expand_dims(up, spec.projected[1:])
         keys = jax.random.key_data(products.matrix_keys(spec, cycle))
         columns = spec.positions(spec.projected) if spec.summed else None
-        return cls(value, tap, keys, columns, None, spec, kinds_of(spec), place=place)
+        return cls(value, up, keys, columns, None, spec, kinds_of(spec), sharding=sharding)
 
     @classmethod
     def adapted(cls, spec: Spec, value: Any, down: Any, up: Any) -> "Weight":
-        """`value` plus the product of `down`, `(*B, *P, r)`, and `up`, of shape `spec.data_shape`."""
-        tap = jnp.expand_dims(up, spec.projected[1:])
+        """Makes a `Weight` that is `value` plus the product of an adapter's factors.
+
+        Args:
+          spec: The `Spec` of the weight.
+          value: The frozen weight.
+          down: The down factor, of shape `(*B, *P, r)`.
+          up: The up factor, of shape `spec.data_shape`.
+        """
+        up = jnp.expand_dims(up, spec.projected[1:])
         flat = down.reshape(*down.shape[: len(spec.batch)], -1)
-        return cls(value, tap, flat, None, None, spec, kinds_of(spec), kept=True)
+        return cls(value, up, flat, None, None, spec, kinds_of(spec), adapter=True)
 
     def axes(self, kind: Kind) -> tuple[int, ...]:
+        """Returns the axes of `value` that are of this kind."""
         return tuple(axis for axis, other in enumerate(self.kinds) if other == kind)
 
     @property
     def slot(self) -> int:
-        """The axis of the tap that has the rank."""
+        """The axis of the up factor that has the rank."""
         return self.kinds.index("projected")
 
     def indices(self) -> jax.Array:
-        """`columns`, or what None stands for."""
+        """Returns `columns`, or the array that None stands for."""
         if self.columns is not None:
             return self.columns
         lengths = [self.value.shape[axis] for axis in self.axes("projected")]
         return jnp.arange(math.prod(lengths), dtype=jnp.int32).reshape(lengths)
 
     def replace(self, **changes) -> "Weight":
-        """The same with changes; a new tap has no known place unless one comes with it."""
-        if "tap" in changes:
-            changes.setdefault("place", None)
+        """Returns a changed copy. A new up factor has no known sharding unless one is given with it."""
+        if "up" in changes:
+            changes.setdefault("sharding", None)
         return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Weights (and arrays) laid one after another along an axis."""
+    """Weights (and arrays) that are concatenated along an axis, and kept apart until they are used.
+
+    Attributes:
+      parts: The weights and arrays.
+      axis: The axis that they are concatenated along.
+    """
 
     parts: tuple[Any, ...]
     axis: int
 
 
 def kinds_of(spec: Spec) -> tuple[Kind, ...]:
-    """What each axis of the weight itself is."""
+    """Returns the kind of each axis of the weight itself."""
     kinds: list[Kind] = ["kept"] * len(spec.shape)
     for axis in spec.projected:
         kinds[axis] = "projected"
@@ -136,8 +166,8 @@ def kinds_of(spec: Spec) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def tap_shape(shape: Sequence[int], kinds: Sequence[Kind], rank: int) -> tuple[int, ...]:
-    """The shape of the tap of a weight of these kinds."""
+def up_shape(shape: Sequence[int], kinds: Sequence[Kind], rank: int) -> tuple[int, ...]:
+    """Returns the shape of the up factor of a weight whose axes are of these kinds."""
     slot = tuple(kinds).index("projected")
     return tuple(
         rank if axis == slot else 1 if kinds[axis] == "projected" else length
@@ -146,89 +176,99 @@ def tap_shape(shape: Sequence[int], kinds: Sequence[Kind], rank: int) -> tuple[i
 
 
 def expose(weight: Weight) -> jax.Array:
-    """The value, for a use of any kind; its whole cotangent is projected as soon as it is there."""
-    if weight.kept:
+    """Returns the value as a plain array, which can be used in any way.
+
+    Its full gradient is materialized, and projected at once.
+    """
+    if weight.adapter:
         return merged(weight)
     labels = string.ascii_lowercase[: weight.value.ndim]
 
-    def back(kept, source, delta):
-        del kept
+    def back(saved, source, delta):
+        del saved
         sketch = contract(weight, source, delta, labels, labels)
-        return _to_tap(weight, sketch, contracted_labels(weight, labels, labels), labels)
+        return _to_up(weight, sketch, contracted_labels(weight, labels, labels), labels)
 
     return use(weight, (), lambda value: value, lambda source: None, back)
 
 
 def merged(weight: Weight) -> jax.Array:
-    """The value with its adapter in it; the product is summed in float32 at least."""
+    """Returns the weight with its adapter added. The product of the factors is summed in float32 at least."""
     labels = string.ascii_lowercase[: weight.value.ndim]
-    down, tap = both_factors(weight)
-    sums = jnp.promote_types(jnp.promote_types(down.dtype, tap.dtype), jnp.float32)
-    equation = f"{down_labels(weight, labels)},{_tap_labels(weight, labels)}->{labels}"
-    change = jnp.einsum(equation, down, tap, preferred_element_type=sums)
-    value = value_of(weight.value)
+    down, up = both_factors(weight)
+    sums = jnp.promote_types(jnp.promote_types(down.dtype, up.dtype), jnp.float32)
+    equation = f"{down_labels(weight, labels)},{_up_labels(weight, labels)}->{labels}"
+    change = jnp.einsum(equation, down, up, preferred_element_type=sums)
+    value = materialized(weight.value)
     return (value + change).astype(value.dtype)
 
 
 def both_factors(weight: Weight) -> tuple[jax.Array, jax.Array]:
-    """`A`, `(*B, *P, r)`, and the tap without its axes of length 1 for projected ones."""
-    down = draw(weight, (weight.keys, weight.columns, weight.factors))
-    return down, jnp.squeeze(weight.tap, weight.axes("projected")[1:])
+    """Returns the down factor, of shape `(*B, *P, r)`, and the up factor with no more than one projected axis."""
+    down = sample(weight, (weight.keys, weight.columns, weight.factors))
+    return down, jnp.squeeze(weight.up, weight.axes("projected")[1:])
 
 
 def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
-    """A contraction of `x` with a weight that sums over all projected axes or over none.
+    """Contracts `x` with a weight, summing over all projected axes or over none of them.
 
-    Where it sums over them the input is projected: `x Aᵀ` is kept for the backward pass, not `x`.
+    Where the projected axes are summed over, `x Aᵀ` is saved for the backward pass, and not `x`.
 
     Args:
-      weight: the weight.
-      x: the other factor.
-      bind: the contraction itself, `(x, value) -> y`, linear in each.
-      labels: einsum's, of `x`, of the weight and of `y`.
+      weight: The `Weight`.
+      x: The other factor.
+      bind: The contraction itself, a function `(x, value) -> y` that is linear in each.
+      labels: The einsum labels of `x`, of the weight and of `y`.
 
     Returns:
-      `y`; None where some of the projected axes are summed over and others are not.
+      The result `y`, or None where some of the projected axes are summed over and others are not.
     """
     of_x, of_weight, of_y = labels
     projected = {of_weight[axis] for axis in weight.axes("projected")}
-    if weight.kept:
+    if weight.adapter:
         return _multiply_adapted(weight, x, bind, labels)
     if projected <= set(of_x) - set(of_y):
-        of_kept = contracted_labels(weight, of_x, of_weight)
+        of_saved = contracted_labels(weight, of_x, of_weight)
 
         def save(source, x):
-            kept = contract(weight, source, x, of_x, of_weight).astype(x.dtype)
-            return partition.constrain(kept, partition.last_axis_whole(weight.place, kept.ndim))
+            saved = contract(weight, source, x, of_x, of_weight).astype(x.dtype)
+            return partition.constrain(
+                saved, partition.last_axis_replicated(weight.sharding, saved.ndim)
+            )
 
-        def back(kept, source, delta):
+        def back(saved, source, delta):
             del source
-            return outer(weight, kept, of_kept, delta, of_y, of_weight)
+            return outer(weight, saved, of_saved, delta, of_y, of_weight)
 
-        def kept_at(source, x):
+        def saved_sharding(source, x):
             del source
-            return _relabelled(x, of_x, of_kept)
+            return _relabelled(x, of_x, of_saved)
 
-        return use(weight, (x,), bind, save, back, kept_at)
+        return use(weight, (x,), bind, save, back, saved_sharding)
     if projected <= set(of_y) - set(of_x):
         of_delta = contracted_labels(weight, of_y, of_weight)
 
-        def back_output(kept, source, delta):
+        def back_output(saved, source, delta):
             delta = contract(weight, source, delta, of_y, of_weight).astype(delta.dtype)
-            return outer(weight, kept, of_x, delta, of_delta, of_weight)
+            return outer(weight, saved, of_x, delta, of_delta, of_weight)
 
         return use(
-            weight, (x,), bind, lambda source, x: x, back_output, lambda _, x: explicit.place(x)
+            weight,
+            (x,),
+            bind,
+            lambda source, x: x,
+            back_output,
+            lambda _, x: explicit.sharding_of(x),
         )
     return None
 
 
 def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
-    """`x W + (x A) B`, or with the factors' roles changed; `W + A B` is not made."""
+    """Computes `x W + (x F) G` with an adapter's factors in the order that `x` needs; `W + F G` is not formed."""
     of_x, of_weight, of_y = labels
     projected = {of_weight[axis] for axis in weight.axes("projected")}
-    down, tap = both_factors(weight)
-    pair = [(down, down_labels(weight, of_weight)), (tap, _tap_labels(weight, of_weight))]
+    down, up = both_factors(weight)
+    pair = [(down, down_labels(weight, of_weight)), (up, _up_labels(weight, of_weight))]
     if projected <= set(of_x) - set(of_y):
         of_middle = contracted_labels(weight, of_x, of_weight)
     elif projected <= set(of_y) - set(of_x):
@@ -236,9 +276,9 @@ def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tupl
         pair.reverse()
     else:
         return None
-    if weight.order is not None and not weight.axes("batch") and not isinstance(weight.value, Made):
+    if weight.order is not None and not weight.axes("batch") and not isinstance(weight.value, Lazy):
         return _multiply_matrices(weight, x, bind, labels, pair)
-    if isinstance(weight.value, Made):
+    if isinstance(weight.value, Lazy):
         y = product(weight.value, x, bind, labels)
     else:
         y = bind(x, weight.value)
@@ -251,12 +291,12 @@ def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tupl
         middle = einsum(f"{of_x},{of_first}->{of_middle}", x, first).astype(x.dtype)
         return einsum(f"{of_middle},{of_second}->{of_y}", middle, second)
 
-    change = explicit.call(low_rank, explicit.place(y), x, first, second)
+    change = explicit.call(low_rank, explicit.sharding_of(y), x, first, second)
     return y + change.astype(y.dtype)
 
 
 def _multiply_matrices(weight: Weight, x: jax.Array, bind: Callable, labels, pair) -> jax.Array:
-    """The product by `weight.order`; `pair` has the factor first that shares axes with `x`."""
+    """Computes the product by `weight.order`; the first factor of `pair` is the one that shares axes with `x`."""
     assert weight.order is not None
     of_x, of_weight, of_y = labels
     (first, of_first), (second, of_second) = pair
@@ -286,61 +326,62 @@ def use(
     bind: Callable,
     save: Callable,
     back: Callable,
-    kept_at: Callable | None = None,
+    saved_sharding: Callable | None = None,
 ):
-    """Computes `bind(*inputs, value)`, with a backward rule of its own for the tap.
+    """Computes `bind(*inputs, value)`, with its own backward rule for the up factor.
 
     Args:
-      weight: the weight.
-      inputs: at most one array, differentiated in the ordinary way.
-      bind: the computation.
-      save: `(source, *inputs) -> kept`, what the rule needs beside the cotangent; `source` is
-        `(keys, columns, factors)`.
-      back: `(kept, source, cotangent) -> cotangent of the tap`.
-      kept_at: `(source, *inputs) -> NamedSharding` of what is kept, on a mesh of explicit axes.
+      weight: The `Weight`.
+      inputs: At most one array, which is differentiated in the ordinary way.
+      bind: The computation.
+      save: A function `(source, *inputs) -> saved` that returns what the backward rule needs besides the
+        cotangent, where `source` is `(keys, columns, factors)`.
+      back: The backward rule, a function `(saved, source, cotangent) -> cotangent of the up factor`.
+      saved_sharding: A function `(source, *inputs) -> NamedSharding` that returns the sharding of what
+        is saved, for meshes with explicit axes.
     """
     source = (weight.keys, weight.columns, weight.factors)
-    tap_type = weight.tap.dtype
+    up_dtype = weight.up.dtype
 
     @jax.custom_vjp
-    def run(inputs, value, tap, source):
-        del tap, source
+    def run(inputs, value, up, source):
+        del up, source
         return bind(*inputs, value)
 
-    def forward(inputs, value, tap, source):
-        del tap
+    def forward(inputs, value, up, source):
+        del up
         pull = None
         if inputs:
             result, pull = jax.vjp(lambda *inputs: bind(*inputs, value), *inputs)
         else:
             result = bind(value)
-        return result, (pull, explicit.call(save, kept_at, source, *inputs), source)
+        return result, (pull, explicit.call(save, saved_sharding, source, *inputs), source)
 
     def backward(residuals, delta):
-        pull, kept, source = residuals
+        pull, saved, source = residuals
 
-        def tap(kept, source, delta):
-            return partition.constrain(back(kept, source, delta).astype(tap_type), weight.place)
+        def cotangent(saved, source, delta):
+            return partition.constrain(back(saved, source, delta).astype(up_dtype), weight.sharding)
 
-        of_tap = explicit.call(tap, explicit.place(weight.tap), kept, source, delta)
-        return (pull(delta) if pull else ()), None, of_tap, None
+        of_up = explicit.call(cotangent, explicit.sharding_of(weight.up), saved, source, delta)
+        return (pull(delta) if pull else ()), None, of_up, None
 
     run.defvjp(forward, backward)
-    return run(*manual.alike((inputs, weight.value, weight.tap, source)))
+    return run(*manual.alike((inputs, weight.value, weight.up, source)))
 
 
 def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weight: str):
-    """Sums an array with `Aᵀ` over the projected axes, no more than `spec.block` of `A` at a time.
+    """Contracts an array with `Aᵀ` over the projected axes, with at most `spec.block` entries of `A` at a time.
 
     Args:
-      weight: for its static parts.
-      source: `(keys, columns, factors)`.
-      array: to be contracted; its dtype is that of the products, sums are in float32 at least.
-      labels: einsum's, of `array`.
-      of_weight: einsum's, of the weight.
+      weight: The `Weight`, of which only the static parts are used.
+      source: The tuple `(keys, columns, factors)`.
+      array: The array. The factors are in its dtype, and the sums in float32 at least.
+      labels: The einsum labels of `array`.
+      of_weight: The einsum labels of the weight.
 
     Returns:
-      The array, with the labels that `contracted_labels` gives.
+      The result, with the labels that `contracted_labels` gives.
     """
     keys, columns, factors = source
     spec = weight.spec
@@ -353,9 +394,9 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
     scale = distributions.scale(spec.distribution, spec.rank, spec.size)
     most = max(1, spec.block // (spec.rank * math.prod(keys.shape[:-1])))
     if most >= columns.size or not distributions.is_columnwise(spec.distribution):
-        drawn = _draw(spec, keys, columns, factors).astype(array.dtype)
+        sampled = _sample(spec, keys, columns, factors).astype(array.dtype)
         equation = f"{labels},{batch}{projected}Z->{result}"
-        return jnp.einsum(equation, array, drawn, preferred_element_type=sums) * scale
+        return jnp.einsum(equation, array, sampled, preferred_element_type=sums) * scale
     total = columns.size
     flat = [None if x is None else x.reshape(-1) for x in (columns, factors)]
     order = "".join(label for label in labels if label not in projected)
@@ -367,25 +408,28 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
     def add(block, sketch):
         part = [None if x is None else block.take(x, 0) for x in flat]
         slab = jnp.where(block.fresh(), block.take(array, array.ndim - 1), 0)
-        drawn = _draw(spec, keys, *part).astype(array.dtype)
-        return sketch + jnp.einsum(equation, slab, drawn, preferred_element_type=sums)
+        sampled = _sample(spec, keys, *part).astype(array.dtype)
+        return sketch + jnp.einsum(equation, slab, sampled, preferred_element_type=sums)
 
     shape = jax.eval_shape(lambda: add(Block(total, 1, 0, total, 0), jnp.zeros([], sums))).shape
     return over_blocks(total, most, add, jnp.zeros(shape, sums)) * scale
 
 
-def draw(weight: Weight, source: Any) -> jax.Array:
-    """`A` of the weight, `(*B, *P, r)`, scaled; whole. `source` is `(keys, columns, factors)`."""
+def sample(weight: Weight, source: Any) -> jax.Array:
+    """Samples all of the weight's `Aᵀ`, scaled, of shape `(*B, *P, r)`; `source` is `(keys, columns, factors)`.
+
+    For an adapter it returns the down factor.
+    """
     keys, columns, factors = source
-    if weight.kept:
-        return _kept(weight, keys, columns, factors)
+    if weight.adapter:
+        return _adapter_down(weight, keys, columns, factors)
     columns = weight.indices() if columns is None else columns
     spec = weight.spec
     scale = distributions.scale(spec.distribution, spec.rank, spec.size)
-    return _draw(spec, keys, columns, factors) * scale
+    return _sample(spec, keys, columns, factors) * scale
 
 
-def _kept(weight: Weight, flat, columns, factors) -> jax.Array:
+def _adapter_down(weight: Weight, flat, columns, factors) -> jax.Array:
     batch, rank = flat.shape[:-1], weight.spec.rank
     if columns is None:
         lengths = [weight.value.shape[axis] for axis in weight.axes("projected")]
@@ -395,25 +439,25 @@ def _kept(weight: Weight, flat, columns, factors) -> jax.Array:
     return down if factors is None else down * factors[..., None].astype(down.dtype)
 
 
-def _draw(spec: Spec, keys, columns, factors) -> jax.Array:
+def _sample(spec: Spec, keys, columns, factors) -> jax.Array:
     def one(words):
         key = jax.random.wrap_key_data(words, impl=spec.impl)
         return distributions.columns(spec.distribution, key, spec.rank, spec.size, columns)
 
     for _ in keys.shape[:-1]:
         one = jax.vmap(one)
-    drawn = one(keys)
-    return drawn if factors is None else drawn * factors[..., None]
+    sampled = one(keys)
+    return sampled if factors is None else sampled * factors[..., None]
 
 
 def down_labels(weight: Weight, of_weight: str) -> str:
-    """Those of `A`: of the batch axes, of the projected ones, and `Z`, the rank."""
+    """Returns the einsum labels of the down factor: the batch axes, the projected axes, and `Z` for the rank."""
     axes = (*weight.axes("batch"), *weight.axes("projected"))
     return "".join(of_weight[axis] for axis in axes) + "Z"
 
 
 def contracted_labels(weight: Weight, labels: str, of_weight: str) -> str:
-    """`labels` less the projected ones, then those of batch axes that it lacked, then `Z`, the rank."""
+    """Returns the labels after `contract`: those that are not projected, the batch axes that `labels` lacked, and `Z`."""
     projected = {of_weight[axis] for axis in weight.axes("projected")}
     left = "".join(label for label in labels if label not in projected)
     batch = (of_weight[axis] for axis in weight.axes("batch"))
@@ -421,28 +465,28 @@ def contracted_labels(weight: Weight, labels: str, of_weight: str) -> str:
 
 
 def _relabelled(array: jax.Array, labels: str, result: str) -> NamedSharding | None:
-    """Where an array lies after a contraction, on a mesh of explicit axes: its own labels stay."""
-    found = explicit.place(array)
+    """Returns the sharding of an array after a contraction, on a mesh with explicit axes: labels keep theirs."""
+    found = explicit.sharding_of(array)
     if found is None:
         return None
-    cut = dict(zip(labels, partition.entries(found.spec, len(labels)), strict=True))
-    return NamedSharding(found.mesh, partition.spec_of([cut.get(label, ()) for label in result]))
+    names = dict(zip(labels, partition.entries(found.spec, len(labels)), strict=True))
+    return NamedSharding(found.mesh, partition.spec_of([names.get(label, ()) for label in result]))
 
 
 def outer(weight: Weight, left, of_left: str, right, of_right: str, of_weight: str) -> jax.Array:
-    """The product of two factors of which one has the rank, as a tap."""
-    goal = _tap_labels(weight, of_weight)
+    """Multiplies two arrays, one of which has the rank, to a cotangent of the up factor."""
+    goal = _up_labels(weight, of_weight)
     sums = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
     result = jnp.einsum(f"{of_left},{of_right}->{goal}", left, right, preferred_element_type=sums)
-    return _to_tap(weight, result, goal, of_weight)
+    return _to_up(weight, result, goal, of_weight)
 
 
-def _to_tap(weight: Weight, array: jax.Array, labels: str, of_weight: str) -> jax.Array:
-    array = jnp.einsum(f"{labels}->{_tap_labels(weight, of_weight)}", array)
+def _to_up(weight: Weight, array: jax.Array, labels: str, of_weight: str) -> jax.Array:
+    array = jnp.einsum(f"{labels}->{_up_labels(weight, of_weight)}", array)
     return jnp.expand_dims(array, weight.axes("projected")[1:])
 
 
-def _tap_labels(weight: Weight, of_weight: str) -> str:
+def _up_labels(weight: Weight, of_weight: str) -> str:
     return "".join(
         "Z" if axis == weight.slot else label
         for axis, label in enumerate(of_weight)

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from flora_jax.sharding import partition
 
 
-def place(leaf: Any) -> NamedSharding | None:
+def sharding_of(leaf: Any) -> NamedSharding | None:
     """Where an array lies by its type; None where no axis of its mesh is explicit."""
     found = getattr(leaf, "sharding", None)
     if not isinstance(leaf, jax.ShapeDtypeStruct) and hasattr(leaf, "dtype"):
@@ -34,7 +34,7 @@ def put(array: Any, goal: NamedSharding | None) -> Any:
 
 def everywhere(array: Any) -> Any:
     """The array whole on every device, so that nothing that is done with it is ambiguous."""
-    found = place(array)
+    found = sharding_of(array)
     if found is None or not any(found.spec):
         return array
     return put(array, NamedSharding(found.mesh, PartitionSpec()))
@@ -79,7 +79,7 @@ def _derived(fun: Callable, owners: Any, *args: Any) -> Any:
     places = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=found)
         for path, leaf in jax.tree_util.tree_flatten_with_path(owners)[0]
-        if (found := place(leaf)) is not None
+        if (found := sharding_of(leaf)) is not None
     }
     return partition.derived(_shapes(mesh, fun, args), places, mesh)
 
@@ -104,5 +104,5 @@ def _explicit(mesh: Any) -> tuple[str, ...]:
 
 def mesh_of(tree: Any) -> Any:
     """The mesh with explicit axes that arrays of a tree lie on; None where there is none."""
-    found = (place(leaf) for leaf in jax.tree.leaves(tree))
+    found = (sharding_of(leaf) for leaf in jax.tree.leaves(tree))
     return next((one.mesh for one in found if one is not None), None)

@@ -116,7 +116,7 @@ def first_axis_dropped(sharding: NamedSharding | None) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def last_axis_whole(sharding: NamedSharding | None, ndim: int) -> NamedSharding | None:
+def last_axis_replicated(sharding: NamedSharding | None, ndim: int) -> NamedSharding | None:
     """On the same mesh: the last of `ndim` axes on every device, the others as it comes."""
     if sharding is None:
         return None

@@ -1,11 +1,11 @@
-"""apply_gradients: an update that makes no second copy of the parameters, nor of their gradient.
+"""apply_gradients: an update that makes no second copy of the parameters, nor of their gradients.
 
-`tx.update` returns a tree as large as the params. Here it is traced, not run: what it computes is
-sorted by the leaf that it is for, and evaluated leaf by leaf, `decompress` included; and along the
-stacked axis of a weight (layers, experts) slice by slice. Reductions over that axis (Adafactor's
-root mean square of an update) take a pass over the slices of their own. What `tx` consists of does
-not matter, so long as the update of a leaf needs no whole gradient but its own; numbers made of
-several leaves, such as a global norm, are computed first, leaf by leaf as well.
+`tx.update` returns a tree as large as the params. Here it is traced and not run: its operations are
+sorted by the leaf that they belong to, and evaluated leaf by leaf, `decompress` included; and slice by
+slice along the stacked axis of a weight (layers, experts). Reductions over that axis, such as the root
+mean square of an update in Adafactor, take a pass of their own over the slices. Any `tx` is possible in
+which the update of a leaf needs no full gradient but its own. Single numbers that depend on several
+leaves, such as a global norm, are computed first, leaf by leaf as well.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from flora_jax.update.program import Atom, Const, Node, Values, Var, flatten, ne
 from flora_jax.update.slices import Slices, Unsliceable
 
 SLICE_ABOVE = 2**20
-"""Entries from which on a stacked weight is updated slice by slice."""
+"""The number of entries from which on a stacked weight is updated slice by slice."""
 
 
 def apply_gradients(
@@ -40,58 +40,60 @@ def apply_gradients(
     shardings: Any = None,
     **extra_args: Any,
 ) -> tuple[Any, Any]:
-    """`tx.update` and `optax.apply_updates` in one, without a tree of updates.
+    """Updates the params like `tx.update` and `optax.apply_updates`, but without a tree of updates.
 
-    To be called under `jax.jit` with `params` and `opt_state` donated, as arguments in this order:
-    JAX pairs donated buffers with results of the same shape as they come, and where it pairs a first
-    moment with the params XLA copies both. The result is that of
+    The result is the same as that of
 
         updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
         params = optax.apply_updates(params, updates)
 
-    to rounding: sums over a stacked axis are taken in another order.
+    up to rounding, since sums over a stacked axis are taken in another order.
+
+    Call it under `jax.jit` with `params` and `opt_state` donated, in this order among the arguments: JAX
+    pairs donated buffers with results of the same shape in the order in which they come, and where it
+    pairs a first moment with the params, XLA copies both.
 
     Args:
-      tx: `flora_jax.flora`, or any chain.
-      grads: sketches or whole gradients.
-      opt_state: of `tx`.
-      params: tree of arrays.
-      slice_above: entries from which on a stacked weight is updated slice by slice.
-      shardings: tree of `NamedSharding` of the params, None in it where one is unknown. A slice of a
-        stack that is cut over devices (experts) then has one layer of each device's own.
-      **extra_args: for `tx.update`.
+      tx: The transformation: `flora_jax.flora`, or any other chain.
+      grads: A pytree of gradients, each either a sketch or uncompressed.
+      opt_state: The state of `tx`.
+      params: A pytree of arrays.
+      slice_above: The number of entries from which on a stacked weight is updated slice by slice.
+      shardings: A pytree of `NamedSharding` for the params, with None where one is unknown. Where a stack
+        is sharded along its stacked axis (experts), a slice then has one layer from each device.
+      **extra_args: Further arguments for `tx.update`.
 
     Returns:
-      New params and state.
+      The new params and the new state.
 
     Raises:
-      ValueError: the update of one leaf needs the whole gradient of another.
+      ValueError: The update of one leaf needs the full gradient of another.
     """
     tx = optax.with_extra_args_support(tx)
 
-    def whole(grads, opt_state, params, extra_args):
+    def update(grads, opt_state, params, extra_args):
         updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
         return optax.apply_updates(params, updates), opt_state
 
     leaves = jax.tree.leaves(params)
-    places = list(map(explicit.place, leaves))
+    known = list(map(explicit.sharding_of, leaves))
     if shardings is not None:
         given = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
-        places = [own if one is None else one for one, own in zip(given, places, strict=True)]
+        known = [own if one is None else one for one, own in zip(given, known, strict=True)]
 
     def by_leaf(*args):
-        return _apply(whole, args, slice_above, places)
+        return _apply(update, args, slice_above, known)
 
-    goals = explicit.result_of(whole, params)
+    goals = explicit.result_of(update, params)
     return explicit.call(by_leaf, goals, grads, opt_state, params, extra_args)
 
 
 def _apply(
-    whole: Callable, args: tuple[Any, ...], slice_above: int, places: Sequence[Any]
+    update: Callable, args: tuple[Any, ...], slice_above: int, shardings: Sequence[Any]
 ) -> tuple[Any, Any]:
     params = args[2]
     with as_one_operation():
-        closed, shapes = jax.make_jaxpr(whole, return_shape=True)(*args)
+        closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
     leaves = [jax.tree.leaves(arg) for arg in args]
     inputs = [Var(aval) for aval in closed.in_avals]
     starts = list(itertools.accumulate(map(len, leaves), initial=0))
@@ -104,7 +106,7 @@ def _apply(
         outs=outs,
         buffers=[*params_in, *state_in],
         names=[path_name(path) for path, _ in paths],
-        places=dict(zip(params_in, places, strict=True)),
+        shardings=dict(zip(params_in, shardings, strict=True)),
         slice_above=slice_above,
     )
     known = dict(zip(inputs, itertools.chain(*leaves), strict=True))
@@ -114,22 +116,22 @@ def _apply(
 
 @dataclasses.dataclass
 class _Program:
-    """What is to be evaluated.
+    """The operations to evaluate, and what belongs to which leaf.
 
     Attributes:
-      nodes: operations.
-      outs: of the params, then of the state.
-      buffers: the inputs in the places of `outs`.
-      names: of the params.
-      places: the `NamedSharding` of each param, None where it is unknown.
-      slice_above: see `apply_gradients`.
+      nodes: The operations.
+      outs: The results: the new params, then the new state.
+      buffers: The inputs that the results replace, in the order of `outs`.
+      names: The names of the params.
+      shardings: The `NamedSharding` of each param, or None where it is unknown.
+      slice_above: The argument of `apply_gradients`.
     """
 
     nodes: list[Node]
     outs: list[Atom]
     buffers: list[Var]
     names: list[str]
-    places: dict[Var, NamedSharding | None]
+    shardings: dict[Var, NamedSharding | None]
     slice_above: int
 
     @property
@@ -138,8 +140,8 @@ class _Program:
 
 
 def _evaluate(program: _Program, values: Values) -> list[Any]:
-    """Enters the `cond` at whose end the parameters change, if there is one; else goes leaf by leaf."""
-    split = _boundary(program)
+    """Evaluates the program leaf by leaf, inside the `cond` that has the optimizer step, if there is one."""
+    split = _optimizer_step(program)
     if split is None:
         return _by_leaf(program, values)
     maker = {out: node for node in program.nodes for out in node.outs}
@@ -186,8 +188,8 @@ def _swapped(swap: dict[Var, Atom], atom: Atom) -> Atom:
     return swap.get(atom, atom) if isinstance(atom, Var) else atom
 
 
-def _boundary(program: _Program) -> Node | None:
-    """The first `cond` with a decompression in it; where there is none at all, the last `cond`."""
+def _optimizer_step(program: _Program) -> Node | None:
+    """Returns the first `cond` with a decompression in it; where there is none at all, the last `cond`."""
     conds = [node for node in program.nodes if node.name == "cond"]
     for node in conds:
         if any(_has_decompress(branch.jaxpr) for branch in node.eqn.params["branches"]):
@@ -219,15 +221,15 @@ def _depending(nodes: Sequence[Node], roots: Sequence[Var]) -> list[Node]:
 
 
 def _by_leaf(program: _Program, values: Values) -> list[Any]:
-    """Evaluates the outputs, those of one leaf after those of another."""
-    places = {name: i for i, name in enumerate(program.names)}
+    """Evaluates the outputs, one leaf after another."""
+    index = {name: i for i, name in enumerate(program.names)}
     owners: dict[Var, frozenset[int]] = {
         var: frozenset([i]) for i, var in enumerate(program.params)
     }
-    numbers: list[Var] = []  # single numbers of one leaf that several leaves need
+    numbers: list[Var] = []  # single numbers from one leaf that several leaves need
     for node in program.nodes:
         if node.eqn.primitive is decompress_p:
-            owner = frozenset([places[node.eqn.params["spec"].path]])
+            owner = frozenset([index[node.eqn.params["spec"].path]])
         else:
             owner = frozenset().union(*(owners.get(var, frozenset()) for var in node.variables()))
         if len(owner) > 1 and all(math.prod(v.shape) == 1 for v in node.variables() if v in owners):
@@ -243,7 +245,7 @@ def _by_leaf(program: _Program, values: Values) -> list[Any]:
         if others:
             name = program.names[i if i < count else min(owner)]
             raise ValueError(
-                f"tx must be leaf-wise, found that the update of {name!r} needs the whole gradient "
+                f"tx must be leaf-wise, found that the update of {name!r} needs the full gradient "
                 f"of {program.names[others[0]]!r}; use tx.update and optax.apply_updates"
             )
         if i >= count:
@@ -264,7 +266,7 @@ def _by_leaf(program: _Program, values: Values) -> list[Any]:
 
 
 def _leaf(program: _Program, values: Values, param: Var, goals: list[Atom]) -> list[Any]:
-    """Evaluates what belongs to one leaf, by slices if its operations can be taken apart so."""
+    """Evaluates what belongs to one leaf, slice by slice if its operations allow it."""
     nodes = needed(values.maker, goals, values.known)
     marks = [node for node in nodes if node.eqn.primitive is decompress_p]
     if len(marks) == 1 and math.prod(param.shape) >= program.slice_above:

@@ -20,7 +20,7 @@ _CALLS = {
 
 
 class Var:
-    """The result of an operation, or an input; compared by identity."""
+    """The result of an operation, or an input of the program. Variables are compared by identity."""
 
     __slots__ = ("aval",)
 
@@ -34,7 +34,7 @@ class Var:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Const:
-    """A value known when the program was traced."""
+    """A value that is known when the program is traced."""
 
     value: Any
 
@@ -44,7 +44,7 @@ Atom = Var | Const
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """One operation: an equation, with what it reads and what it makes."""
+    """One operation: an equation of a jaxpr, with its inputs and outputs."""
 
     eqn: Any
     ins: list[Atom]
@@ -65,7 +65,7 @@ class Node:
 def flatten(
     jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom]
 ) -> tuple[list[Node], list[Atom]]:
-    """The operations of a jaxpr, calls opened, and what it returns."""
+    """Returns the operations of a jaxpr, with the bodies of calls inlined, and what the jaxpr returns."""
     known: dict[Any, Atom] = dict(zip(jaxpr.constvars, map(Const, consts), strict=True))
     known.update(zip(jaxpr.invars, args, strict=True))
     nodes: list[Node] = []
@@ -87,7 +87,7 @@ def flatten(
 
 
 class Values:
-    """Values of variables, computed when they are first asked for."""
+    """The values of variables, each computed when it is first needed."""
 
     def __init__(self, nodes: Sequence[Node], known: dict[Var, Any]):
         self.known = dict(known)
@@ -104,7 +104,7 @@ class Values:
 
 
 def needed(maker: dict[Var, Node], goals: Sequence[Atom], known: Any) -> list[Node]:
-    """The operations that lead to the goals from what is known, in an order that works."""
+    """Returns the operations that compute the goals from what is known, in an order in which they can run."""
     order: list[Node] = []
     seen: set[int] = set()
     stack: list[tuple[Node, bool]] = []

@@ -1,4 +1,4 @@
-"""Slices: the operations of one leaf, taken apart along a batch axis of its weight (layers, experts)."""
+"""Slices: evaluates the update of one leaf slice by slice along a batch axis of its weight (layers, experts)."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from flora_jax.update.program import Atom, Const, Node, Values, Var, needed
 
 
 class Unsliceable(Exception):
-    pass
+    """Raised where the operations of a leaf cannot be evaluated slice by slice."""
 
 
 _ELEMENTWISE = frozenset(
@@ -87,11 +87,12 @@ _REDUCTIONS = {
 
 
 class Slices:
-    """The operations of one leaf, taken apart along a batch axis of the weight.
+    """The operations of one leaf, to be evaluated slice by slice along a batch axis of the weight.
 
-    Variables are *sliced*, with the place of that axis, or whole. A slice keeps the axis, at
-    length 1, or where the axis is cut over devices with one index of each device's own. A reduction
-    over it ends in a whole variable, by a pass over all slices.
+    Each variable is either *sliced*, and then `axes` has the position of that axis in it, or *full*. A
+    slice keeps the axis with length 1, or, where the axis is sharded over devices, with one index from
+    each device. A reduction over the axis takes a pass over all slices, and its result is a full
+    variable.
     """
 
     def __init__(self, program, values: Values, param: Var, mark: Node, nodes, goals):
@@ -99,11 +100,11 @@ class Slices:
         self.spec: Spec = mark.eqn.params["spec"]
         self.axis = self.spec.batch[0]
         self.length = param.shape[self.axis]
-        place = program.places[param]
+        sharding = program.shardings[param]
         self.width = 1
-        if place is not None:
-            cut = partition.entries(place.spec, len(param.shape))[self.axis]
-            self.width = math.prod(place.mesh.shape[name] for name in cut)
+        if sharding is not None:
+            names = partition.entries(sharding.spec, len(param.shape))[self.axis]
+            self.width = math.prod(sharding.mesh.shape[name] for name in names)
         self.count = self.length // self.width
         if self.count < 2 or self.length % self.width:
             raise Unsliceable
@@ -126,17 +127,18 @@ class Slices:
         self.keys = products.matrix_keys(self.spec, cycle)
 
     def run(self) -> list[Any]:
-        whole = Values([], self.values.known)
-        whole.maker = self.maker
+        """Evaluates the goals; raises `Unsliceable` where that is not possible slice by slice."""
+        full = Values([], self.values.known)
+        full.maker = self.maker
         waiting = list(self.reductions)
         while waiting:
-            ready = [node for node in waiting if self._ready(node, waiting, whole)]
+            ready = [node for node in waiting if self._ready(node, waiting, full)]
             if not ready:
                 raise Unsliceable
-            for node, value in zip(ready, self._reduce(ready, whole), strict=True):
-                whole.known[node.outs[0]] = value
+            for node, value in zip(ready, self._reduce(ready, full), strict=True):
+                full.known[node.outs[0]] = value
             waiting = [node for node in waiting if node not in ready]
-        return self._write(whole)
+        return self._write(full)
 
     def _classify(self, node: Node) -> None:
         if node is self.mark:
@@ -179,7 +181,7 @@ class Slices:
             self.axes[out] = new
 
     def _is_filled(self, node: Node) -> bool:
-        """Whether it repeats what it has along the axis, up to the shape of the weight."""
+        """Returns whether the node broadcasts something along the axis, to the shape of the weight."""
         if node.name != "broadcast_in_dim" or node.outs[0].shape != self.spec.part_shape:
             return False
         dims = node.eqn.params["broadcast_dimensions"]
@@ -192,33 +194,33 @@ class Slices:
                 return i
         raise Unsliceable
 
-    def _ready(self, node: Node, waiting: Sequence[Node], whole: Values) -> bool:
-        nodes = needed(self.maker, node.ins, whole.known)
+    def _ready(self, node: Node, waiting: Sequence[Node], full: Values) -> bool:
+        nodes = needed(self.maker, node.ins, full.known)
         return not any(other in waiting for other in nodes)
 
     def _block(self, i: Any) -> Block:
         return Block(self.length, self.width, i, 1, i)
 
-    def _slice_of(self, i: Any, whole: Values, sources: dict[Var, Any]) -> Callable[[Atom], Any]:
-        """Evaluates slice `i` of sliced variables."""
+    def _slice_of(self, i: Any, full: Values, sources: dict[Var, Any]) -> Callable[[Atom], Any]:
+        """Returns a function that evaluates slice `i` of sliced variables."""
         found: dict[Var, Any] = {}
-        cut = self._block(i).take
+        take = self._block(i).take
 
         def value(atom: Atom) -> Any:
             if isinstance(atom, Const) or atom not in self.axes:
-                return whole(atom)
+                return full(atom)
             if atom not in found:
                 if atom in self.sources:
-                    found[atom] = cut(sources.get(atom, whole(atom)), self.axes[atom])
+                    found[atom] = take(sources.get(atom, full(atom)), self.axes[atom])
                 else:
-                    self._step(self.maker[atom], value, cut, found)
+                    self._step(self.maker[atom], value, take, found)
             return found[atom]
 
         return value
 
-    def _step(self, node: Node, value, cut, found) -> None:
+    def _step(self, node: Node, value, take, found) -> None:
         if node is self.mark:
-            found[node.outs[0]] = self._decompressed(cut, value(node.ins[1]))
+            found[node.outs[0]] = self._decompressed(take, value(node.ins[1]))
             return
         sliced_in = [var for var in node.variables() if var in self.axes]
         place, shape = (self.axes[sliced_in[0]], sliced_in[0].shape) if sliced_in else (0, None)
@@ -227,7 +229,7 @@ class Slices:
             given = value(atom)
             sliced = isinstance(atom, Var) and atom in self.axes
             if not sliced and jnp.shape(given) == shape:
-                given = cut(given, place)
+                given = take(given, place)
             ins.append(given)
         changes = {}
         for name in ("shape", "new_sizes"):
@@ -237,23 +239,23 @@ class Slices:
                 changes[name] = tuple(sizes)
         found[node.outs[0]] = apply(node.eqn, *ins, **changes)
 
-    def _decompressed(self, cut, data) -> jax.Array:
-        shape, names = list(self.spec.shape), list(self.spec.cut)
-        shape[self.axis] = self.width  # each device has but one of them, of which a block is held
+    def _decompressed(self, take, data) -> jax.Array:
+        shape, names = list(self.spec.shape), list(self.spec.sharded)
+        shape[self.axis] = self.width  # one for each device, which has a block of its own in memory
         if names:
             names[self.axis] = ()
         block = self.spec.block * self.width
-        spec = dataclasses.replace(self.spec, shape=tuple(shape), cut=tuple(names), block=block)
+        spec = dataclasses.replace(self.spec, shape=tuple(shape), sharded=tuple(names), block=block)
         place = products.data_batch(self.spec)[0]
-        return products.decompress_with(spec, cut(self.keys, 0), cut(data, place))
+        return products.decompress_with(spec, take(self.keys, 0), take(data, place))
 
-    def _reduce(self, nodes: list[Node], whole: Values) -> list[Any]:
-        """One pass over the slices for reductions that are ready."""
+    def _reduce(self, nodes: list[Node], full: Values) -> list[Any]:
+        """Computes the reductions that are ready, in one pass over the slices."""
         for node in nodes:
-            self._force_whole(node.ins, whole)
+            self._compute_full(node.ins, full)
 
         def partial(i):
-            value = self._slice_of(i, whole, {})
+            value = self._slice_of(i, full, {})
             return [apply(node.eqn, value(node.ins[0])) for node in nodes]
 
         def add(i, sums):
@@ -264,26 +266,26 @@ class Slices:
 
         return manual.fori_loop(1, self.count, add, partial(0))
 
-    def _force_whole(self, goals: Sequence[Atom], whole: Values) -> None:
-        """Evaluates, outside of the loop, the whole variables that the loop will read."""
-        for node in needed(self.maker, goals, whole.known):
+    def _compute_full(self, goals: Sequence[Atom], full: Values) -> None:
+        """Evaluates, outside the loop, the full variables that the loop will read."""
+        for node in needed(self.maker, goals, full.known):
             for atom in node.ins:
                 if isinstance(atom, Var) and atom not in self.axes:
-                    whole(atom)
+                    full(atom)
 
-    def _write(self, whole: Values) -> list[Any]:
-        """The pass that writes the results, each into the buffer that it replaces."""
+    def _write(self, full: Values) -> list[Any]:
+        """Takes the pass that writes the results, each into the buffer that it replaces."""
         sliced = [g for g in self.goals if isinstance(g, Var) and g in self.axes]
-        self._force_whole(sliced, whole)
+        self._compute_full(sliced, full)
         for goal in self.goals:
             if goal not in sliced:
-                whole(goal)
+                full(goal)
         start = []
         for goal in sliced:
             buffer = self.buffers.get(goal)
             alike = buffer and (buffer.shape, buffer.aval.dtype) == (goal.shape, goal.aval.dtype)
             if buffer and alike:
-                start.append(whole(buffer))
+                start.append(full(buffer))
             else:
                 start.append(jnp.zeros(goal.shape, goal.aval.dtype))
 
@@ -296,7 +298,7 @@ class Slices:
         def body(i, carry):
             """Writes slice `i − 1`, then computes slice `i` from what was written.
 
-            Were both of one slice, XLA would copy each buffer that is read after it was written.
+            If both were of the same slice, XLA would copy each buffer that is read after it is written.
             """
             arrays = put(jnp.maximum(i - 1, 0), *carry)
             sources = {
@@ -304,7 +306,7 @@ class Slices:
                 for goal, array in zip(sliced, arrays, strict=True)
                 if self.buffers.get(goal) in self.sources
             }
-            value = self._slice_of(i, whole, sources)
+            value = self._slice_of(i, full, sources)
             return arrays, [value(goal) for goal in sliced]
 
         first = [
@@ -313,4 +315,4 @@ class Slices:
         ]
         arrays, last = manual.fori_loop(0, self.count, body, (start, first))
         written = dict(zip(sliced, put(self.count - 1, arrays, last), strict=True))
-        return [written[g] if isinstance(g, Var) and g in written else whole(g) for g in self.goals]
+        return [written[g] if isinstance(g, Var) and g in written else full(g) for g in self.goals]

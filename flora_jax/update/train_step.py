@@ -1,4 +1,4 @@
-"""make_train_step: born-compressed gradients and the light update, put together."""
+"""make_train_step: fused gradients and the update leaf by leaf, put together in a compiled training step."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,30 +25,33 @@ def make_train_step(
     micro_batches: int | None = None,
     donate: bool = True,
 ) -> Callable[..., tuple[Any, ...]]:
-    """A compiled training step in which no gradient and no tree of updates is ever whole.
+    """Returns a compiled training step in which neither full gradients nor a tree of updates exist.
+
+    It is `flora_jax.value_and_grad` and `flora_jax.apply_gradients` together. The new params and the new
+    state have the shardings of the ones that the step is given (see `state_shardings`).
 
     Args:
-      loss: `(params, *batch) -> scalar` (or a pair with auxiliary data). `params` is any pytree: a
-        dict, Linen's params, an NNX state (merge it inside), an Equinox module.
-      tx: `flora_jax.flora` or another chain with `flora_jax.project(projection)`, leaf-wise.
-      projection: that of `tx`.
-      has_aux: whether `loss` gives a pair.
-      micro_batches: where given, every array of `batch` has so many micro-batches along its first
-        axis; their sketches are averaged inside of the step, by `lax.scan`.
-      donate: whether the step may overwrite the params and the state that it gets.
-
-    The step keeps to the shardings of the params and of the state that it is given (see
-    `state_shardings`).
+      loss: The loss function `(params, *batch) -> scalar`, or to a pair of the scalar and auxiliary
+        data. `params` may be any pytree: a dict, Linen's params, an NNX state (to be merged inside the
+        function), or an Equinox module.
+      tx: The transformation: `flora_jax.flora`, or another chain with `flora_jax.project(projection)`.
+        The update of each leaf must depend on no full gradient but its own.
+      projection: The `Projection` of `tx`.
+      has_aux: Whether `loss` returns a pair.
+      micro_batches: The number of micro-batches that every array of `batch` has along its first axis.
+        Their sketches are averaged inside the step, by `jax.lax.scan`. None if there is no such axis.
+      donate: Whether the step may overwrite the params and the state that it is given.
 
     Returns:
-      `step(params, opt_state, *batch)`, which gives `(params, opt_state, loss)`, and the auxiliary
-      data after them with `has_aux` (stacked where there are micro-batches). `step.lower` is that of
+      A function `step(params, opt_state, *batch)` that returns `(params, opt_state, loss)`, followed by
+      the auxiliary data with `has_aux` (stacked if there are micro-batches). Its `step.lower` is that of
       the compiled function.
 
     Raises:
-      ValueError: (on the first call) `tx` is not leaf-wise; a first axis of `batch` of another length.
+      ValueError: `micro_batches` is below 1. On the first call: the update of a leaf needs the full
+        gradient of another, or the first axis of an array of `batch` has another length.
 
-    Example:
+    Examples:
       >>> import flora_jax, jax.numpy as jnp
       >>> projection = flora_jax.Projection(4, side="input", min_dim=8, resample_every=2)
       >>> tx = flora_jax.flora(1e-2, projection=projection, accumulation_steps=2)
@@ -62,11 +65,11 @@ def make_train_step(
         raise ValueError(f"micro_batches must be at least 1, found {micro_batches}")
 
     @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 4) if donate else ())
-    def compiled(rest, places, params, held, opt_state, *batch):
+    def compiled(rest, shardings, params, held, opt_state, *batch):
         def of(params, *batch):
             return loss(combine(params, combine(held, rest.tree())), *batch)
 
-        of_params, of_state = places
+        of_params, of_state = shardings
         gradient = value_and_grad(of, projection, has_aux=has_aux, shardings=of_params)
         grad_fn = partial(gradient, cycle=project.cycle(opt_state))
         if micro_batches is None:
@@ -80,8 +83,8 @@ def make_train_step(
         if micro_batches is not None:
             _check_batch(batch, micro_batches)
         own, held, rest = _parts(params)
-        places = tuple(tuple(map(known, jax.tree.leaves(tree))) for tree in (own, opt_state))
-        return (rest, places, own, held, opt_state, *batch)
+        shardings = tuple(tuple(map(known, jax.tree.leaves(tree))) for tree in (own, opt_state))
+        return (rest, shardings, own, held, opt_state, *batch)
 
     def step(params, opt_state, *batch):
         args = prepared(params, opt_state, *batch)
@@ -94,7 +97,7 @@ def make_train_step(
 
 
 def _mean(grad_fn: Callable, params: Any, batch: Any, count: int, has_aux: bool) -> Any:
-    """Mean of value and gradients over the first axis of the batch; auxiliary data are stacked."""
+    """Averages the value and the gradients over the first axis of the batch, and stacks auxiliary data."""
     first = jax.tree.map(lambda x: x[0], batch)
     _, shapes = jax.eval_shape(grad_fn, params, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -119,13 +122,13 @@ def _check_batch(batch: Any, count: int) -> None:
             )
 
 
-def _put(tree: Any, places: tuple[Any, ...]) -> Any:
+def _put(tree: Any, shardings: tuple[Any, ...]) -> Any:
     leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, map(constrain, leaves, places))
+    return jax.tree.unflatten(structure, map(constrain, leaves, shardings))
 
 
 class _Static:
-    """What is no array in the params, hashable for `jit`."""
+    """The leaves of the params that are not arrays, hashable for `jax.jit`."""
 
     def __init__(self, tree: Any):
         self.leaves, self.structure = jax.tree.flatten(tree)
@@ -145,7 +148,7 @@ class _Static:
 
 
 def _parts(params: Any) -> tuple[Any, Any, _Static]:
-    """What is trained, other arrays, and what is no array, each with None for the others."""
+    """Splits the params into what is trained, other arrays, and all else, each with None for the others' leaves."""
     own = jax.tree.map(lambda x: x if is_differentiable(x) else None, params)
     held = jax.tree.map(lambda x: x if is_array(x) and not is_differentiable(x) else None, params)
     rest = jax.tree.map(lambda x: None if is_array(x) or is_differentiable(x) else x, params)

@@ -10,7 +10,7 @@ from jax import lax
 from flora_jax.adapters import flat_lora, growing, lora
 from flora_jax.adapters.flat_lora import filter_scale, noise
 from flora_jax.adapters.low_rank import specs
-from flora_jax.fused.made import Made
+from flora_jax.fused.lazy import Lazy
 from flora_jax.fused.weight import Weight
 from tests.adapters.test_low_rank import dense, filled, rule
 from tests.helpers import assert_close, normal
@@ -168,7 +168,7 @@ def test_ends_in_a_flatter_place():
 
 def test_quantised_weights_are_refused():
     spec = specs(rule(4), {"w": jnp.zeros((24, 16))})["w"]
-    made = Made({"x": jnp.zeros((24, 16))}, lambda parts: parts["x"])
+    made = Lazy({"x": jnp.zeros((24, 16))}, lambda parts: parts["x"])
     weight = Weight.adapted(spec, made, jnp.zeros((24, 4)), jnp.zeros((4, 16)))
     with pytest.raises(ValueError, match="'w': flat_lora needs a weight in floating point"):
         prepare = flat_lora(lora(rule(4)), KEY, 0.1).prepare

@@ -90,7 +90,9 @@ def test_functions(name, side):
     params = {key: array(*shape, seed=i) for i, (key, shape) in enumerate(shapes.items())}
     whole = {
         "stop_gradient": [("w", "stop_gradient")],
-        "conv": [("w", "conv_general_dilated")],  # a matrix of its own for each tap
+        "conv": [
+            ("w", "conv_general_dilated")
+        ],  # a matrix of its own for each position in the window
     }.get(name, [])
     compare(loss, params, *args, projection=rule(side=side), whole=whole)
 

@@ -10,7 +10,7 @@ from jax import lax
 from flora_jax.adapters import lora
 from flora_jax.adapters.quantized import quantize
 from flora_jax.chain.plan import tree_bytes
-from flora_jax.fused.made import is_made
+from flora_jax.fused.lazy import is_lazy
 from tests.adapters.test_low_rank import filled, rule
 from tests.helpers import assert_close, assert_tree_close, normal
 from tests.test_fused import square
@@ -31,16 +31,16 @@ def fun(p, x):
 
 
 def dequantized(params):
-    return jax.tree.map(lambda x: x.value() if is_made(x) else x, params, is_leaf=is_made)
+    return jax.tree.map(lambda x: x.materialize() if is_lazy(x) else x, params, is_leaf=is_lazy)
 
 
 def test_int8_by_hand():
     """Rounded to 1/127 of the largest entry of each output."""
-    made = quantize(lora(rule(4)), PARAMS)["in"]["kernel"]
+    lazy = quantize(lora(rule(4)), PARAMS)["in"]["kernel"]
     whole = np.asarray(PARAMS["in"]["kernel"], np.float64)
     scale = abs(whole).max(axis=0) / 127.5
-    assert np.all(abs(np.asarray(made.value()) - whole) <= 0.51 * scale + 1e-6)
-    assert made.parts.qvalue.dtype == jnp.int8 and made.shape == (24, 32)
+    assert np.all(abs(np.asarray(lazy.materialize()) - whole) <= 0.51 * scale + 1e-6)
+    assert lazy.parts.qvalue.dtype == jnp.int8 and lazy.shape == (24, 32)
 
 
 @pytest.mark.parametrize(

@@ -69,5 +69,5 @@ def test_blocks_inside_shard_map(distribution, stack):
         state = tx.init(params)
         return jax.vmap(lambda grad: tx.update(grad, state, params)[0])
 
-    cut = jax.shard_map(through(2**7), mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    np.testing.assert_allclose(jax.jit(cut)(grads), through(2**22)(grads), rtol=1e-4, atol=1e-5)
+    mapped = jax.shard_map(through(2**7), mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    np.testing.assert_allclose(jax.jit(mapped)(grads), through(2**22)(grads), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The rules that draw `A`: unbiased, of the stated variance, and of the stated structure."""
+"""The distributions of `A`: unbiased, with the stated variance and the stated structure."""
 
 import json
 import os
@@ -14,14 +14,14 @@ import pytest
 from flora_jax.chain import distributions
 from tests.helpers import DISTRIBUTIONS, make_spec, normal, sample
 
-DRAWS = 3000
+SAMPLES = 3000
 SIZE, RANK, ROWS = 12, 3, 2
 
 
 def estimates(distribution, size=SIZE, rank=RANK):
-    """`g AᵀA` for two rows and many keys, in float64: (draws, rows, size), and the rows."""
+    """`g AᵀA` for two rows and many keys, in float64: (samples, rows, size), and the rows."""
     spec = make_spec((size, ROWS), (0,), rank=rank, distribution=distribution)
-    a = np.asarray(jax.vmap(lambda cycle: sample(spec, cycle))(jnp.arange(DRAWS)), np.float64)
+    a = np.asarray(jax.vmap(lambda cycle: sample(spec, cycle))(jnp.arange(SAMPLES)), np.float64)
     g = normal(5, (ROWS, size)).astype(np.float64)
     return np.einsum("nm,krm,krl->knl", g, a, a), g
 
@@ -30,7 +30,7 @@ def estimates(distribution, size=SIZE, rank=RANK):
 def test_mean_of_the_estimates_is_the_gradient(distribution):
     """The mean of K estimates is off by √(v/K) ‖g‖ in the root mean square; four of these is the bound."""
     found, g = estimates(distribution)
-    bound = 4 * np.sqrt(distributions.variance(distribution, RANK, SIZE) / DRAWS)
+    bound = 4 * np.sqrt(distributions.variance(distribution, RANK, SIZE) / SAMPLES)
     error = np.linalg.norm(found.mean(0) - g) / np.linalg.norm(g)
     assert error < bound
 
@@ -38,7 +38,7 @@ def test_mean_of_the_estimates_is_the_gradient(distribution):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("size", [8, 12])
 def test_variance_is_the_stated_one(distribution, size):
-    """Relative errors have a spread of the order of their mean: 3000 draws give it within 10 %."""
+    """Relative errors have a spread of the order of their mean: 3000 samples give it within 10 %."""
     found, g = estimates(distribution, size)
     measured = np.mean(np.sum((found - g) ** 2, (1, 2))) / np.sum(g**2)
     assert measured == pytest.approx(distributions.variance(distribution, RANK, size), rel=0.1)
@@ -110,9 +110,9 @@ def test_gaussian_entries_of_a_column_are_uncorrelated():
 def test_a_block_of_columns_is_the_same_block(distribution):
     key = jax.random.key(3)
     every = jnp.arange(40, dtype=jnp.int32)
-    whole = distributions.columns(distribution, key, 7, 40, every)
+    full = distributions.columns(distribution, key, 7, 40, every)
     part = distributions.columns(distribution, key, 7, 40, every[11:23].reshape(3, 4))
-    np.testing.assert_array_equal(part.reshape(12, 7), whole[11:23])
+    np.testing.assert_array_equal(part.reshape(12, 7), full[11:23])
 
 
 GOLDEN = {
@@ -144,11 +144,11 @@ def test_values_of_the_first_release(distribution):
 def test_values_do_not_depend_on_xla_flags(flags):
     program = (
         "import jax, jax.numpy as jnp\n"
-        "from flora_jax import distributions\n"
+        "from flora_jax.chain import distributions\n"
         "for name in ('gaussian', 'rademacher', 'srht'):\n"
-        "    draw = jax.jit(lambda: distributions.columns(\n"
+        "    sample = jax.jit(lambda: distributions.columns(\n"
         "        name, jax.random.key(42), 4, 9, jnp.array([0, 5])))\n"
-        "    print(draw().tolist())\n"
+        "    print(sample().tolist())\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],

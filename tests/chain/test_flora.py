@@ -1,4 +1,4 @@
-"""flora: any optimizer in it, and it in any wrapper; each run must bring the loss far down."""
+"""flora with any optimizer inside, and inside any wrapper; each run must bring the loss far down."""
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,7 @@ def test_advised_scales_by_the_stated_factor():
     assert v == 3.0
 
 
-def test_rank_alone_resamples_each_boundary_and_each_thousandth_under_momentum():
+def test_rank_alone_resamples_each_optimizer_step_and_each_thousandth_under_momentum():
     params = {"w": jnp.ones((128, 160))}
     for momentum, micro_steps, cycle in ((None, 3, 1), (0.9, 3, 0)):
         tx = flora_jax.flora(0.1, rank=8, accumulation_steps=3, momentum=momentum)

@@ -35,7 +35,7 @@ def test_steps_against_numpy(params):
     (_, spec, _) = official._specs(params, 16, 0)
     naive = Naive(spec)
     state, step = tx.init(params), jax.jit(tx.update)
-    sketch, whole, key = np.zeros((16, 256)), np.zeros((128, 1024)), 0
+    sketch, full, key = np.zeros((16, 256)), np.zeros((128, 1024)), 0
     for count, update in enumerate(make_gradients(params, 4)):
         found, state = step(update, state)
         if count % KAPPA == 0:
@@ -47,8 +47,8 @@ def test_steps_against_numpy(params):
         expected = DECAY * naive.decompress(a, sketch) + (1 - DECAY) * current
         assert_close(found["w"], expected, ROUNDING)
         plain = np.asarray(update["wide"], np.float64)
-        whole = DECAY * whole + (1 - DECAY) * plain
-        assert_close(found["wide"], DECAY * whole + (1 - DECAY) * plain, ROUNDING)
+        full = DECAY * full + (1 - DECAY) * plain
+        assert_close(found["wide"], DECAY * full + (1 - DECAY) * plain, ROUNDING)
 
 
 def test_the_chain_steps_down(params):

@@ -152,7 +152,7 @@ def test_rank(rank, expected):
     assert by_path(rank=rank)["layer/kernel"].spec.rank == expected
 
 
-def test_rank_of_the_whole_side():
+def test_rank_of_the_full_side():
     assert by_path(rank=256)["layer/kernel"].reason == "rank 256 is not below the output side's 256"
     exact = by_path(rank=256, distribution="orthonormal")["layer/kernel"]
     assert exact.data_shape == (64, 256)
@@ -167,7 +167,7 @@ def test_rank_of_the_whole_side():
         {"select": lambda path, shape: not path.startswith("layer")},
     ],
 )
-def test_what_is_left_whole_by_choice(rule):
+def test_what_is_uncompressed_by_choice(rule):
     leaves = by_path(**rule)
     assert leaves["layer/kernel"].spec is None
     assert leaves["layer/kernel"].reason in ("masked", "not selected")
@@ -185,8 +185,8 @@ def test_dimension_numbers():
         params = {"w": jnp.ones((64, 32, 32))}
         leaf = by_path(params, weight_dimension_numbers=given_as)["w"]
         assert (leaf.side, leaf.spec.projected, leaf.spec.batch) == ("output", (1, 2), ())
-    taps = flora_jax.DimensionNumbers(-2, -1)
-    leaf = by_path({"w": jnp.ones((3, 3, 32, 64))}, weight_dimension_numbers=taps)["w"]
+    last_two = flora_jax.DimensionNumbers(-2, -1)
+    leaf = by_path({"w": jnp.ones((3, 3, 32, 64))}, weight_dimension_numbers=last_two)["w"]
     assert (leaf.data_shape, leaf.spec.batch) == ((3, 3, 32, 8), (0, 1))
 
 

@@ -35,7 +35,7 @@ WEIGHTS = {
     "heads_output": ((24, 4, 10), (1, 2), ()),
     "heads_input": ((4, 10, 24), (0, 1), ()),
     "batch_between": ((4, 2, 10, 24), (0, 2), (1,)),
-    "conv_taps": ((3, 3, 16, 24), (2,), (0, 1)),
+    "conv_window": ((3, 3, 16, 24), (2,), (0, 1)),
     "conv_merged": ((3, 3, 16, 24), (0, 1, 2), ()),
 }
 ROUNDING = 1e-5  # float32 sums of up to 150 terms: 150 ** 0.5 * 6e-8, with room
@@ -74,13 +74,13 @@ def test_small_blocks_are_those_of_numpy(weight, distribution):
 @pytest.mark.parametrize("block", [1, 5 * 24, 2 * 5 * 24, 4 * 5 * 24])
 def test_batch_axes_in_parts(block):
     """Parts of 1, 2 and 4 of 6 matrices; 4 does not divide 6."""
-    whole = make_spec((2, 3, 24, 10), (2,), (0, 1))
+    once = make_spec((2, 3, 24, 10), (2,), (0, 1))
     parts = make_spec((2, 3, 24, 10), (2,), (0, 1), block=block)
-    gradient = normal(0, whole.shape)
-    data = project(whole, 1, gradient)
+    gradient = normal(0, once.shape)
+    data = project(once, 1, gradient)
     assert_close(project(parts, 1, gradient), data, ROUNDING)
-    assert_close(decompress(parts, 1, data), decompress(whole, 1, data), ROUNDING)
-    assert_close(transfer(parts, 1, 2, data), transfer(whole, 1, 2, data), ROUNDING)
+    assert_close(decompress(parts, 1, data), decompress(once, 1, data), ROUNDING)
+    assert_close(transfer(parts, 1, 2, data), transfer(once, 1, 2, data), ROUNDING)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -127,21 +127,21 @@ def test_each_batch_index_has_a_projection_of_its_own(batch_axis):
 
 def test_cycles_and_seeds_and_paths_give_other_projections():
     spec = make_spec((24, 40), (0,))
-    drawn = [
+    sampled = [
         matrix_of_a(spec, 0),
         matrix_of_a(spec, 1),
         matrix_of_a(make_spec((24, 40), (0,), seed=1), 0),
         matrix_of_a(make_spec((24, 40), (0,), key_path="v"), 0),
         matrix_of_a(make_spec((24, 40), (0,), key_index=0), 0),
     ]
-    for i, left in enumerate(drawn):
-        for right in drawn[:i]:
+    for i, left in enumerate(sampled):
+        for right in sampled[:i]:
             correlation = np.corrcoef(left.ravel(), right.ravel())[0, 1]
             assert abs(correlation) < 5 / np.sqrt(left.size)
 
 
 def test_block_and_rank_leave_the_key_alone():
-    """The block length is no part of what is drawn."""
+    """What is sampled does not depend on the length of a block."""
     small, large = (make_spec((24, 40), (0,), block=block) for block in (1, 2**22))
     assert_tree_equal(sample(small, 0), sample(large, 0))
 
@@ -200,7 +200,7 @@ def devices(count=8):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 class TestBitEqual:
-    """`A` is the same to the last bit wherever it is drawn."""
+    """`A` is the same to the last bit wherever it is sampled."""
 
     def spec(self, distribution, shape=(64, 48), projected=(0,), batch=()):
         return make_spec(shape, projected, batch, 8, distribution)
@@ -227,14 +227,14 @@ class TestBitEqual:
 
     def test_pmap(self, distribution):
         spec = self.spec(distribution)
-        drawn = jax.pmap(lambda c: products.sample(spec, c))(jnp.full(8, 5, jnp.int32))
-        for one in np.asarray(drawn):
+        sampled = jax.pmap(lambda c: products.sample(spec, c))(jnp.full(8, 5, jnp.int32))
+        for one in np.asarray(sampled):
             assert_tree_equal(one, sample(spec, 5))
 
     def test_shard_map(self, distribution):
         spec = self.spec(distribution)
         mesh = Mesh(devices(), ("x",))
-        drawn = jax.jit(
+        sampled = jax.jit(
             jax.shard_map(
                 lambda c: products.sample(spec, c[0])[None],
                 mesh=mesh,
@@ -242,7 +242,7 @@ class TestBitEqual:
                 out_specs=PartitionSpec("x"),
             )
         )(jnp.full(8, 5, jnp.int32))
-        for one in np.asarray(drawn):
+        for one in np.asarray(sampled):
             assert_tree_equal(one, sample(spec, 5))
 
     def test_sharded_output(self, distribution):
@@ -250,14 +250,14 @@ class TestBitEqual:
         mesh = Mesh(devices().reshape(4, 2), ("x", "y"))
         for layout in (PartitionSpec(None, "x"), PartitionSpec("y", "x"), PartitionSpec("x")):
             sharding = NamedSharding(mesh, layout)
-            draw = jax.jit(products.sample, static_argnums=0, out_shardings=sharding)
-            assert_tree_equal(draw(spec, 5), sample(spec, 5))
+            placed = jax.jit(products.sample, static_argnums=0, out_shardings=sharding)
+            assert_tree_equal(placed(spec, 5), sample(spec, 5))
 
     def test_sharded_batch(self, distribution):
         spec = self.spec(distribution, (4, 64, 24), (1,), (0,))
         sharding = NamedSharding(Mesh(devices(4), ("x",)), PartitionSpec("x"))
-        draw = jax.jit(products.sample, static_argnums=0, out_shardings=sharding)
-        assert_tree_equal(draw(spec, 5), sample(spec, 5))
+        placed = jax.jit(products.sample, static_argnums=0, out_shardings=sharding)
+        assert_tree_equal(placed(spec, 5), sample(spec, 5))
 
     def test_stacked_and_unstacked(self, distribution):
         def told(path):
@@ -272,9 +272,9 @@ class TestBitEqual:
             {f"layers_{i}": np.zeros((64, 24)) for i in range(3)},
             flora_jax.Projection(stacked=told, **settings),
         )
-        whole = sample(stack, 5)
+        stacked = sample(stack, 5)
         for i, plan in enumerate(layers):
-            assert_tree_equal(whole[i], sample(plan.spec, 5))
+            assert_tree_equal(stacked[i], sample(plan.spec, 5))
 
 
 def test_another_layer_changes_nothing():

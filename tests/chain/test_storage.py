@@ -9,9 +9,9 @@ from tests.helpers import normal
 SHAPE = (33, 200)  # 6600 numbers; the last axis is no multiple of the block
 
 
-def kept_many(dtype, array, draws):
+def kept_many(dtype, array, samples):
     """The mean of what is loaded after rounding under many keys, in float64."""
-    keys = jax.random.split(jax.random.key(0), draws)
+    keys = jax.random.split(jax.random.key(0), samples)
     load = jax.jit(jax.vmap(lambda key: storage.load(storage.store(dtype, array, key))))
     return np.asarray(load(keys), np.float64).mean(0)
 
@@ -19,15 +19,15 @@ def kept_many(dtype, array, draws):
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_rounding_is_unbiased(dtype):
     """One step wide rounding has a spread of at most half a step; five of its standard errors."""
-    array, draws = jnp.asarray(normal(0, SHAPE)), 400
+    array, samples = jnp.asarray(normal(0, SHAPE)), 400
     exact = np.asarray(array, np.float64)
     if dtype == "bfloat16":
         step = 2.0 ** (np.floor(np.log2(np.abs(exact))) - 7)
     else:
         padded = np.pad(np.abs(exact), ((0, 0), (0, 56))).reshape(33, 2, 128)
         step = np.repeat(padded.max(-1) / 127, 128, axis=1)[:, :200]
-    error = np.abs(kept_many(dtype, array, draws) - exact)
-    assert (error <= 5 * step / 2 / np.sqrt(draws) + 1e-6).all()
+    error = np.abs(kept_many(dtype, array, samples) - exact)
+    assert (error <= 5 * step / 2 / np.sqrt(samples) + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int8"])
@@ -81,8 +81,8 @@ def test_a_tree_keeps_its_structure():
     tree = {"a": jnp.asarray(normal(0, SHAPE)), "b": [jnp.ones(3)]}
     leaves, structure = jax.tree.flatten(tree)
     kept = [storage.store("int8", leaf, jax.random.key(0)) for leaf in leaves]
-    whole = storage.transposed(kept, structure)
-    assert jax.tree.structure(whole.values) == jax.tree.structure(whole.scales) == structure
-    loaded = storage.load_tree(whole)
+    stored = storage.transposed(kept, structure)
+    assert jax.tree.structure(stored.values) == jax.tree.structure(stored.scales) == structure
+    loaded = storage.load_tree(stored)
     np.testing.assert_allclose(loaded["a"], tree["a"], atol=float(jnp.abs(tree["a"]).max()) / 127)
     np.testing.assert_array_equal(loaded["b"][0], tree["b"][0])

@@ -1,4 +1,4 @@
-"""The links: accumulate against optax.MultiSteps, momentum against numpy, project's counts."""
+"""The transformations: accumulate against optax.MultiSteps, momentum against numpy, project's counts."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def projection(**others):
 
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("every", [1, 4, growing])
-def test_accumulate_of_whole_gradients_is_multisteps(every, mean):
+def test_accumulate_of_uncompressed_gradients_is_multisteps(every, mean):
     params = make_params()
     gradients = make_gradients(params, 9)
     mine = flora_jax.accumulate(optax.adam(0.1), every, use_grad_mean=mean)
@@ -44,7 +44,7 @@ def test_accumulate_of_whole_gradients_is_multisteps(every, mean):
         assert bool(flora_jax.has_updated(state)) == bool(theirs.has_updated(expected))
 
 
-def test_updates_between_boundaries_are_zero():
+def test_updates_between_optimizer_steps_are_zero():
     params = make_params()
     tx = flora_jax.flora(0.1, projection=projection(resample_every=3), accumulation_steps=3)
     state, step = tx.init(params), jax.jit(tx.update)
@@ -102,7 +102,7 @@ def test_algorithm_two_against_numpy():
         assert_close(updates["w"], naive.decompress(a, moment), 1e-5)
 
 
-def test_momentum_of_whole_leaves_is_an_average():
+def test_momentum_of_uncompressed_leaves_is_an_average():
     params = {"b": jnp.zeros(5)}
     tx = flora_jax.momentum(0.5)
     state, moment = tx.init(params), np.zeros(5)
@@ -131,7 +131,7 @@ def test_cycles_of_project(every, cycles):
         assert int(sketches["out"]["kernel"].cycle) == cycle
 
 
-def test_schedule_of_boundaries_under_momentum_trains():
+def test_schedule_of_optimizer_steps_under_momentum_trains():
     params = make_params()
     rule = projection(resample_every=StepsPerCycle(growing, 2))
     tx = flora_jax.flora(0.1, projection=rule, accumulation_steps=growing, momentum=0.9)

@@ -26,8 +26,8 @@ def rule(**others):
     return flora_jax.Projection(others.pop("rank", 4), **{"min_dim": 8, **others})
 
 
-def compare(loss, params, *args, whole=(), tolerance=2e-5, **settings):
-    """Values, sketches and whole gradients against `jax.value_and_grad`; and the uses without a rule."""
+def compare(loss, params, *args, full=(), tolerance=2e-5, **settings):
+    """Values, sketches and full gradients against `jax.value_and_grad`; and the uses without a rule."""
     grad_fn = flora_jax.value_and_grad(loss, rule(**settings))
     value, grads = jax.jit(functools.partial(grad_fn, cycle=jnp.int32(CYCLE)))(params, *args)
     expected_value, expected = jax.jit(jax.value_and_grad(loss))(params, *args)
@@ -41,7 +41,7 @@ def compare(loss, params, *args, whole=(), tolerance=2e-5, **settings):
             leaf = leaf.data
         assert_close(leaf, gradient, tolerance)
     found = [(use.path, use.primitive) for use in grad_fn.uses(params, *args) if use.whole]
-    assert sorted(found) == sorted(whole)
+    assert sorted(found) == sorted(full)
 
 
 def square(x):
@@ -312,7 +312,7 @@ def test_sketches_of_the_gradient(name, side):
     compare(loss, params, *args, side=side)
 
 
-# the whole gradient exists for a moment, and is named
+# the full gradient is materialized, and the use is named
 WITHOUT_A_RULE = {
     "penalty": (lambda p, x: square(x @ p["w"]) + jnp.sum(jnp.abs(p["w"])), ["abs"]),
     "learned_scale": (lambda p, x: square(x @ (p["w"] * p["s"])), ["mul"]),
@@ -325,7 +325,7 @@ WITHOUT_A_RULE = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_RULE)
-def test_whole_gradient_for_want_of_a_rule(name):
+def test_full_gradient_where_there_is_no_rule(name):
     loss, primitives = WITHOUT_A_RULE[name]
     params = dict(w=array(24, 16))
     paths = ["w"] * len(primitives)
@@ -334,18 +334,18 @@ def test_whole_gradient_for_want_of_a_rule(name):
     if name == "product_of_weights":
         params["v"] = array(16, 12)
         paths = ["v", "w"]
-    compare(loss, params, X, whole=list(zip(paths, primitives, strict=True)))
+    compare(loss, params, X, full=list(zip(paths, primitives, strict=True)))
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_scan_over_rows(side):
-    """A weight that is cut along its projected axis is made whole."""
+    """The full gradient is materialized of a weight that is sliced along its projected axis."""
 
     def loss(p, x):
         return square(lax.scan(lambda c, row: (c, x @ row), 0.0, p["w"])[1])
 
-    whole = [("w", "scan")] if side == "input" else []
-    compare(loss, dict(w=array(16, 24)), X, whole=whole, side=side)
+    full = [("w", "scan")] if side == "input" else []
+    compare(loss, dict(w=array(16, 24)), X, full=full, side=side)
 
 
 def test_the_plan_names_what_has_no_rule():
@@ -356,8 +356,8 @@ def test_the_plan_names_what_has_no_rule():
     plan = grad_fn.plan(dict(w=jax.ShapeDtypeStruct((24, 16), jnp.float32)), X)
     (use,) = plan.whole_uses
     assert (use.path, use.primitive) == ("w", "exp")
-    assert "test_fused.py" in use.place
-    assert "exp" in str(plan) and "test_fused.py" in str(plan)
+    assert "test_value_and_grad.py" in use.place
+    assert "exp" in str(plan) and "test_value_and_grad.py" in str(plan)
     assert plan.as_dict()["whole_uses"][0]["primitive"] == "exp"
 
 
@@ -406,11 +406,11 @@ def test_has_aux_and_argnums():
     grad_fn = flora_jax.value_and_grad(loss, rule(), argnums=(1, 2), has_aux=True)
     (value, aux), (grads, of_scale) = grad_fn(X, params, scale, cycle=0, shift=1.0)
     plain = jax.value_and_grad(lambda *a: loss(*a, shift=1.0)[0], argnums=(1, 2))
-    expected, (whole, expected_scale) = plain(X, params, scale)
+    expected, (full, expected_scale) = plain(X, params, scale)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(of_scale, expected_scale, rtol=1e-5)
     spec = grads["w"].spec
-    assert_close(grads["w"].data, Naive(spec).project(matrix_of_a(spec, 0), whole["w"]), 1e-5)
+    assert_close(grads["w"].data, Naive(spec).project(matrix_of_a(spec, 0), full["w"]), 1e-5)
     assert aux["name"] == "aux"
     np.testing.assert_allclose(aux["y"], X @ params["w"], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(aux["w"], params["w"])
@@ -432,8 +432,8 @@ def test_vmap_over_the_examples_of_a_batch():
     _, grads = jax.vmap(lambda x: grad_fn(params, x, cycle=CYCLE))(X[:, None])
     spec = grads["w"].spec
     for i, data in enumerate(grads["w"].data):
-        whole = jax.grad(loss)(params, X[i : i + 1])["w"]
-        assert_close(data, Naive(spec).project(matrix_of_a(spec, CYCLE), whole), 1e-5)
+        full = jax.grad(loss)(params, X[i : i + 1])["w"]
+        assert_close(data, Naive(spec).project(matrix_of_a(spec, CYCLE), full), 1e-5)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -495,8 +495,8 @@ def test_shard_map_inside_the_function(side):
     compare(loss, dict(w=array(24, 16)), array(8, 24), side=side)
 
 
-def test_the_chain_takes_born_sketches():
-    """Three boundaries of two micro-steps each; equal to the ordinary route to rounding."""
+def test_the_chain_takes_fused_sketches():
+    """Three optimizer steps of two micro-steps each; equal to the ordinary route to rounding."""
     loss, shapes, _ = FUNCTIONS["tied_and_hidden"]
     projection = rule(resample_every=2, side="input")
     params = {key: array(*shape, seed=i) for i, (key, shape) in enumerate(shapes.items())}
@@ -523,7 +523,7 @@ def test_the_chain_takes_born_sketches():
 
 
 def test_what_is_saved_for_the_backward_pass():
-    """A chain of layers keeps its inputs at width r, and nothing of the weight's or batch's size."""
+    """A chain of layers saves its inputs at width r, and nothing of the weight's or batch's size."""
     params = [array(64, 64, seed=i) for i in range(4)]
 
     def loss(params, x):

@@ -1,4 +1,4 @@
-"""apply_gradients: what tx.update and optax.apply_updates give, with no tree of updates."""
+"""apply_gradients: the result of tx.update and optax.apply_updates, with no tree of updates."""
 
 import jax
 import jax.numpy as jnp
@@ -94,12 +94,12 @@ def test_params_and_state_are_those_of_the_chain(name, slice_above):
         return optax.apply_updates(params, updates), state
 
     @jax.jit
-    def light(params, state, grads):
+    def by_leaf(params, state, grads):
         return flora_jax.apply_gradients(tx, grads, state, params, slice_above=slice_above)
 
     expected = found = (PARAMS, tx.init(PARAMS))
     for grads in gradients():
-        expected, found = chain(*expected, grads), light(*found, grads)
+        expected, found = chain(*expected, grads), by_leaf(*found, grads)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert left.dtype == right.dtype
@@ -114,7 +114,7 @@ def test_params_and_state_are_those_of_the_chain(name, slice_above):
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw", "lion", "clipped_by_global_norm"])
-def test_a_stacked_weight_is_never_whole(name):
+def test_the_gradient_of_a_stacked_weight_is_never_materialized(name):
     """XLA's own count of temporaries: far below one gradient of the stack in float32."""
     shape = (16, 128, 256)
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
@@ -137,7 +137,7 @@ def test_a_stacked_weight_is_never_whole(name):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    def light(params, state, grads):
+    def by_slice(params, state, grads):
         return flora_jax.apply_gradients(tx, grads, state, params, slice_above=1)
 
     def temporaries(function):
@@ -146,7 +146,7 @@ def test_a_stacked_weight_is_never_whole(name):
 
     size = 4 * np.prod(shape)
     assert temporaries(chain) >= size
-    assert temporaries(light) < size / 3
+    assert temporaries(by_slice) < size / 3
 
 
 def test_an_update_that_needs_another_gradient_is_refused():
@@ -155,7 +155,7 @@ def test_an_update_that_needs_another_gradient_is_refused():
         return {**updates, "head": updates["head"] + updates["embed"].T}
 
     tx = flora(optax.stateless(mix))
-    sentence = "leaf-wise, found that the update of 'head' needs the whole gradient of 'embed'"
+    sentence = "leaf-wise, found that the update of 'head' needs the full gradient of 'embed'"
     with pytest.raises(ValueError, match=sentence):
         flora_jax.apply_gradients(tx, gradients(1)[0], tx.init(PARAMS), PARAMS)
 

@@ -1,4 +1,4 @@
-"""make_train_step: the ordinary loop's result, for the frameworks that people have."""
+"""make_train_step: the ordinary loop's result, for the frameworks that people use."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -162,7 +162,7 @@ def test_errors():
         step(params, tx.init(params), jnp.zeros((4, 2, 32)), jnp.zeros((3, 2)))
 
 
-def test_a_step_on_a_mesh_keeps_to_the_layout_and_equals_that_on_one_device():
+def test_a_step_on_a_mesh_keeps_the_shardings_and_equals_that_on_one_device():
     kinds = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
     projection = flora_jax.Projection(8, min_dim=16, resample_every=2)
@@ -178,17 +178,19 @@ def test_a_step_on_a_mesh_keeps_to_the_layout_and_equals_that_on_one_device():
         spec = PartitionSpec("data", "model") if x.ndim == 2 else PartitionSpec()
         return jax.device_put(x, NamedSharding(mesh, spec))
 
-    cut = jax.tree_util.tree_map_with_path(place, params)
-    state = jax.jit(tx.init, out_shardings=flora_jax.state_shardings(tx, cut))(cut)
+    sharded = jax.tree_util.tree_map_with_path(place, params)
+    state = jax.jit(tx.init, out_shardings=flora_jax.state_shardings(tx, sharded))(sharded)
     single, plain = tx.init(params), params
     step = flora_jax.make_train_step(loss, tx, projection, donate=False)
-    given = jax.tree.map(lambda x: x.sharding, (cut, state))
+    given = jax.tree.map(lambda x: x.sharding, (sharded, state))
     for _ in range(4):
-        cut, state, value = step(
-            cut, state, jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        sharded, state, value = step(
+            sharded, state, jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
         )
         plain, single, expected = step(plain, single, batch)
     assert_close(value, expected, 1e-5)
-    assert_tree_close((cut, state[1].accumulated), (plain, single[1].accumulated), 1e-5)
-    for leaf, sharding in zip(jax.tree.leaves((cut, state)), jax.tree.leaves(given), strict=True):
+    assert_tree_close((sharded, state[1].accumulated), (plain, single[1].accumulated), 1e-5)
+    for leaf, sharding in zip(
+        jax.tree.leaves((sharded, state)), jax.tree.leaves(given), strict=True
+    ):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)

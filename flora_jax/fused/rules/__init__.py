@@ -1,13 +1,15 @@
-"""What each operation does with a `Weight`: one rule for each, by the name of the primitive.
+"""Rules: what each operation does with a `Weight`, by the name of the JAX primitive.
 
-- `movers`, `stacks`, `lookups`: transpose, reshape, slice, rows by index and their like act on the value
-  and on the tap alike, so long as they leave the projected axes together or say which of their indices
-  are left.
-- `arithmetic`: scaling, sums, casts, and what leaves a weight as it is.
-- `products`, `convolutions`: end the way of a weight in a plain array.
-- `control_flow`: is entered.
+- `movers`, `stacks` and `lookups` are transpose, reshape, slice, concatenate, rows by index, and the
+  like. They act on the value and on the up factor in the same way, provided that they keep the
+  projected axes together, or tell which of their indices are left. Their result is a `Weight` again.
+- `arithmetic` has scaling, sums, casts, and operations that leave a weight as it is. Their result is a
+  `Weight` too.
+- `products` and `convolutions` multiply by a weight. Their result is a plain array.
+- `control_flow` evaluates the bodies of `jit`, `scan`, `cond`, `remat` and `shard_map`.
 
-A rule gives None where it does not fit; the weight is then exposed.
+A rule returns None where it does not apply. The weight is then used as a plain array, and its full
+gradient is materialized.
 """
 
 from flora_jax.fused.rules import (

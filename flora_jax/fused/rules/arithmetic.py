@@ -1,18 +1,18 @@
-"""Arithmetic: scaling, sums, casts, and what leaves a weight as it is."""
+"""Arithmetic: the rules for scaling, sums, casts, and operations that leave a weight as it is."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.fused.interpreter import Traced, Walk, apply, is_inexact
-from flora_jax.fused.made import Made
-from flora_jax.fused.rules.common import handed_on, is_kept, plain
+from flora_jax.fused.lazy import Lazy
+from flora_jax.fused.rules.common import handed_on, is_adapted, plain
 from flora_jax.fused.weight import Weight
 from flora_jax.sharding import explicit
 
 
 def _mul(walk: Walk, eqn, ins):
-    """A product, or a quotient with the weight above."""
+    """Multiplies a weight by numbers, or divides it by them."""
     del walk
     inverse = eqn.primitive.name == "div"
     place = 0 if isinstance(ins[0].value, Weight) else 1
@@ -25,7 +25,7 @@ def _mul(walk: Walk, eqn, ins):
 
 
 def _scaled(weight: Weight, other: Traced, inverse: bool) -> Weight | None:
-    """Tap and factors under a product with numbers that vary along the one or the other's axes."""
+    """Scales the up factor or the columns of `A` by numbers, which may vary along the axes of one of the two."""
     if other.active or isinstance(other.value, Weight):
         return None
     numbers, ndim = jnp.asarray(other.value), weight.value.ndim
@@ -41,7 +41,7 @@ def _scaled(weight: Weight, other: Traced, inverse: bool) -> Weight | None:
         numbers = 1 / numbers
     projected = weight.axes("projected")
     if all(numbers.shape[axis] == 1 for axis in projected):
-        return weight.replace(tap=weight.tap * numbers.astype(weight.tap.dtype))
+        return weight.replace(up=weight.up * numbers.astype(weight.up.dtype))
     if any(numbers.shape[axis] != 1 for axis in range(ndim) if axis not in projected):
         return None
     lengths = [weight.value.shape[axis] for axis in projected]
@@ -50,25 +50,25 @@ def _scaled(weight: Weight, other: Traced, inverse: bool) -> Weight | None:
 
 
 def _add(walk: Walk, eqn, ins):
-    """A sum with something that no gradient flows to."""
+    """Adds something that no gradient flows to."""
     del walk
     place = 0 if isinstance(ins[0].value, Weight) else 1
     weight, other = ins[place].value, ins[1 - place]
     if other.active or isinstance(other.value, Weight):
         return None
-    tap = -weight.tap if place == 1 and eqn.primitive.name == "sub" else weight.tap
-    return handed_on(weight.replace(value=apply(eqn, *plain(ins)), tap=tap))
+    up = -weight.up if place == 1 and eqn.primitive.name == "sub" else weight.up
+    return handed_on(weight.replace(value=apply(eqn, *plain(ins)), up=up))
 
 
 def _neg(walk: Walk, eqn, ins):
     del walk
     weight = ins[0].value
-    return handed_on(weight.replace(value=apply(eqn, weight.value), tap=-weight.tap))
+    return handed_on(weight.replace(value=apply(eqn, weight.value), up=-weight.up))
 
 
 def _convert(walk: Walk, eqn, ins):
     weight, dtype = ins[0].value, eqn.params["new_dtype"]
-    if not isinstance(weight.value, Made):
+    if not isinstance(weight.value, Lazy):
         return _same(walk, eqn, ins)
     if not jnp.issubdtype(dtype, jnp.inexact):
         return None
@@ -76,12 +76,12 @@ def _convert(walk: Walk, eqn, ins):
 
 
 def _same(walk: Walk, eqn, ins):
-    """The value passes through the operation, alone or among others; nothing is mixed."""
+    """Applies an operation that returns its inputs unmixed, with a weight among them."""
     del walk
     result = apply(eqn, *plain(ins))
     if not eqn.primitive.multiple_results:
         result = [result]
-    if any(is_kept(t) and not is_inexact(x) for t, x in zip(ins, result, strict=False)):
+    if any(is_adapted(t) and not is_inexact(x) for t, x in zip(ins, result, strict=False)):
         return None
     outs = []
     for value, traced in zip(result, ins[: len(result)], strict=True):
@@ -95,17 +95,17 @@ def _same(walk: Walk, eqn, ins):
 
 
 def _both(walk: Walk, eqn, ins):
-    """The mark applies to the value and to the tap (devices that `shard_map` runs over)."""
+    """Marks both the value and the up factor as varying over devices of a `shard_map`."""
     del walk
     weight = ins[0].value
-    value, tap = apply(eqn, weight.value), apply(eqn, weight.tap)
+    value, up = apply(eqn, weight.value), apply(eqn, weight.up)
     if eqn.primitive.multiple_results:
-        (value,), (tap,) = value, tap
-    return handed_on(weight.replace(value=value, tap=tap))
+        (value,), (up,) = value, up
+    return handed_on(weight.replace(value=value, up=up))
 
 
 def _reshard(walk: Walk, eqn, ins):
-    """A move between devices is the value's; the rest comes along to where axes are automatic."""
+    """Reshards the value; the other arrays follow where the new mesh has other axis types."""
     del walk
     weight, goal = ins[0].value, eqn.params["dst_sharding"]
 
@@ -114,14 +114,16 @@ def _reshard(walk: Walk, eqn, ins):
             return array
         return explicit.put(array, NamedSharding(goal.mesh, PartitionSpec()))
 
-    parts = ("tap", "keys", "columns", "factors")
+    parts = ("up", "keys", "columns", "factors")
     moved = {name: follow(getattr(weight, name)) for name in parts}
-    return handed_on(weight.replace(value=apply(eqn, weight.value), place=weight.place, **moved))
+    return handed_on(
+        weight.replace(value=apply(eqn, weight.value), sharding=weight.sharding, **moved)
+    )
 
 
 def _without_gradient(walk: Walk, eqn, ins):
     del walk
-    if any(map(is_kept, ins)):
+    if any(map(is_adapted, ins)):
         return None
     result = apply(eqn, *plain(ins))
     return [Traced(x, False) for x in (result if eqn.primitive.multiple_results else [result])]

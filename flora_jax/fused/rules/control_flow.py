@@ -1,4 +1,4 @@
-"""Control flow: `jit`, `remat`, `scan`, `cond` and `shard_map` are entered."""
+"""Control flow: the rules for `jit`, `remat`, `scan`, `cond` and `shard_map`, which evaluate their bodies."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import jax
 
 from flora_jax.fused.interpreter import Traced, Walk, exposed, is_inexact
-from flora_jax.fused.made import Made
+from flora_jax.fused.lazy import Lazy
 from flora_jax.fused.weight import Weight
 from flora_jax.sharding.partition import first_axis_dropped
 
 
 def _inline(walk: Walk, eqn, ins):
-    """`jit` and its like: the body becomes part of what is around it."""
+    """Evaluates the body of a `jit` or its like as part of the function around it."""
     params = eqn.params
     body = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
     ins = _constrained(ins, params.get("in_shardings"))
@@ -24,7 +24,7 @@ def _constrained(traced: Sequence[Traced], shardings: Any) -> list[Traced]:
     def constrain(one: Traced, sharding: Any) -> Traced:
         if not isinstance(sharding, jax.sharding.Sharding):
             return one
-        if isinstance(one.value, Weight) and isinstance(one.value.value, Made):
+        if isinstance(one.value, Weight) and isinstance(one.value.value, Lazy):
             return one
         if not isinstance(one.value, Weight):
             return one._replace(value=jax.lax.with_sharding_constraint(one.value, sharding))
@@ -37,7 +37,7 @@ def _constrained(traced: Sequence[Traced], shardings: Any) -> list[Traced]:
 
 
 class _Body:
-    """A jaxpr as a function of plain values and weights; all that comes out is plain."""
+    """A jaxpr as a function of arrays and weights that returns plain arrays."""
 
     def __init__(self, walk: Walk, jaxpr, consts, active: Sequence[bool]):
         self.walk, self.jaxpr, self.consts, self.active = walk, jaxpr, consts, active
@@ -59,7 +59,7 @@ def _remat(walk: Walk, eqn, ins):
 
 
 def _scan(walk: Walk, eqn, ins):
-    """Weights as constants, and as slices along an axis that is not projected."""
+    """Evaluates a scan with weights as constants, or sliced along an axis that is not projected."""
     params = eqn.params
     consts, carried = _scan_counts(params)
     carried += consts
@@ -72,7 +72,7 @@ def _scan(walk: Walk, eqn, ins):
         walk.note(eqn, [traced], whole=True)
         return exposed([traced])[0]
 
-    for i, traced in enumerate(first):  # what each step hands on as it was is a constant
+    for i, traced in enumerate(first):  # a carry that no step changes is a constant
         if body.jaxpr.outvars[i] is not body.jaxpr.invars[consts + i]:
             first[i] = expose(traced)
     fixed = [isinstance(traced.value, Weight) for traced in first]
@@ -81,8 +81,8 @@ def _scan(walk: Walk, eqn, ins):
             continue
         if traced.value.kinds[0] == "projected":
             slices[i] = expose(traced)
-        elif traced.value.kinds[0] == "kept" and isinstance(traced.value.value, Made):
-            value = traced.value.value.value()
+        elif traced.value.kinds[0] == "kept" and isinstance(traced.value.value, Lazy):
+            value = traced.value.value.materialize()
             slices[i] = traced._replace(value=traced.value.replace(value=value))
     active = any(traced.active for traced in ins)
     flags = [traced.active for traced in outer] + [active] * (len(first) + len(slices))
@@ -113,7 +113,7 @@ def _scan(walk: Walk, eqn, ins):
 
 
 def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
-    """How many inputs of a scan are constants, and how many are carried."""
+    """Returns how many inputs of a scan are constants, and how many are carried."""
     if "ft_in" in params:  # JAX 0.12
         consts, carry, _ = (len(list(group)) for group in params["ft_in"].unpack())
         return consts, carry
@@ -121,19 +121,19 @@ def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _by_first_axis(x: Any) -> Any:
-    """What `scan` cuts: a weight's arrays that have its first axis."""
+    """Returns what `scan` slices: of a weight, the arrays that have its first axis."""
     if not isinstance(x, Weight):
         return x
-    return (x.value, x.tap, x.keys if x.kinds[0] == "batch" else None)
+    return (x.value, x.up, x.keys if x.kinds[0] == "batch" else None)
 
 
-def _first_index_taken(cut: Any, stacked: Any) -> Any:
+def _first_index_taken(sliced: Any, stacked: Any) -> Any:
     if not isinstance(stacked, Weight):
-        return cut
-    value, tap, keys = cut
+        return sliced
+    value, up, keys = sliced
     keys = stacked.keys if keys is None else keys
-    kinds, place = stacked.kinds[1:], first_axis_dropped(stacked.place)
-    return stacked.replace(value=value, tap=tap, keys=keys, kinds=kinds, place=place)
+    kinds, sharding = stacked.kinds[1:], first_axis_dropped(stacked.sharding)
+    return stacked.replace(value=value, up=up, keys=keys, kinds=kinds, sharding=sharding)
 
 
 def _cond(walk: Walk, eqn, ins):
@@ -148,7 +148,7 @@ def _cond(walk: Walk, eqn, ins):
 
 
 def _shard_map(walk: Walk, eqn, ins):
-    """Each array of a weight is cut as the weight's axes that it has are."""
+    """Evaluates a `shard_map`, in which each array of a weight is sharded as those axes of the weight that it has."""
     params = eqn.params
     body = _Body(walk, params["jaxpr"], (), [traced.active for traced in ins])
 
@@ -162,17 +162,17 @@ def _shard_map(walk: Walk, eqn, ins):
             return jax.sharding.PartitionSpec(*(entries[axis] for axis in axes), *[None] * extra)
 
         projected = weight.axes("projected")
-        tap = [None if axis in projected else entry for axis, entry in enumerate(entries)]
+        up = [None if axis in projected else entry for axis, entry in enumerate(entries)]
         return weight.replace(
             value=spec,
-            tap=jax.sharding.PartitionSpec(*tap),
+            up=jax.sharding.PartitionSpec(*up),
             keys=of(weight.axes("batch"), 1),
             columns=of(projected),
             factors=None if weight.factors is None else of(projected),
         )
 
     values = [
-        traced.value.replace(columns=traced.value.indices(), place=None)
+        traced.value.replace(columns=traced.value.indices(), sharding=None)
         if isinstance(traced.value, Weight)
         else traced.value
         for traced in ins

@@ -1,4 +1,7 @@
-"""Convolutions, which end the way of a kernel in a plain array."""
+"""Convolutions: the rule for convolutions with a kernel that is a `Weight`.
+
+The axes of a kernel are its input channels, its output channels, and the spatial axes of its window.
+"""
 
 import functools
 import itertools
@@ -14,9 +17,10 @@ from flora_jax.fused.weight import Weight
 
 
 def _conv_general_dilated(walk: Walk, eqn, ins):
-    """Kernels whose input channels, output channels, or taps and input channels are projected.
+    """Convolves with a kernel whose input channels, output channels, or window and input channels are projected.
 
-    Taps that are batch axes, each with a projection of its own, go one by one.
+    Where the axes of the window are batch axes, so that each position in it has a projection of its own,
+    the positions are computed one by one.
     """
     if not isinstance(ins[1].value, Weight) or isinstance(ins[0].value, Weight):
         return None
@@ -24,13 +28,13 @@ def _conv_general_dilated(walk: Walk, eqn, ins):
         return None
     x, weight = ins[0].value, ins[1].value
     numbers = eqn.params["dimension_numbers"]
-    output, channels, *taps = numbers.rhs_spec
+    output, channels, *window = numbers.rhs_spec
     projected, batch = set(weight.axes("projected")), set(weight.axes("batch"))
-    if weight.kept:
+    if weight.adapter:
         return _adapted_convolution(walk, eqn, ins)
-    if projected == {channels, *taps} and not batch:
+    if projected == {channels, *window} and not batch:
         save, back = _by_patch(eqn, weight)
-    elif projected in ({channels}, {output}) and batch in (set(), set(taps)):
+    elif projected in ({channels}, {output}) and batch in (set(), set(window)):
         save, back = _by_channel(eqn, weight)
     else:
         return None
@@ -40,23 +44,26 @@ def _conv_general_dilated(walk: Walk, eqn, ins):
 
 
 def _adapted_convolution(walk: Walk, eqn, ins):
-    """The two factors one after another; taps that are batch axes have no such order."""
+    """Convolves with an adapter's two factors one after the other.
+
+    This is not possible where the axes of the window are batch axes.
+    """
     x, weight = ins[0].value, ins[1].value
     numbers = eqn.params["dimension_numbers"]
-    output, channels, *taps = numbers.rhs_spec
+    output, channels, *window = numbers.rhs_spec
     projected = set(weight.axes("projected"))
-    if weight.axes("batch") or projected not in ({channels, *taps}, {channels}, {output}):
+    if weight.axes("batch") or projected not in ({channels, *window}, {channels}, {output}):
         return None
-    down, tap = (factor.astype(x.dtype) for factor in weights.both_factors(weight))
+    down, up = (factor.astype(x.dtype) for factor in weights.both_factors(weight))
     in_channel, out_channel = numbers.lhs_spec[1], numbers.out_spec[1]
     if projected == {channels}:
         x_down = jnp.moveaxis(jnp.tensordot(x, down, ((in_channel,), (0,))), -1, in_channel)
-        low_rank = apply(eqn, x_down, tap)
+        low_rank = apply(eqn, x_down, up)
     else:
         if projected == {output}:
-            kernel, last = tap, down.T
+            kernel, last = up, down.T
         else:
-            kernel, last = jnp.moveaxis(down, -1, output), tap
+            kernel, last = jnp.moveaxis(down, -1, output), up
             last = last if weight.slot < output else last.T
         middle = apply(eqn, x, kernel)
         low_rank = jnp.tensordot(middle, last, ((out_channel,), (0,)))
@@ -67,42 +74,42 @@ def _adapted_convolution(walk: Walk, eqn, ins):
 
 
 def _by_patch(eqn, weight: Weight):
-    """`A` itself is the kernel that gives `r` channels."""
+    """The rule where window and input channels are projected: `A` itself is a kernel with `r` output channels."""
     numbers = eqn.params["dimension_numbers"]
     output, out_channel = numbers.rhs_spec[0], numbers.out_spec[1]
 
     def save(source, x):
-        kernel = jnp.moveaxis(weights.draw(weight, source), -1, output)
+        kernel = jnp.moveaxis(weights.sample(weight, source), -1, output)
         return apply(eqn, x, kernel.astype(x.dtype))
 
-    def back(kept, source, delta):
+    def back(saved, source, delta):
         del source
         labels = string.ascii_lowercase[: delta.ndim]
         channel = labels[out_channel]
         goal = f"Z{channel}" if weight.slot < output else f"{channel}Z"
         equation = f"{labels.replace(channel, 'Z')},{labels}->{goal}"
         sums = jnp.promote_types(delta.dtype, jnp.float32)
-        product = jnp.einsum(equation, kept, delta, preferred_element_type=sums)
-        return product.reshape(weight.tap.shape)
+        product = jnp.einsum(equation, saved, delta, preferred_element_type=sums)
+        return product.reshape(weight.up.shape)
 
     return save, back
 
 
 def _by_channel(eqn, weight: Weight):
-    """The transposed convolution with `r` channels in place of the projected ones."""
+    """The rule where channels are projected: a transposed convolution with `r` channels in their place."""
     numbers = eqn.params["dimension_numbers"]
-    _, channels, *taps = numbers.rhs_spec
+    _, channels, *window = numbers.rhs_spec
     of_input = weight.slot == channels
     axis = numbers.lhs_spec[1] if of_input else numbers.out_spec[1]
-    lengths = [weight.value.shape[tap] for tap in taps]
+    lengths = [weight.value.shape[dim] for dim in window]
     kinds = tuple("kept" if kind == "batch" else kind for kind in weight.kinds)
     each = weight.replace(kinds=kinds)
     # tuples of (place in the kernel, place in the keys, the convolution by that part of it)
     parts = [((), (), functools.partial(apply, eqn))]
     if weight.axes("batch"):
-        order = sorted(range(len(taps)), key=lambda i: taps[i])
+        order = sorted(range(len(window)), key=lambda i: window[i])
         parts = [
-            (place, tuple(place[i] for i in order), _one_tap(eqn, lengths, place))
+            (place, tuple(place[i] for i in order), _at_position(eqn, lengths, place))
             for place in itertools.product(*map(range, lengths))
         ]
 
@@ -113,25 +120,25 @@ def _by_channel(eqn, weight: Weight):
     def save(source, x):
         return channels_of(x, source) if of_input else x
 
-    def back(kept, source, delta):
+    def back(saved, source, delta):
         deltas = [delta] * len(parts) if of_input else channels_of(delta, source)
-        inputs = kept if of_input else [kept] * len(parts)
-        shape = [1 if i in taps and parts[0][0] else n for i, n in enumerate(weight.tap.shape)]
-        whole = jnp.zeros(weight.tap.shape, weight.tap.dtype)
+        inputs = saved if of_input else [saved] * len(parts)
+        shape = [1 if i in window and parts[0][0] else n for i, n in enumerate(weight.up.shape)]
+        result = jnp.zeros(weight.up.shape, weight.up.dtype)
         for (place, _, conv), x, d in zip(parts, inputs, deltas, strict=True):
             kernel = jax.ShapeDtypeStruct(shape, x.dtype)
             (part,) = jax.linear_transpose(functools.partial(conv, x), kernel)(d)
-            start = [0] * whole.ndim
-            for tap, i in zip(taps, place, strict=False):
-                start[tap] = i
-            whole = jax.lax.dynamic_update_slice(whole, part.astype(whole.dtype), start)
-        return whole
+            start = [0] * result.ndim
+            for dim, i in zip(window, place, strict=False):
+                start[dim] = i
+            result = jax.lax.dynamic_update_slice(result, part.astype(result.dtype), start)
+        return result
 
     return save, back
 
 
-def _one_tap(eqn, lengths: Sequence[int], place: Sequence[int]):
-    """The convolution by one tap, `(x, kernel of spatial size 1) -> y`."""
+def _at_position(eqn, lengths: Sequence[int], place: Sequence[int]):
+    """Returns the convolution with one position of the window, `(x, kernel of spatial size 1) -> y`."""
     params = eqn.params
     padding = [(0, 0, 0)] * (len(lengths) + 2)
     spatial = params["dimension_numbers"].lhs_spec[2:]
@@ -143,14 +150,14 @@ def _one_tap(eqn, lengths: Sequence[int], place: Sequence[int]):
     none = {"padding": ((0, 0),) * len(lengths), "lhs_dilation": (1,) * len(lengths)}
 
     def conv(x, kernel):
-        # padded apart: XLA's convolution on the CPU reads beyond its input where padding is negative
+        # padded separately: with negative padding XLA's convolution on the CPU reads beyond its input
         return apply(eqn, jax.lax.pad(x, jnp.zeros([], x.dtype), padding), kernel, **none)
 
     return conv
 
 
 def _channels(weight: Weight, source, array, axis: int):
-    """An array with `r` channels in place of those along `axis`."""
+    """Returns an array with `r` channels in the place of those along `axis`."""
     labels = string.ascii_lowercase[: array.ndim]
     of_weight = "".join(
         labels[axis] if kind == "projected" else string.ascii_uppercase[i]

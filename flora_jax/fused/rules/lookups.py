@@ -1,4 +1,4 @@
-"""Lookups: rows of a weight by index."""
+"""Lookups: the rule for taking rows of a weight by index."""
 
 from flora_jax.fused.interpreter import Walk, apply
 from flora_jax.fused.rules.common import only_first
@@ -7,7 +7,7 @@ from flora_jax.fused.weight import Kind
 
 
 def _gather(walk: Walk, eqn, ins):
-    """Rows by index, `table[tokens]`: the projected and batch axes must come along whole."""
+    """Takes rows by index, `table[tokens]`. The projected axes and batch axes must not be indexed or sliced."""
     if not only_first(ins):
         return None
     weight, indices = ins[0].value, ins[1].value
@@ -23,13 +23,13 @@ def _gather(walk: Walk, eqn, ins):
     for axis, place in zip(stays, numbers.offset_dims, strict=True):
         kinds[place] = weight.kinds[axis]
     sizes = [
-        n if weight.kinds[axis] != "projected" else weight.tap.shape[axis]
+        n if weight.kinds[axis] != "projected" else weight.up.shape[axis]
         for axis, n in enumerate(sizes)
     ]
-    tap = apply(eqn, weight.tap, indices, slice_sizes=tuple(sizes))
+    up = apply(eqn, weight.up, indices, slice_sizes=tuple(sizes))
     slot = numbers.offset_dims[stays.index(weight.slot)]
     walk.note(eqn, ins, whole=False)
-    return after_move(weight, value, tap, kinds, slot, looked_up=True)
+    return after_move(weight, value, up, kinds, slot, looked_up=True)
 
 
 RULES = {

@@ -1,6 +1,7 @@
-"""Movers: transpose, reshape, slice and their like act on the value and on the tap alike.
+"""Movers: the rules for transpose, reshape, slice and the like.
 
-They do so long as they leave the projected axes together, or say which of their indices are left.
+They act on the value and on the up factor in the same way, provided that they keep the projected axes
+together, or tell which of their indices are left.
 """
 
 import itertools
@@ -12,35 +13,35 @@ import jax.numpy as jnp
 
 from flora_jax.fused.interpreter import Traced, Walk, apply
 from flora_jax.fused.rules.common import handed_on, only_first
-from flora_jax.fused.weight import Kind, Weight, tap_shape
+from flora_jax.fused.weight import Kind, Weight, up_shape
 from flora_jax.sharding import explicit
 
 
 def after_move(
-    weight: Weight, value, tap, kinds: Sequence[Kind], slot: int, **changes
+    weight: Weight, value, up, kinds: Sequence[Kind], slot: int, **changes
 ) -> list[Traced]:
-    """A weight after a move; `slot` is where the tap's rank has come to."""
+    """Returns a weight after a move; `slot` is the axis of `up` that has the rank now."""
     kinds = tuple(kinds)
     goal = kinds.index("projected")
     if goal != slot:
-        tap = jnp.swapaxes(tap, goal, slot)
-    return handed_on(weight.replace(value=value, tap=tap, kinds=kinds, **changes))
+        up = jnp.swapaxes(up, goal, slot)
+    return handed_on(weight.replace(value=value, up=up, kinds=kinds, **changes))
 
 
 def mover(rule):
-    """A mover, which on a mesh of explicit axes gets weights whose tap lies whole everywhere."""
+    """Wraps a rule so that on a mesh with explicit axes it receives weights with a replicated up factor."""
 
     def free(traced: Traced) -> Traced:
         weight = traced.value
-        if not isinstance(weight, Weight) or explicit.place(weight.tap) is None:
+        if not isinstance(weight, Weight) or explicit.sharding_of(weight.up) is None:
             return traced
-        return traced._replace(value=weight.replace(tap=explicit.everywhere(weight.tap)))
+        return traced._replace(value=weight.replace(up=explicit.everywhere(weight.up)))
 
     return lambda walk, eqn, ins: rule(walk, eqn, [free(traced) for traced in ins])
 
 
 def _per_kind(weight: Weight, move) -> dict[str, Any]:
-    """Moves `keys`, `columns` and `factors`: `move(array, axes)`, `axes` being those it has."""
+    """Moves `keys`, `columns` and `factors` by `move(array, axes)`, where `axes` are those of the weight it has."""
     projected, batch = weight.axes("projected"), weight.axes("batch")
     return dict(
         keys=move(weight.keys, batch) if batch else weight.keys,
@@ -63,7 +64,7 @@ def _transpose(walk: Walk, eqn, ins):
     return after_move(
         weight,
         apply(eqn, weight.value),
-        jnp.transpose(weight.tap, order),
+        jnp.transpose(weight.up, order),
         [weight.kinds[axis] for axis in order],
         order.index(weight.slot),
         **moved,
@@ -102,7 +103,7 @@ def _expand(walk: Walk, eqn, ins):
 
 
 def _reshaped(weight: Weight, value, kinds: Sequence[Kind]):
-    """After a change of shape alone: everything keeps its order."""
+    """Returns a weight after a change of shape that keeps the order of all entries."""
     if "projected" not in kinds:
         return None
     lengths = {
@@ -112,7 +113,7 @@ def _reshaped(weight: Weight, value, kinds: Sequence[Kind]):
     return handed_on(
         weight.replace(
             value=value,
-            tap=weight.tap.reshape(tap_shape(value.shape, kinds, weight.spec.rank)),
+            up=weight.up.reshape(up_shape(value.shape, kinds, weight.spec.rank)),
             keys=weight.keys.reshape(*lengths["batch"], weight.keys.shape[-1]),
             columns=_reshape_if(weight.columns, lengths["projected"]),
             factors=_reshape_if(weight.factors, lengths["projected"]),
@@ -126,7 +127,7 @@ def _reshape_if(array, shape):
 
 
 def _groups(old: Sequence[int], new: Sequence[int]):
-    """Cuts two shapes of one size into the shortest runs of axes of equal size."""
+    """Splits two shapes of one size into the shortest groups of axes whose sizes agree."""
     i = j = 0
     while i < len(old) or j < len(new):
         first, second = i, j
@@ -151,19 +152,19 @@ def _slice(walk: Walk, eqn, ins):
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
 
-    def cut(array, axes, whole=()):
+    def sliced(array, axes, full=()):
         index = [
-            slice(None) if axis in whole else slice(starts[axis], limits[axis], strides[axis])
+            slice(None) if axis in full else slice(starts[axis], limits[axis], strides[axis])
             for axis in axes
         ]
         return array[tuple(index)]
 
-    moved = _per_kind(weight, cut)
+    moved = _per_kind(weight, sliced)
     projected = weight.axes("projected")
     if any((starts[i], limits[i], strides[i]) != (0, weight.value.shape[i], 1) for i in projected):
-        moved["columns"] = cut(weight.indices(), projected)
-    tap = cut(weight.tap, range(len(starts)), projected)
-    return after_move(weight, apply(eqn, weight.value), tap, weight.kinds, weight.slot, **moved)
+        moved["columns"] = sliced(weight.indices(), projected)
+    up = sliced(weight.up, range(len(starts)), projected)
+    return after_move(weight, apply(eqn, weight.value), up, weight.kinds, weight.slot, **moved)
 
 
 def _dynamic_slice(walk: Walk, eqn, ins):
@@ -175,21 +176,21 @@ def _dynamic_slice(walk: Walk, eqn, ins):
     if len(starts) != len(sizes):
         return None
 
-    def cut(array, axes, whole=()):
-        first = [jnp.zeros_like(starts[axis]) if axis in whole else starts[axis] for axis in axes]
-        lengths = [array.shape[i] if axis in whole else sizes[axis] for i, axis in enumerate(axes)]
+    def sliced(array, axes, full=()):
+        first = [jnp.zeros_like(starts[axis]) if axis in full else starts[axis] for axis in axes]
+        lengths = [array.shape[i] if axis in full else sizes[axis] for i, axis in enumerate(axes)]
         extra = array.ndim - len(first)
         first += [jnp.int32(0)] * extra
         lengths += list(array.shape[len(lengths) :])
         return jax.lax.dynamic_slice(array, first, lengths)
 
-    moved = _per_kind(weight, cut)
+    moved = _per_kind(weight, sliced)
     projected = weight.axes("projected")
     if any(sizes[axis] != weight.value.shape[axis] for axis in projected):
-        moved["columns"] = cut(weight.indices(), projected)
-    tap = cut(weight.tap, range(len(sizes)), projected)
+        moved["columns"] = sliced(weight.indices(), projected)
+    up = sliced(weight.up, range(len(sizes)), projected)
     value = apply(eqn, weight.value, *starts)
-    return after_move(weight, value, tap, weight.kinds, weight.slot, **moved)
+    return after_move(weight, value, up, weight.kinds, weight.slot, **moved)
 
 
 def _rev(walk: Walk, eqn, ins):
@@ -203,8 +204,8 @@ def _rev(walk: Walk, eqn, ins):
     projected = weight.axes("projected")
     if set(projected) & set(turned):
         moved["columns"] = turn(weight.indices(), projected)
-    tap = jnp.flip(weight.tap, [axis for axis in turned if axis not in projected])
-    return after_move(weight, apply(eqn, weight.value), tap, weight.kinds, weight.slot, **moved)
+    up = jnp.flip(weight.up, [axis for axis in turned if axis not in projected])
+    return after_move(weight, apply(eqn, weight.value), up, weight.kinds, weight.slot, **moved)
 
 
 def _broadcast_in_dim(walk: Walk, eqn, ins):
@@ -220,8 +221,8 @@ def _broadcast_in_dim(walk: Walk, eqn, ins):
     kinds: list[Kind] = ["kept"] * len(shape)
     for axis, dim in enumerate(dims):
         kinds[dim] = weight.kinds[axis]
-    tap = jax.lax.broadcast_in_dim(weight.tap, tap_shape(shape, kinds, weight.spec.rank), dims)
-    return after_move(weight, apply(eqn, weight.value), tap, kinds, dims[weight.slot])
+    up = jax.lax.broadcast_in_dim(weight.up, up_shape(shape, kinds, weight.spec.rank), dims)
+    return after_move(weight, apply(eqn, weight.value), up, kinds, dims[weight.slot])
 
 
 def _split(walk: Walk, eqn, ins):
@@ -230,19 +231,19 @@ def _split(walk: Walk, eqn, ins):
     ends = list(itertools.accumulate(eqn.params["sizes"]))[:-1]
     count = len(ends) + 1
 
-    def cut(array, axes):
+    def split(array, axes):
         return jnp.split(array, ends, axes.index(axis)) if axis in axes else [array] * count
 
-    parts = _per_kind(weight, cut)
+    parts = _per_kind(weight, split)
     if weight.kinds[axis] == "projected":
-        parts["columns"] = cut(weight.indices(), weight.axes("projected"))
-        taps = [weight.tap] * count
+        parts["columns"] = split(weight.indices(), weight.axes("projected"))
+        ups = [weight.up] * count
     else:
-        taps = jnp.split(weight.tap, ends, axis)
+        ups = jnp.split(weight.up, ends, axis)
     outs = []
     for i, value in enumerate(apply(eqn, weight.value)):
         moved = {name: part[i] if isinstance(part, list) else part for name, part in parts.items()}
-        outs += after_move(weight, value, taps[i], weight.kinds, weight.slot, **moved)
+        outs += after_move(weight, value, ups[i], weight.kinds, weight.slot, **moved)
     return outs
 
 

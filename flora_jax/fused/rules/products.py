@@ -1,4 +1,4 @@
-"""Products: `dot_general`, which ends the way of a weight in a plain array."""
+"""Products: the rule for `dot_general`, whose result is a plain array."""
 
 import string
 

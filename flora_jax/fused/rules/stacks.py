@@ -1,4 +1,4 @@
-"""Stacks: several weights laid one after another, along a new axis or along one they have."""
+"""Stacks: the rules for stacking several weights along a new axis, and for concatenating them."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def _stack(walk: Walk, eqn, ins):
 
 
 def _concatenate(walk: Walk, eqn, ins):
-    """Of axes of length 1, which is what stacking is; else the parts stay apart until they are used."""
+    """Concatenates along axes of length 1, which is stacking; other parts stay apart until they are used."""
     del walk
     axis = eqn.params["dimension"]
     kinds = _alike(ins)
@@ -31,7 +31,7 @@ def _concatenate(walk: Walk, eqn, ins):
 
 
 def _joined(walk: Walk, eqn, ins):
-    """Casts, transposes and products of each part."""
+    """Applies a cast, a transpose or a product to each part."""
     place = next(i for i, traced in enumerate(ins) if isinstance(traced.value, Joined))
     joined: Joined = ins[place].value
     ins = [exposed([t])[0] if isinstance(t.value, Weight) and t.value.looked_up else t for t in ins]
@@ -70,7 +70,7 @@ def _joined(walk: Walk, eqn, ins):
 
 
 def _alike(ins: Sequence[Traced]) -> tuple[Kind, ...] | None:
-    """The kinds that all inputs have, if they differ in the key alone."""
+    """Returns the kinds of axes that all inputs have, or None if they differ in more than their keys."""
     if not all(isinstance(t.value, Weight) and t.value.columns is None for t in ins):
         return None
     first = ins[0].value
@@ -78,8 +78,8 @@ def _alike(ins: Sequence[Traced]) -> tuple[Kind, ...] | None:
     def fixed(weight: Weight):
         spec = weight.spec
         rule = (spec.rank, spec.distribution, spec.size, spec.impl, spec.block)
-        shape = (weight.value.shape, weight.factors is None, weight.tap.dtype)
-        return rule, weight.kinds, shape, weight.kept
+        shape = (weight.value.shape, weight.factors is None, weight.up.dtype)
+        return rule, weight.kinds, shape, weight.adapter
 
     if any(fixed(t.value) != fixed(first) for t in ins) or first.factors is not None:
         return None
@@ -89,9 +89,9 @@ def _alike(ins: Sequence[Traced]) -> tuple[Kind, ...] | None:
 def _together(eqn, ins, axis: int, kinds, join):
     parts = [traced.value for traced in ins]
     value = apply(eqn, *(part.value for part in parts))
-    tap = join([part.tap for part in parts], axis)
+    up = join([part.up for part in parts], axis)
     keys = jnp.stack([part.keys for part in parts], kinds[:axis].count("batch"))
-    return handed_on(parts[0].replace(value=value, tap=tap, keys=keys, kinds=tuple(kinds)))
+    return handed_on(parts[0].replace(value=value, up=up, keys=keys, kinds=tuple(kinds)))
 
 
 RULES = {

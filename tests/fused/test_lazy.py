@@ -1,4 +1,4 @@
-"""Made: products with a value that is made in blocks, against the value whole."""
+"""Lazy: products with an array that is computed in blocks, against the whole array."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flora_jax.fused import made
+from flora_jax.fused import lazy
 from tests.helpers import assert_close, normal
 
 EQUATIONS = {
@@ -35,14 +35,14 @@ def test_product(name, block, pieces):
     x = jnp.asarray(normal(1, [LENGTHS[label] for label in of_x]))
     axis = of_value.index("i")
     piece = functools.partial(double_piece, axis) if pieces else None
-    value = made.Made({"half": half}, double, piece, axis - len(shape), block=block)
+    value = lazy.Lazy({"half": half}, double, piece, axis - len(shape), block=block)
     equation = f"{of_x},{of_value}->{of_y}"
 
     def bind(x, value):
         return jnp.einsum(equation, x, value)
 
     def run(x, value):
-        return jnp.sum(jnp.sin(made.product(value, x, bind, (of_x, of_value, of_y))))
+        return jnp.sum(jnp.sin(lazy.product(value, x, bind, (of_x, of_value, of_y))))
 
     def plain(x):
         return jnp.sum(jnp.sin(jnp.einsum(equation, x, 2 * half)))
@@ -53,7 +53,7 @@ def test_product(name, block, pieces):
 
 
 def test_cast_and_shape():
-    value = made.Made({"half": jnp.ones((4, 6))}, double).astype(jnp.bfloat16)
+    value = lazy.Lazy({"half": jnp.ones((4, 6))}, double).astype(jnp.bfloat16)
     assert value.shape == (4, 6) and value.ndim == 2
-    assert value.value().dtype == jnp.bfloat16
-    assert made.value_of(3.0) == 3.0
+    assert value.materialize().dtype == jnp.bfloat16
+    assert lazy.materialized(3.0) == 3.0
