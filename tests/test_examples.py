@@ -113,7 +113,7 @@ def test_changes_are_of_these_pages():
 
 @pytest.mark.slow
 def test_the_layout_of_maxtext():
-    """Layers along axis 1 are a batch axis, each kernel has a sketch, no gradient is whole, and it learns."""
+    """Layers along axis 1 are a batch axis, each kernel has a sketch, no full gradient is materialized, and it learns."""
     names = execute(ROOT / "docs" / "how-to" / "frameworks.md")
     specs = {leaf.path: leaf.spec for leaf in names["plan"].leaves}
     assert {path: spec.data_shape for path, spec in specs.items()} == {

@@ -1,4 +1,4 @@
-"""What is not finite is left out of the born-compressed step, as if it had not been."""
+"""What is not finite is left out of the fused step, as if it had not been there."""
 
 import functools
 
@@ -73,7 +73,7 @@ def test_a_batch_of_no_example_is_a_micro_step_of_gradient_zero():
 
 
 def test_a_device_without_examples_adds_nothing():
-    """Sums over a cut batch of which one device's part is masked away, divided by the whole count."""
+    """Sums over a sharded batch of which one device's part is masked out, divided by the total count."""
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     x = jnp.asarray(normal(3, (8, 32)))
     kept = jnp.asarray([1, 1, 0, 0, 1, 1, 1, 0], jnp.float32)  # nothing of the second device's
@@ -86,7 +86,7 @@ def test_a_device_without_examples_adds_nothing():
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P()
     )
-    def cut(params, x, kept):
+    def sharded(params, x, kept):
         grad_fn = flora_jax.value_and_grad(
             lambda params: (
                 jax.lax.psum(part(params, x, kept), "data") / jax.lax.psum(kept.sum(), "data")
@@ -100,7 +100,7 @@ def test_a_device_without_examples_adds_nothing():
         return part(params, x[chosen], kept[chosen]) / kept.sum()
 
     expected = flora_jax.value_and_grad(alone, RULE)(make_params(), cycle=0)
-    assert_tree_close(cut(make_params(), x, kept), expected, 1e-5)
+    assert_tree_close(sharded(make_params(), x, kept), expected, 1e-5)
 
 
 def test_a_leaf_of_no_numbers_passes():

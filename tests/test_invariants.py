@@ -153,7 +153,7 @@ def test_nothing_of_the_weights_size_is_kept():
 
 
 def _unfactored(params):
-    """Adafactor keeps second moments of matrices below 128 whole: its own, not Flora's."""
+    """Adafactor keeps unfactored second moments of matrices below 128: its own, not Flora's."""
     state = optax.adafactor(0.1).init(params)
     sizes = {leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2}
     return [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 2 and leaf.size in sizes]

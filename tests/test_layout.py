@@ -38,8 +38,8 @@ def imports(files):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:
                 for alias in node.names:
-                    whole = f"{node.module}.{alias.name}"
-                    found.add(whole if whole in files else node.module)
+                    full = f"{node.module}.{alias.name}"
+                    found.add(full if full in files else node.module)
             elif isinstance(node, ast.Import):
                 found.update(alias.name for alias in node.names)
         graph[name] = sorted((found & files.keys()) - {name})

@@ -29,7 +29,7 @@ def loss(params, x):
 
 
 def train(layout):
-    """Params after `STEPS` micro-steps, whole, on every process."""
+    """Params after `STEPS` micro-steps, in full on every process."""
     kinds = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=kinds)
     spec = PartitionSpec(None, "data") if layout == "fsdp" else PartitionSpec()

@@ -1,7 +1,9 @@
-"""LoRA and its relatives: low-rank arrays that are kept and trained, on any JAX function.
+"""LoRA and variants of LoRA: low-rank arrays that are trained beside frozen weights, on any JAX function.
 
-Each method is an `Adapter`: `init(key, params) -> adapter_params`, `apply(fun)`, and
-`merge(params, adapter_params) -> params`.
+Each method returns an `Adapter` (`low_rank.py`), with `init(key, params) -> adapter_params`,
+`apply(fun)`, which runs a function with the adapters, and
+`merge(params, adapter_params) -> params`. Start with `lora.py`; the other files have one method each,
+`quantized.py` has frozen weights in 8 or 4 bits, and `peft.py` has the file format of Hugging Face PEFT.
 """
 
 from flora_jax.adapters import peft as peft

@@ -1,20 +1,20 @@
 """Deep LoRA: three factors of full width, compressed through the singular vectors of the first gradient.
 
-A product of three factors that starts small and orthogonal learns changes of low rank first. All it
-learns stays in a subspace that is known at the start: the leading singular vectors of the first
-gradient, and where the starting product takes them. In coordinates of that subspace the factors
-are `r × r`.
+A product of three factors that starts small and orthogonal learns changes of low rank first. Everything
+it learns stays in a subspace that is known at the start: the leading singular vectors of the first
+gradient, and their images under the starting product. In coordinates of that subspace the factors are
+`r × r`.
 
 | paper (`W`: out × in) | here (weight: in × out) |
 |---|---|
-| `W = W₀ + W₃ W₂ W₁`, each `ε` times orthogonal at the start | what is compressed |
+| `W = W₀ + W₃ W₂ W₁`, each `ε` times an orthogonal matrix at the start | what the small factors stand for |
 | `U_{L,1}`, `V_{1,1}`, bases of the two sides, `2 r̂` columns | `up`, `down`, `r = 2 r̂` |
 | compressed factors `W̃₁`, `W̃₂`, `W̃₃`, `ε I` at the start | `first`, `second`, `third` |
 | learning rates of the outer bases, `γ` times that of the rest | `discrepant` |
 | first gradient's singular vectors | `singular_vectors`, from two sketches of it |
 
-A basis of a side is `r̂` singular vectors of the gradient, and `r̂` random directions that stand for where
-the starting product takes those of the other side.
+The basis of a side consists of `r̂` singular vectors of the gradient, and of `r̂` random directions, which
+stand for the images of the other side's singular vectors under the starting product.
 
 Source: Yaras, Wang, Balzano, Qu, "Compressible Dynamics in Deep Overparameterized Low-Rank Learning
 & Adaptation", arXiv 2406.04112, Sections 2.2, 3 and 4. Singular vectors of a matrix from its sketches:
@@ -50,19 +50,20 @@ OVERSAMPLING = 8
 def deep_lora(
     rank: int | Projection, vectors: dict[str, tuple[Any, Any]], *, epsilon: float = 1e-2
 ) -> Adapter:
-    """Three small factors between two bases.
+    """Returns Deep LoRA: three small factors between two bases.
 
     Args:
-      rank: `r`, even, of the small factors; or a `Projection` (see `lora`).
-      vectors: from `singular_vectors`, of rank `r/2`, for each weight to adapt.
-      epsilon: `ε`, the scale of each factor at the start.
+      rank: The rank `r` of the small factors, which must be even; or a `Projection`, as in `lora`.
+      vectors: The singular vectors of each weight to adapt, as the function that `singular_vectors`
+        returns gives them: `r/2` for each side.
+      epsilon: The scale `ε` of each factor at the start.
 
     Returns:
       An `Adapter`, whose params are `{path: {"down": (*B, *P, r), "first", "second", "third":
-      (*B, r, r), "up"}}`.
+      (*B, r, r), "up"}}`, where `B` are the batch axes of the weight and `P` its projected axes.
 
     Raises:
-      ValueError: (on init) an odd rank, vectors of another number, a weight without any.
+      ValueError: On `init`, the rank is odd, or a weight has no vectors, or another number of them.
     """
     projection = as_projection(rank)
 
@@ -96,7 +97,14 @@ def deep_lora(
 
 
 def discrepant(gamma: float) -> optax.GradientTransformation:
-    """Multiplies the updates of the bases (`down`, `up`) by `γ`; goes last in the chain. No state."""
+    """Multiplies the updates of the bases (`down` and `up`) by `γ`. It goes last in the chain.
+
+    Args:
+      gamma: The factor `γ`.
+
+    Returns:
+      A transformation without state.
+    """
 
     def update_fn(updates, state, params=None):
         del params
@@ -112,20 +120,22 @@ def discrepant(gamma: float) -> optax.GradientTransformation:
 def singular_vectors(
     loss: Callable, rank: int | Projection, *, seed: int = 0
 ) -> Callable[..., dict[str, tuple[jax.Array, jax.Array]]]:
-    """Leading singular vectors of the gradient of `loss`, which is never whole.
+    """Finds the leading singular vectors of the gradient of a loss, without materializing the gradient.
 
-    Two passes give born-compressed sketches of its rows and of its columns. The range of the one, and
-    the other in that range, have its singular vectors: exactly where the gradient's rank is at most
-    `rank`, else to about the size of what is beyond it.
+    Two passes of the fused route give sketches of its rows and of its columns. The singular vectors follow
+    from the range of the one sketch, and the other in coordinates of that range. They are exact where the
+    gradient's rank is at most `rank`; otherwise the error is about as large as the singular values beyond.
 
     Args:
-      loss: `(params, *args) -> scalar`.
-      rank: `r` of `deep_lora`, or its `Projection`; half of it are found, of every weight.
-      seed: of the sketches.
+      loss: The loss function `(params, *args) -> scalar`.
+      rank: The rank `r` of `deep_lora`, or its `Projection`. Half as many vectors are found for each side
+        of every weight.
+      seed: The seed of the sketches.
 
     Returns:
-      `(params, *args) -> {path: (left, right)}`: `(*B, m, r/2)` of the input side, `(*B, n, r/2)` of
-      the output side, orthonormal columns in order.
+      A function `(params, *args) -> {path: (left, right)}`. `left` is `(*B, m, r/2)`, for the input side,
+      and `right` is `(*B, n, r/2)`, for the output side; their columns are orthonormal, and in the order
+      of the singular values.
     """
     projection = as_projection(rank)
 
@@ -156,7 +166,7 @@ def _sketches(loss, projection, known, side, times, seed, params, args) -> dict[
         projection,
         rank=rank,
         side=side,
-        embedding="matrix",  # no rule of its own: both sides are wanted of whatever has an adapter
+        embedding="matrix",  # like any matrix, since both sides are needed of all that has an adapter
         head="matrix",
         select=lambda path, shape: path in known,
         seed=seed,
@@ -167,18 +177,22 @@ def _sketches(loss, projection, known, side, times, seed, params, args) -> dict[
 
 
 def _from_sketches(rows: Sketch, columns: Sketch, rank: int) -> tuple[jax.Array, jax.Array]:
-    """From `A G` and `G A′ᵀ`: `G ≈ Q X`, `Q` the range of the second, `X` by least squares of the first."""
+    """Finds the singular vectors from `A G` and `G A′ᵀ`.
+
+    They are those of `G ≈ Q X`, where `Q` is the range of the second sketch, and `X` is the least-squares
+    solution of `A Q X = A G`.
+    """
     of_rows = _matrix(rows)
     range_, _ = jnp.linalg.qr(jnp.swapaxes(_matrix(columns), -1, -2))
-    drawn = products.sample(rows.spec, 0)
-    drawn = drawn.reshape(*drawn.shape[: len(rows.spec.batch)], rows.spec.rank, -1)
-    within = jnp.linalg.pinv(drawn @ range_) @ of_rows
+    a = products.sample(rows.spec, 0)
+    a = a.reshape(*a.shape[: len(rows.spec.batch)], rows.spec.rank, -1)
+    within = jnp.linalg.pinv(a @ range_) @ of_rows
     left, _, right = jnp.linalg.svd(within, full_matrices=False)
     return (range_ @ left)[..., :rank], jnp.swapaxes(right, -1, -2)[..., :rank]
 
 
 def _matrix(sketch: Sketch) -> jax.Array:
-    """Data as `(*B, r, kept)`."""
+    """Reshapes the numbers of a sketch to `(*B, r, n)`."""
     spec = sketch.spec
     source = (*data_batch(spec), spec.projected[0])
     data = jnp.moveaxis(sketch.data, source, range(len(source)))
@@ -186,9 +200,9 @@ def _matrix(sketch: Sketch) -> jax.Array:
 
 
 def _basis(key: jax.Array, vectors: jax.Array, first: bool) -> jax.Array:
-    """The vectors, first or last, and as many random ones; all orthonormal."""
+    """Returns the vectors and as many random ones, all orthonormal, with the given ones first or last."""
     noise = jax.random.normal(key, vectors.shape, vectors.dtype)
-    for _ in range(2):  # twice is enough, in floating point
+    for _ in range(2):  # in floating point twice is enough
         noise -= vectors @ (jnp.swapaxes(vectors, -1, -2) @ noise)
     others, _ = jnp.linalg.qr(noise)
     return jnp.concatenate([vectors, others] if first else [others, vectors], axis=-1)

@@ -1,4 +1,4 @@
-"""Flat-LoRA: an adapter that is trained under random noise on the whole weight.
+"""Flat-LoRA: an adapter that is trained under random noise on the merged weight.
 
 | paper (`W`: out × in) | here |
 |---|---|
@@ -6,10 +6,10 @@
 | `ε_ij ~ N(0, σ²/n · ‖W′_i‖²)`, `W′ = W + s B A`, row `i` the filter of one output, `n` inputs | `noise` |
 | `σ_t = σ · ½ (1 − cos(π t / T))` | `growing` |
 
-Of the noise there is the key, and a number for each output; its entries are drawn by index, a
-block at a time, at each use and once more in the backward pass. So there is no second copy of a
-weight, and not of one layer's. As in the authors' method the noise does not answer to the gradient;
-nor have the weights under noise one of their own: it is zero.
+Only a key is stored of the noise, and a number for each output. Its entries are sampled by index, a
+block at a time, at each use, and once more in the backward pass. So there is no second copy of a
+weight, not even of one layer's. As in the authors' method, no gradient flows through the noise, and the
+gradient of the frozen weights is zero.
 
 Source: Li, He, Li, Wang, Shang, Huang, "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape",
 arXiv 2409.14396, Sections 3.2 and 3.3.
@@ -34,22 +34,22 @@ from flora_jax.fused.weight import Kind, Weight, both_factors, down_labels, kind
 def flat_lora(
     adapter: Adapter, key: jax.Array, sigma: jax.typing.ArrayLike, *, block: int = BLOCK
 ) -> Adapter:
-    """The adapter, run under noise; to be made in each step, with a key of that step.
+    """Returns an adapter that runs functions under noise. Make a new one in each step, with a key of that step.
 
     Args:
-      adapter: from `lora` or another method; its parameters stay as they are, and so does `merge`.
-      key: typed key, may be traced.
-      sigma: of the noise, in the norms of the weight's filters; may be traced. The paper has 0.05 to
-        0.15 at the end of `growing`.
-      block: largest number of entries of the noise that are drawn at a time, per weight.
+      adapter: The `Adapter` that `lora` or another method returned. Its parameters are used unchanged.
+      key: A typed key, which may be traced.
+      sigma: The standard deviation `σ` of the noise relative to the norms of the weight's filters; it may
+        be traced. The paper has 0.05 to 0.15, reached at the end of `growing`.
+      block: The largest number of entries of the noise that are in memory at a time, for each weight.
 
     Returns:
-      An `Adapter`, of which `apply` is to be used.
+      An `Adapter`, whose `apply` has the noise. Its `merge` is that of the given adapter.
 
     Raises:
-      ValueError: (on apply) a quantised weight.
+      ValueError: On a call of the function that `apply` returns, a weight is quantized.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flora_jax.adapters import flat_lora, lora
       >>> adapter, params = lora(4), {"kernel": jnp.ones((256, 128))}
@@ -68,7 +68,12 @@ def flat_lora(
 
 
 def growing(sigma: float, steps: int) -> optax.Schedule:
-    """`σ_t`: from 0 to `sigma` in `steps` steps, along a cosine."""
+    """Returns the schedule `σ_t`, which grows from 0 to `sigma` along a cosine.
+
+    Args:
+      sigma: The final value.
+      steps: The number of steps after which it is reached.
+    """
 
     def schedule(step):
         return sigma * 0.5 * (1 - jnp.cos(jnp.pi * jnp.minimum(step, steps) / steps))
@@ -77,15 +82,23 @@ def growing(sigma: float, steps: int) -> optax.Schedule:
 
 
 def noise(spec: Spec, key: jax.Array, scale: jax.Array) -> jax.Array:
-    """The noise of one leaf whole; for looking at it. `scale` is `(*B, *K)`, K the axes of the outputs."""
+    """Samples all of the noise of one leaf, for inspection and tests.
+
+    Args:
+      spec: The `Spec` of the leaf.
+      key: A typed key.
+      scale: The standard deviation for each output, of shape `(*B, *K)`, where `K` are the axes of the
+        outputs.
+    """
     zeros = jnp.zeros(spec.shape, scale.dtype)
-    return _made(spec, key, zeros, scale, BLOCK).materialize()
+    return _lazy(spec, key, zeros, scale, BLOCK).materialize()
 
 
 def filter_scale(weight: Weight, sigma: jax.typing.ArrayLike) -> jax.Array:
-    """`σ ‖W′_i‖ / √n` of each output, `(*B, *K)`; `W′` is not made.
+    """Returns `σ ‖W′_i‖ / √n` for each output `i`, of shape `(*B, *K)`, without forming `W′`.
 
-    `‖w + A u‖² = ‖w‖² + 2 uᵀ (Aᵀ w) + uᵀ (Aᵀ A) u`.
+    For a column `w` of the weight and the column `u` of the up factor,
+    `‖w + D u‖² = ‖w‖² + 2 uᵀ (Dᵀ w) + uᵀ (Dᵀ D) u`, where `D` is the down factor.
     """
     labels = "abcdefghijkl"[: weight.value.ndim]
     batch, kept = (
@@ -114,10 +127,10 @@ def _noisy(weight: Weight, key: jax.Array, sigma: Any, block: int) -> Weight:
     if isinstance(weight.value, Lazy):
         raise ValueError(f"{weight.spec.path!r}: flat_lora needs a weight in floating point")
     scale = filter_scale(weight, sigma)
-    return weight.replace(value=_made(weight.spec, key, weight.value, scale, block))
+    return weight.replace(value=_lazy(weight.spec, key, weight.value, scale, block))
 
 
-def _made(spec: Spec, key: jax.Array, value: jax.Array, scale: jax.Array, block: int) -> Lazy:
+def _lazy(spec: Spec, key: jax.Array, value: jax.Array, scale: jax.Array, block: int) -> Lazy:
     keys, lengths = fold_path(key, spec.path), [spec.shape[axis] for axis in spec.batch]
     if lengths:
         index = jnp.arange(math.prod(lengths), dtype=jnp.int32)
@@ -125,12 +138,15 @@ def _made(spec: Spec, key: jax.Array, value: jax.Array, scale: jax.Array, block:
     piece = _Noise(kinds_of(spec), str(jax.random.key_impl(key)))
     parts = {"value": value, "keys": jax.random.key_data(keys), "scale": scale}
     axis = spec.projected[0] - len(spec.shape)
-    return Lazy(parts, _Whole(piece, axis), piece, axis, block=block)
+    return Lazy(parts, _All(piece, axis), piece, axis, block=block)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Noise:
-    """Noisy slabs of a weight of these kinds (less those leading batch axes that `scan` took)."""
+    """Computes slabs of a weight with its noise.
+
+    The weight has axes of these kinds, without those leading batch axes that a `scan` has taken.
+    """
 
     kinds: tuple[Kind, ...]
     impl: str
@@ -145,25 +161,27 @@ class _Noise:
         inner = [value.shape[axis] for axis in _axes(kinds, "projected")[1:]]
         columns = start * math.prod(inner) + jnp.arange(length * math.prod(inner), dtype=jnp.int32)
 
-        def draw(words):
+        def sample(words):
             key = jax.random.wrap_key_data(words, impl=self.impl)
             size, count = length * math.prod(inner), math.prod(kept)
-            drawn = distributions.columns("gaussian", key, count, size, columns)
-            return drawn.reshape(length, *inner, *kept)
+            sampled = distributions.columns("gaussian", key, count, size, columns)
+            return sampled.reshape(length, *inner, *kept)
 
         for _ in _axes(kinds, "batch"):
-            draw = jax.vmap(draw)
-        drawn = jnp.transpose(draw(parts["keys"]), [order.index(i) for i in range(value.ndim)])
+            sample = jax.vmap(sample)
+        sampled = jnp.transpose(sample(parts["keys"]), [order.index(i) for i in range(value.ndim)])
         shape = [
             1 if kind == "projected" else n for n, kind in zip(value.shape, kinds, strict=True)
         ]
         middle = [i for i in order if kinds[i] != "projected"]
         scale = jnp.transpose(parts["scale"], [middle.index(i) for i in sorted(middle)])
-        return slab + (drawn * scale.reshape(shape)).astype(slab.dtype)
+        return slab + (sampled * scale.reshape(shape)).astype(slab.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Whole:
+class _All:
+    """Computes a whole weight with its noise."""
+
     piece: _Noise
     axis: int
 

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adaptation.
+"""LoRA: low-rank adaptation, which trains two factors beside each frozen weight.
 
 | paper | here |
 |---|---|
@@ -27,22 +27,27 @@ def lora(
     rank_stabilized: bool = False,
     init: Init = "kaiming",
 ) -> Adapter:
-    """LoRA on every weight that the projection names.
+    """Returns LoRA on every weight that the projection selects.
 
     Args:
-      rank: of all adapters; or a `Projection`, which says which leaves have one (`min_dim`, `mask`,
-        `select`, `weight_dimension_numbers`), on which side `A` is, and the rank of each.
-      alpha: the update is scaled by `alpha / r`; by default by 1.
-      rank_stabilized: by `alpha / √r` instead.
-      init: of `A`: `kaiming` (uniform on ±1/√m) or `gaussian` (standard deviation 1/r).
+      rank: The rank `r` of all adapters; or a `Projection`, which says which leaves have an adapter
+        (`min_dim`, `mask`, `select`, `weight_dimension_numbers`), on which side the factor `A` is, and
+        the rank of each.
+      alpha: The number `α`, with which the product of the factors is scaled by `α / r`. None scales it by
+        1.
+      rank_stabilized: Whether to scale by `α / √r` instead.
+      init: The distribution of `A` at the start: `kaiming` (uniform on ±1/√m) or `gaussian` (normal with
+        standard deviation 1/r).
 
     Returns:
-      An `Adapter`, whose params are `{path: {"down": (*B, *P, r), "up": …}}`.
+      An `Adapter`, whose params are `{path: {"down": (*B, *P, r), "up": …}}`, where `B` are the batch
+      axes of the weight and `P` its projected axes, and `up` has the weight's shape with `r` in the
+      place of `P`.
 
     Raises:
-      ValueError: (on init) an unknown `init`, no weight to adapt.
+      ValueError: On `init`, the name of the distribution is unknown, or there is no weight to adapt.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flora_jax.adapters import lora
       >>> adapter = lora(4, alpha=8)
@@ -66,7 +71,7 @@ def lora(
 
 
 def pair_factors(projection: Projection, scale: Callable[[Spec], float]) -> Callable:
-    """`(params, {path: {"down", "up"}}) -> {path: Factors}`."""
+    """Returns a function `(params, {path: {"down", "up"}}) -> {path: Factors}` that applies the scale."""
 
     def factors(params: Any, adapter_params: Any) -> dict[str, Factors]:
         known = specs(projection, params)
@@ -79,7 +84,7 @@ def pair_factors(projection: Projection, scale: Callable[[Spec], float]) -> Call
 
 
 def scaled(alpha: float | None, rank_stabilized: bool = False) -> Callable[[Spec], float]:
-    """`α/r`, or `α/√r`, of a leaf; 1 without an `α`."""
+    """Returns a function from a leaf's spec to its scale: `α/r`, or `α/√r`, or 1 without an `α`."""
 
     def scale(spec: Spec) -> float:
         if alpha is None:

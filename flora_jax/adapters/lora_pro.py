@@ -1,8 +1,8 @@
-"""LoRA-Pro: gradients of LoRA's factors, adjusted so that together they are the best they can be.
+"""LoRA-Pro: LoRA with gradients of its factors that are adjusted to approximate the full gradient.
 
-A step along `(g_A, g_B)` moves the weight along the *equivalent gradient* `s B g_A + s g_B A`. The
-adjusted pair makes it the nearest to the whole gradient `G` that a pair can make, and of all such
-pairs is the nearest to LoRA's own; it is computed from LoRA's gradients alone, `G` is not needed.
+A step along `(g_A, g_B)` moves the weight along the *equivalent gradient* `s B g_A + s g_B A`. With the
+adjusted pair, this is as near to the full gradient `G` as any pair can make it; of all such pairs the
+adjusted one is the nearest to LoRA's own. It is computed from LoRA's gradients alone, without `G`.
 
 | paper (`W`: out × in) | here (weight: in × out) |
 |---|---|
@@ -11,9 +11,9 @@ pairs is the nearest to LoRA's own; it is computed from LoRA's gradients alone, 
 | `g_B = (1/s²)[I − B(BᵀB)⁻¹Bᵀ] g_B^lora (AAᵀ)⁻¹ − B X` | `(1/s²)(DᵀD)⁺ g_U [I − Uᵀ(UUᵀ)⁺U] − Y U` |
 | `BᵀB X + X AAᵀ = −(1/s²)(BᵀB)⁻¹ g_A^lora Aᵀ` | `Y UUᵀ + DᵀD Y = −(1/s²) Dᵀ g_D (UUᵀ)⁺` |
 
-Both Gram matrices are symmetric, so the Sylvester equation is solved by their eigenvectors. `⁺` is the
-pseudo-inverse: with `B = 0`, as LoRA starts, the inverses of the paper do not exist, and the pair
-is still the best one.
+Both Gram matrices are symmetric, so the Sylvester equation is solved by means of their eigenvectors.
+`⁺` is the pseudo-inverse: with `B = 0`, where LoRA starts, the paper's inverses do not exist, but the
+pair with pseudo-inverses is still the best one.
 
 Source: Wang, Liang, He, Wang, Tan, "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", arXiv
 2407.18242, Theorems 2.1 and 2.3, Algorithms 1 and 2.
@@ -30,20 +30,20 @@ from flora_jax.chain.sketch import Spec
 
 
 def lora_pro(adapter: Adapter, params: Any) -> optax.GradientTransformation:
-    """Adjusts LoRA's gradients; any optimizer goes after it. No state.
+    """Adjusts the gradients of LoRA's factors. Any optimizer can follow it.
 
     Args:
-      adapter: from `lora`.
-      params: of the model, or their shapes.
+      adapter: The `Adapter` that `lora` returned.
+      params: The params of the model, or their shapes.
 
     Returns:
-      A transformation of the gradients of `{path: {"down", "up"}}`; its update needs the adapter's
-      params.
+      A transformation of the gradients of `{path: {"down", "up"}}`, without state. Its `update` needs
+      the adapter's params.
 
     Raises:
-      ValueError: (on update) no params.
+      ValueError: On `update`, no params were given.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from flora_jax.adapters import lora, lora_pro
       >>> params = {"kernel": jnp.ones((256, 128))}
@@ -68,16 +68,23 @@ def lora_pro(adapter: Adapter, params: Any) -> optax.GradientTransformation:
 def lora_pro_inside(
     inner: optax.GradientTransformation, adapter: Adapter, params: Any
 ) -> optax.GradientTransformation:
-    """Algorithm 2: an optimizer that sees the equivalent gradient, and so has a state of its size.
+    """Runs an optimizer on the equivalent gradient in place of the factors' gradients (the paper's Algorithm 2).
 
-    The gradients are adjusted and turned into the equivalent gradient, `inner` (such as
-    `optax.scale_by_adam`) makes a step of it, and the step is turned into one of the factors, adjusted
-    again. What costs memory here is `inner`'s state: as large as the weights'.
+    The gradients are adjusted and combined to the equivalent gradient, `inner` (such as
+    `optax.scale_by_adam`) turns that into a step, and the step is turned into one of the factors, which
+    is adjusted again. The state of `inner` is as large as for the weights themselves.
 
     Args:
-      inner: sees `{path: array of the weight's matrices (*B, m, n)}`.
-      adapter: from `lora`.
-      params: of the model, or their shapes.
+      inner: The optimizer. It receives `{path: array of the weight's matrices, (*B, m, n)}`.
+      adapter: The `Adapter` that `lora` returned.
+      params: The params of the model, or their shapes.
+
+    Returns:
+      A transformation of the gradients of `{path: {"down", "up"}}`. Its `update` needs the adapter's
+      params.
+
+    Raises:
+      ValueError: On `update`, no params were given.
     """
     known = specs(adapter.projection, params)
 
@@ -93,14 +100,14 @@ def lora_pro_inside(
 
     def update_fn(updates, state, params=None):
         own = _expected(params)
-        whole = {}
+        equivalent = {}
         for path, gradient in updates.items():
             spec, scale = known[path], adapter.scale(known[path])
             down, up = to_matrices(spec, **own[path])
             of_down, of_up = to_matrices(spec, **_adjusted(spec, scale, own[path], gradient))
-            whole[path] = scale * (of_down @ up + down @ of_up)
+            equivalent[path] = scale * (of_down @ up + down @ of_up)
         steps: Any
-        steps, state = inner.update(whole, state)
+        steps, state = inner.update(equivalent, state)
         result = {}
         for path, step in steps.items():
             spec, scale = known[path], adapter.scale(known[path])
@@ -130,7 +137,15 @@ def _adjusted(spec: Spec, scale: float, own: Any, gradient: Any) -> dict[str, ja
 def adjust(
     scale: float, down: jax.Array, up: jax.Array, of_down: jax.Array, of_up: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The adjusted gradients of `down`, `(*B, m, r)`, and `up`, `(*B, r, n)`."""
+    """Returns the adjusted gradients of the factors.
+
+    Args:
+      scale: The scale `s` of the product of the factors.
+      down: The down factor, of shape `(*B, m, r)`.
+      up: The up factor, of shape `(*B, r, n)`.
+      of_down: The gradient of the down factor.
+      of_up: The gradient of the up factor.
+    """
     of_d, vectors_d = jnp.linalg.eigh(_transposed(down) @ down)
     of_u, vectors_u = jnp.linalg.eigh(up @ _transposed(up))
     inverse_d = (vectors_d * _inverse(of_d)[..., None, :]) @ _transposed(vectors_d)
@@ -146,7 +161,7 @@ def adjust(
 
 
 def _inverse(values: jax.Array) -> jax.Array:
-    """Of eigenvalues that stand out from rounding; 0 of the others."""
+    """Returns the inverses of eigenvalues that are above the rounding error, and 0 for the others."""
     least = values.shape[-1] * jnp.finfo(values.dtype).eps * values.max(axis=-1, keepdims=True)
     known = values > least
     return jnp.where(known, 1 / jnp.where(known, values, 1), 0)

@@ -41,23 +41,24 @@ def lorta(
     names: Sequence[str] = NAMES,
     layer_of: Callable[[str], str] | None = None,
 ) -> Adapter:
-    """The tensor over all attention kernels.
+    """Returns LoRTA: one low-rank tensor for the updates of all attention kernels.
 
     Args:
-      rank: of the tensor; or a `Projection` with side `input`, which may leave matrices out.
-      heads: of each layer; all of its four matrices must have so many.
-      alpha: the update is scaled by `alpha / rank`; by default by 1.
-      names: of the query, key, value and output projections: a part of a leaf's path, or what follows its
-        last underscore (`self_query`, `cross_query`).
-      layer_of: the name of a leaf's layer, from its path; by default `xgb_lora`'s rule.
+      rank: The rank `r` of the tensor; or a `Projection` with side `input`, which may leave matrices out.
+      heads: The number `H` of heads in each layer, for all four of its matrices.
+      alpha: The number `α`, with which the update is scaled by `α / r`. None scales it by 1.
+      names: The names of the query, key, value and output projections. Each is a part of a leaf's path,
+        or what follows the last underscore in one (`self_query`, `cross_query`).
+      layer_of: A function from a leaf's path to the name of its layer. The default is the same as in
+        `xgb_lora`.
 
     Returns:
       An `Adapter`, whose params are `{"input": (d, r), "head_dim": (d/H, r), "heads": (H, r),
-      "layers": (L, r), "matrices": (4, r)}`. `head_dim` starts at zero, the others at random.
+      "layers": (L, r), "matrices": (4, r)}`. `head_dim` is zero at the start, and the others are random.
 
     Raises:
-      ValueError: a matrix of other sizes than the first, a width that `heads` does not divide, no
-        matrix of these names.
+      ValueError: On `init`, a matrix has other sizes than the first, `heads` does not divide the width,
+        or no matrix has one of the names.
     """
     projection = as_projection(rank)
     name_of = layer_of or layer_name
@@ -79,8 +80,8 @@ def lorta(
         def start(key, name, length):
             if name == "head_dim":
                 return jnp.zeros((length, rank), dtype)
-            draws = jax.random.normal(key, (length, rank), dtype)
-            return draws * width**-0.5 if name == "input" else draws
+            values = jax.random.normal(key, (length, rank), dtype)
+            return values * width**-0.5 if name == "input" else values
 
         pairs = zip(keys, lengths.items(), strict=True)
         return {name: start(key, name, length) for key, (name, length) in pairs}
@@ -110,14 +111,14 @@ def lorta(
 
 
 def count(rank: int, width: int, heads: int, layers: int, matrices: int = 4) -> int:
-    """Trained numbers: `r (d + d/H + H + L + 4)`."""
+    """Returns the number of trained parameters, `r (d + d/H + H + L + 4)`."""
     return rank * (width + width // heads + heads + layers + matrices)
 
 
 def _matrices(
     projection: Projection, params: Any, names: Sequence[str]
 ) -> dict[str, tuple[Spec, int]]:
-    """The attention kernels by path, each with the place of its name."""
+    """Returns the attention kernels by path, each with the position of its name among `names`."""
     found = {}
     for path, spec in specs(projection, params).items():
         parts = path.split("/")
@@ -134,7 +135,7 @@ def _matrices(
 
 
 def _sizes(known: dict[str, tuple[Spec, int]], heads: int) -> tuple[int, int, str]:
-    """Width and rank, alike for all."""
+    """Returns the width and the rank, which are the same for all matrices, and the path of the first."""
     width = rank = 0
     first = ""
     for path, (spec, _) in known.items():
@@ -155,7 +156,7 @@ def _sizes(known: dict[str, tuple[Spec, int]], heads: int) -> tuple[int, int, st
 
 
 def _layers(known: dict[str, tuple[Spec, int]], name_of: Callable[[str], str]) -> list[str]:
-    """Names of all layers, in the order of their numbers."""
+    """Returns the names of all layers, in the order of their numbers."""
     names = {name for spec, _ in known.values() for name in layer_names(spec, name_of)}
 
     def order(name: str):

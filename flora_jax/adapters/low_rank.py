@@ -1,11 +1,18 @@
-"""An adapter: weights that are kept as they are, each with a low-rank array that is trained.
+"""Low rank: an adapter, which leaves weights frozen and trains a low-rank array beside each.
 
-A leaf `W` is run as `W + A B`. The array that carries it through a function is the `Weight` of the
-fused route, with both factors kept: there `A` is drawn and `B = 0`, here they are parameters. Any JAX
-function of the params is run so without a change to it; `x (W + A B)` is computed as `x W + (x A) B`.
+| paper (weight: out × in) | here (weight: in × out) |
+|---|---|
+| `W + B A` | `W + down up` |
+| `A`, `r × m` | `down`, transposed |
+| `B`, `n × r` | `up`, transposed |
 
-In the shape descriptions `B` are the batch axes of a weight, `P` its projected ones (the input side,
-unless the projection says otherwise), `r` is the rank.
+The array that stands for a weight inside a function is the `Weight` of the fused route: there the down
+factor is sampled and the up factor is zero, and here both are parameters. So any JAX function of the
+params can be run with adapters, without a change to it; `x (W + down up)` is computed as
+`x W + (x down) up`.
+
+In the descriptions of shapes `B` stands for the batch axes of a weight, `P` for its projected axes (the
+input side, unless the projection says otherwise), and `r` for the rank.
 
 Source: Hu et al., "LoRA", arXiv 2106.09685, Section 4.1; arXiv 2402.03293, Section 2.
 """
@@ -32,11 +39,12 @@ from flora_jax.fused.weight import Weight, merged
 
 
 class Factors(NamedTuple):
-    """What is added to one weight: `down · up`, summed over the rank.
+    """The two factors whose product over the rank is added to one weight.
 
     Attributes:
-      down: `A`, `(*B, *P, r)`.
-      up: `B` times the scale: the weight's shape, with the rank in place of the projected axes.
+      down: The down factor, of shape `(*B, *P, r)`.
+      up: The up factor times the scale, of the weight's shape with the rank in the place of the
+        projected axes.
     """
 
     down: Any
@@ -45,15 +53,17 @@ class Factors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A method: how its parameters start, and what they add to each weight.
+    """A method of low-rank adaptation: how its parameters start, and what they add to each weight.
 
     Attributes:
-      init: `(key, params) -> adapter_params`.
-      factors: `(params, adapter_params) -> {path: Factors}`.
-      projection: which leaves have an adapter, and of which rank.
-      scale: what `up` is multiplied by, per leaf, where the params are `{path: {"down", "up"}}`.
-      prepare: `(params, adapter_params, weights) -> weights`, a last word on the weights by path
-        before the walk; None where there is none.
+      init: The function `(key, params) -> adapter_params`, which returns the initial parameters.
+      factors: The function `(params, adapter_params) -> {path: Factors}`, which returns what is added to
+        each weight.
+      projection: The `Projection` that says which leaves have an adapter, and of which rank.
+      scale: A function from a leaf's `Spec` to the number that its up factor is multiplied by, for
+        methods whose parameters are `{path: {"down", "up"}}`.
+      prepare: A function `(params, adapter_params, weights) -> weights`, which may change the weights (a
+        dict of `Weight`s by path) before a function is run with them, or None.
     """
 
     init: Callable[[jax.Array, Any], Any]
@@ -63,14 +73,21 @@ class Adapter:
     prepare: Callable[[Any, Any, dict[str, Weight]], dict[str, Weight]] | None = None
 
     def apply(self, fun: Callable) -> Callable:
-        """`fun(params, *args)` as `(params, adapter_params, *args)`, run with the adapters.
+        """Returns a function that runs `fun` with the adapters.
 
-        What it gives can be differentiated in `adapter_params` (`jax.grad(…, argnums=1)`), compiled,
-        mapped, and run under `scan`, `remat` and shardings as `fun` can. A use of an adapted weight
-        that has no rule gets `W + A B` whole; `uses` names it.
+        The result can be differentiated with respect to `adapter_params` (`jax.grad(…, argnums=1)`),
+        compiled, mapped, and run under `scan`, `remat` and shardings as `fun` can. If a weight is used in
+        a way for which there is no rule, the sum of the weight and its adapter is computed there; `uses`
+        names all such uses.
+
+        Args:
+          fun: A function `(params, *args, **kwargs)`.
+
+        Returns:
+          A function `(params, adapter_params, *args, **kwargs)`.
 
         Raises:
-          ValueError: `adapter_params` do not fit `params`.
+          ValueError: On a call, `adapter_params` do not fit `params`.
         """
 
         def adapted(params: Any, adapter_params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +98,18 @@ class Adapter:
     def uses(
         self, fun: Callable, params: Any, adapter_params: Any, *args: Any, **kwargs: Any
     ) -> tuple[Use, ...]:
-        """Where adapted weights are used, and how; the arguments may be shapes."""
+        """Returns all uses of weights with an adapter in `fun`. The arguments may be `jax.ShapeDtypeStruct`s.
+
+        Args:
+          fun: A function `(params, *args, **kwargs)`.
+          params: The params of the model.
+          adapter_params: The params of the adapter.
+          *args: Further arguments of `fun`.
+          **kwargs: Keyword arguments of `fun`.
+
+        Returns:
+          A tuple of `Use`. Its `whole` is True where the sum of a weight and its adapter is computed.
+        """
         walk = Walk(RULES)
         arrays, rest = partition((params, adapter_params, args, kwargs))
 
@@ -94,29 +122,38 @@ class Adapter:
         return tuple(walk.uses)
 
     def merge(self, params: Any, adapter_params: Any) -> Any:
-        """The params with the adapters added to them, rounded to the params' dtype.
+        """Returns the params with the adapters added to them, rounded to the params' dtype.
 
-        A quantised weight that has an adapter becomes one in floating point.
+        A quantized weight that has an adapter becomes one in floating point.
+
+        Args:
+          params: The params of the model.
+          adapter_params: The params of the adapter.
         """
         return _merged(self, params, adapter_params, 1)
 
     def unmerge(self, params: Any, adapter_params: Any) -> Any:
-        """What was merged with these adapters, to rounding."""
+        """Returns the params before they were merged with these adapters, up to rounding.
+
+        Args:
+          params: The merged params.
+          adapter_params: The params of the adapter.
+        """
         return _merged(self, params, adapter_params, -1)
 
 
 def as_projection(rank: Any) -> Projection:
-    """An int `r` stands for rank `r` on the input side of every matrix but embeddings."""
+    """Returns a `Projection` as it is; an int `r` means rank `r` on the input side of all matrices but embeddings."""
     if isinstance(rank, Projection):
         return rank
     return Projection(rank, side="input", embedding="whole")
 
 
 def specs(projection: Projection, params: Any) -> dict[str, Spec]:
-    """The leaves that have an adapter, by path.
+    """Returns the specs of the leaves that have an adapter, by path.
 
     Raises:
-      ValueError: no leaf has one.
+      ValueError: No leaf has one.
     """
     plans = plans_of(projection, params)
     found = {plan.path: plan.spec for plan in plans if plan.spec}
@@ -127,12 +164,12 @@ def specs(projection: Projection, params: Any) -> dict[str, Spec]:
 
 
 def down_shape(spec: Spec) -> tuple[int, ...]:
-    """`(*B, *P, r)`."""
+    """Returns the shape of a down factor, `(*B, *P, r)`."""
     return (*(spec.shape[axis] for axis in (*spec.batch, *spec.projected)), spec.rank)
 
 
 def layer_name(path: str) -> str:
-    """The name of a leaf's layer: its path up to the first name that ends in a number, else the first name."""
+    """Returns the name of a leaf's layer: its path up to the first name that ends in a number, or else its first name."""
     names = path.split("/")
     for i, name in enumerate(names):
         if re.search(r"\d$", name):
@@ -141,7 +178,7 @@ def layer_name(path: str) -> str:
 
 
 def layer_names(spec: Spec, name_of: Callable[[str], str]) -> list[str]:
-    """The layers of a leaf: one, or one for each index of its first batch axis."""
+    """Returns the names of a leaf's layers: one, or one for each index of its first batch axis."""
     name = name_of(spec.path)
     if not spec.batch:
         return [name]
@@ -149,21 +186,21 @@ def layer_names(spec: Spec, name_of: Callable[[str], str]) -> list[str]:
 
 
 def to_matrices(spec: Spec, down: Any, up: Any) -> tuple[jax.Array, jax.Array]:
-    """The factors (or their gradients) as `(*B, m, r)` and `(*B, r, n)`."""
+    """Reshapes the factors (or their gradients) to `(*B, m, r)` and `(*B, r, n)`."""
     batch = tuple(spec.shape[axis] for axis in spec.batch)
     up = jnp.moveaxis(up, *_up_order(spec))
     return down.reshape(*batch, -1, spec.rank), up.reshape(*batch, spec.rank, -1)
 
 
 def from_matrices(spec: Spec, down: Any, up: Any) -> tuple[jax.Array, jax.Array]:
-    """Undoes `to_matrices`."""
+    """Reshapes matrices to factors; the inverse of `to_matrices`."""
     source, goal = _up_order(spec)
     up = up.reshape([spec.data_shape[axis] for axis in (*source, *_others(spec, source))])
     return down.reshape(down_shape(spec)), jnp.moveaxis(up, goal, source)
 
 
 def _up_order(spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Moves the batch axes, then the rank, to the front of `up`."""
+    """Returns the move that brings the batch axes, then the rank, to the front of an up factor."""
     slot = spec.projected[0]
     source = (*data_batch(spec), slot)
     return source, tuple(range(len(source)))
@@ -174,10 +211,17 @@ def _others(spec: Spec, source: tuple[int, ...]) -> list[int]:
 
 
 def start_pair(key: jax.Array, spec: Spec, init: str = "kaiming") -> dict[str, jax.Array]:
-    """`{"down", "up"}` of one leaf: random on the projected side, zero on the other.
+    """Returns the initial `{"down", "up"}` of one leaf: the down factor is random, and the up factor zero.
 
-    `kaiming` is uniform on ±1/√m, as the authors' code and PEFT have it; `gaussian` is normal with
-    standard deviation 1/r. Each leaf has a key of its own, whatever other leaves there are.
+    Args:
+      key: A typed key. Each leaf derives a key of its own from it, which does not depend on the other
+        leaves.
+      spec: The `Spec` of the leaf.
+      init: The distribution of the down factor: `kaiming` is uniform on ±1/√m, as in the authors' code
+        and in PEFT; `gaussian` is normal with standard deviation 1/r.
+
+    Raises:
+      ValueError: `init` is neither of the two.
     """
     key, shape, dtype = fold_path(key, spec.path), down_shape(spec), jnp.dtype(spec.dtype)
     if init == "gaussian":
@@ -191,7 +235,7 @@ def start_pair(key: jax.Array, spec: Spec, init: str = "kaiming") -> dict[str, j
 
 
 def _checked(adapter: Adapter, params: Any, adapter_params: Any) -> dict[str, Factors]:
-    """The factors, of which each fits a leaf."""
+    """Returns the factors; raises a ValueError if one of them fits no leaf."""
     plans = {plan.path: plan for plan in plans_of(adapter.projection, params)}
     factors = adapter.factors(params, adapter_params)
     for path, pair in factors.items():
@@ -215,7 +259,7 @@ def _weight(plan: LeafPlan, leaf: Any, pair: Factors) -> Weight:
 
 
 def _weights(adapter: Adapter, params: Any, adapter_params: Any) -> dict[str, Weight]:
-    """The adapted leaves, by path."""
+    """Returns the weights that have an adapter, by path."""
     factors = _checked(adapter, params, adapter_params)
     plans = plans_of(adapter.projection, params)
     leaves = zip(plans, jax.tree.leaves(params, is_leaf=is_lazy), strict=True)
@@ -259,7 +303,7 @@ def _run(adapter: Adapter, walk: Walk, fun, params, adapter_params, args, kwargs
 
 
 def arrays_apart(params: Any) -> tuple[Any, Any]:
-    """Arrays (`Lazy` ones too), and all else, each with None in place of the other."""
+    """Splits the params into arrays (`Lazy` ones too) and all else, each with None for the other's leaves."""
 
     def pick(wanted: bool) -> Any:
         def visit(x):
@@ -271,7 +315,7 @@ def arrays_apart(params: Any) -> tuple[Any, Any]:
 
 
 def plans_of(projection: Projection, params: Any) -> list[LeafPlan]:
-    """The plan of every array, in the order of the tree."""
+    """Returns the plan of every array, in the order of the tree."""
     arrays, _ = arrays_apart(params)
     return leaf_plans(jax.tree.map(_outline, arrays, is_leaf=is_lazy), projection)
 

@@ -1,4 +1,4 @@
-"""LoRA in the layout of Hugging Face PEFT: `adapter_model.safetensors` and `adapter_config.json`.
+"""PEFT: LoRA in the files of Hugging Face PEFT, `adapter_model.safetensors` and `adapter_config.json`.
 
 | PEFT (`nn.Linear`, weight out × in) | here (weight in × out) |
 |---|---|
@@ -6,7 +6,7 @@
 | `base_model.model.<module>.lora_B.weight`, `(out, r)` | the factor of the output side, transposed |
 | `lora_alpha`, `alpha_pattern` (`use_rslora` false) | `Adapter.scale` times the rank |
 
-A stacked leaf is a module for each index. Needs `safetensors` (`pip install flora-jax[adapters]`).
+Each index of a stacked leaf is a module. This needs `safetensors` (`pip install flora-jax[adapters]`).
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from flora_jax.chain.sketch import Spec
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
 Modules = Callable[[str, int | None], str]
-"""From a leaf's path, and the index of a layer in a stacked one, to the name of the torch module."""
+"""A function from a leaf's path, and the index of a layer in a stacked leaf, to the name of the torch module."""
 
 
 def module_name(path: str, index: int | None) -> str:
-    """The names of the path joined by dots, less a last `kernel`, `weight` or `embedding`."""
+    """Returns the names of the path joined by dots, without a last `kernel`, `weight` or `embedding`."""
     names = path.split("/")
     if names[-1] in ("kernel", "weight", "embedding"):
         names = names[:-1]
@@ -47,20 +47,20 @@ def save(
     modules: Modules = module_name,
     base_model: str | None = None,
 ) -> None:
-    """Writes LoRA's factors and its settings, so that `peft.PeftModel.from_pretrained` reads them.
+    """Writes LoRA's factors and settings, so that `peft.PeftModel.from_pretrained` can read them.
 
-    Each file is written beside the old one and then takes its place.
+    Each file is written beside the old one, and then replaces it.
 
     Args:
-      folder: made where it does not exist.
-      adapter: from `lora`, or `prune`d.
-      params: of the model, or their shapes.
-      adapter_params: `{path: {"down", "up"}}`.
-      modules: names of torch modules.
-      base_model: what PEFT calls `base_model_name_or_path`.
+      folder: The folder, which is created if it does not exist.
+      adapter: The `Adapter` that `lora` or `prune` returned.
+      params: The params of the model, or their shapes.
+      adapter_params: The params of the adapter, `{path: {"down", "up"}}`.
+      modules: A function that gives the names of torch modules.
+      base_model: The value of PEFT's `base_model_name_or_path`.
 
     Raises:
-      ValueError: two weights with one module's name, more than one batch axis.
+      ValueError: Two weights have the same module name, or a weight has more than one batch axis.
     """
     from safetensors.flax import save_file
 
@@ -70,14 +70,14 @@ def save(
     for path, own in adapter_params.items():
         spec = known[path]
         down, up = to_matrices(spec, own["down"], own["up"])
-        pair = (down, up) if sides[path] == "input" else (_turned(up), _turned(down))
+        pair = (down, up) if sides[path] == "input" else (_transposed(up), _transposed(down))
         for index, at, module in _modules(spec, modules):
             del index
             if module in ranks:
                 raise ValueError(
                     f"modules must give each weight its own name, found {module!r} twice"
                 )
-            a, b = (_turned(factor[at]) for factor in pair)
+            a, b = (_transposed(factor[at]) for factor in pair)
             tensors[f"{PREFIX}{module}.lora_A.weight"] = jnp.asarray(a)
             tensors[f"{PREFIX}{module}.lora_B.weight"] = jnp.asarray(b)
             ranks[module], alphas[module] = spec.rank, adapter.scale(spec) * spec.rank
@@ -113,21 +113,21 @@ def save(
 def load(
     folder: Path | str, params: Any, *, modules: Modules = module_name, numbers: Any = None
 ) -> tuple[Adapter, dict[str, Any]]:
-    """Reads what `save` or `peft` wrote.
+    """Reads what `save` or PEFT has written.
 
     Args:
-      folder: with the two files.
-      params: of the model, or their shapes.
-      modules: names of torch modules.
-      numbers: `weight_dimension_numbers` of the weights, as in `Projection`.
+      folder: The folder with the two files.
+      params: The params of the model, or their shapes.
+      modules: A function that gives the names of torch modules.
+      numbers: The `weight_dimension_numbers` of the weights, as in `Projection`.
 
     Returns:
-      A LoRA adapter of the weights that the file has, and its params in the file's dtype.
+      A LoRA `Adapter` for the weights that the file has, and its params in the file's dtype.
 
     Raises:
-      FileNotFoundError: one of the two files is not there.
-      ValueError: settings that are not LoRA's own, a module that no weight has, a stacked weight of
-        which some layers are not there or have another rank, a shape that does not fit.
+      FileNotFoundError: One of the two files does not exist.
+      ValueError: The settings are not those of plain LoRA, a module belongs to no weight, some layers of a
+        stacked weight are missing or have another rank, or a shape does not fit.
     """
     from safetensors.flax import load_file
 
@@ -185,7 +185,7 @@ def load(
         a, b = (jnp.stack(side) for side in zip(*pairs[path], strict=True))
         if not spec.batch:
             a, b = a[0], b[0]
-        pair = from_matrices(spec, _turned(a), _turned(b))
+        pair = from_matrices(spec, _transposed(a), _transposed(b))
         own[path] = dict(zip(("down", "up"), pair, strict=True))
 
     def init(key: Any, params: Any) -> Any:
@@ -207,7 +207,7 @@ def _all_specs(rule: Projection, params: Any) -> dict[str, Spec]:
 
 
 def _modules(spec: Spec, modules: Modules) -> Iterator[tuple[int | None, Any, str]]:
-    """Index, place in the arrays, and torch name of each matrix of a leaf."""
+    """Yields the index, the position in the arrays, and the torch name of each matrix of a leaf."""
     if len(spec.batch) > 1:
         raise ValueError(
             f"{spec.path!r}: PEFT has matrices, found {len(spec.batch)} batch axes of shape {spec.shape}"
@@ -220,7 +220,7 @@ def _modules(spec: Spec, modules: Modules) -> Iterator[tuple[int | None, Any, st
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    """Only what is plain LoRA."""
+    """Raises a ValueError unless the settings are those of plain LoRA."""
     wanted = {"peft_type": ("LORA",), "bias": ("none", None)}
     for name, values in wanted.items():
         if config.get(name) not in values:
@@ -231,7 +231,7 @@ def _check_config(config: dict[str, Any]) -> None:
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    """`alpha / r`, or `alpha / √r`; patterns match the end of a module's name, as PEFT has it."""
+    """Returns `alpha / r`, or `alpha / √r`; patterns match the end of a module's name, as in PEFT."""
     alpha = config.get("lora_alpha", rank)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -241,14 +241,14 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def _entries(spec: Spec) -> int:
-    """Of one matrix."""
+    """Returns the number of entries of one matrix of a leaf."""
     count = 1
     for axis, length in enumerate(spec.shape):
         count *= 1 if axis in spec.batch else length
     return count
 
 
-def _turned(matrix: Any) -> Any:
+def _transposed(matrix: Any) -> Any:
     return jnp.swapaxes(matrix, -1, -2)
 
 

@@ -1,9 +1,9 @@
-"""Frozen weights in 8 or 4 bits under an adapter, as QLoRA has them.
+"""Quantized: frozen weights in 8 or 4 bits under an adapter, as in QLoRA.
 
-The integers and their scales are `qwix`'s (Google's quantisation library for JAX, which also has the
-kernels for whom quantised arithmetic is the aim); what is done here is to carry them as the weight of
-an adapter. A weight is turned into floating point where it is used, one matrix of one layer at a
-time, and once more in the backward pass. Needs `qwix` (`pip install flora-jax[quantized]`).
+The integers and their scales come from `qwix`, Google's quantization library for JAX (which also has
+kernels for quantized arithmetic). Here they take the place of a weight under an adapter: a weight is
+converted to floating point where it is used, one matrix of one layer at a time, and once more in the
+backward pass. This needs `qwix` (`pip install flora-jax[quantized]`).
 
 Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer, "QLoRA", arXiv 2305.14314, Section 3 (blocks of 64
 entries, NF4).
@@ -22,20 +22,20 @@ Kind = Literal["int8", "int4", "nf4"]
 
 
 def quantize(adapter: Adapter, params: Any, kind: Kind = "int8", *, tile: int | None = None) -> Any:
-    """The params with every weight that has an adapter in integers and scales.
+    """Quantizes every weight that has an adapter.
 
     Args:
-      adapter: whose projection says which weights.
-      params: of the model.
-      kind: `int8`, `int4`, or `nf4` (quantiles of a normal distribution).
-      tile: entries of the input side that share a scale; by default all for `int8`, and 64 for 4 bits
-        where that divides it.
+      adapter: The `Adapter`, whose projection says which weights have one.
+      params: The params of the model.
+      kind: The number format: `int8`, `int4`, or `nf4` (quantiles of a normal distribution).
+      tile: The number of entries along the input side that share a scale. By default all of them do for
+        `int8`, and 64 for 4 bits, where 64 divides the input side.
 
     Returns:
-      A tree for `apply` and `merge` of an adapter: with a `Lazy` in the place of each such weight.
+      The params for `apply` and `merge` of an adapter, with a `Lazy` in the place of each such weight.
 
     Raises:
-      ValueError: another kind, a tile that does not divide the input side.
+      ValueError: `kind` is none of the three, or `tile` does not divide the input side.
     """
     if kind not in ("int8", "int4", "nf4"):
         raise ValueError(f"kind must be one of int8, int4, nf4, found {kind!r}")

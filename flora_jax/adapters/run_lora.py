@@ -1,4 +1,4 @@
-"""RunLoRA: of the orders in which LoRA's products can be computed, the cheapest for each use of a weight.
+"""RunLoRA: LoRA's products, computed in the order that is cheapest for each use of a weight.
 
 | paper | here |
 |---|---|
@@ -7,8 +7,8 @@
 | `dB`: `(X A)ᵀ dY`, or `Aᵀ (Xᵀ dY)` | `split`, `merged` |
 | `dX`: `dY Wᵀ + (dY Bᵀ) Aᵀ`, or `dY (W + A B)ᵀ` | `split`, `merged` |
 
-The choice is by FLOPs, from the shapes, at trace time; products that two gradients share are counted
-once. `X A` is not saved for the backward pass but computed again.
+The order with the fewest FLOPs is chosen at trace time, from the shapes; products that two gradients
+share are counted once. `X A` is not saved for the backward pass, but computed again.
 
 Source: Cherniuk, Mikhalev, Oseledets, "Run LoRA Run: Faster and Lighter LoRA Implementations", arXiv
 2312.03415, Section 2.
@@ -28,7 +28,14 @@ Way = Literal["split", "merged"]
 
 
 class Order(NamedTuple):
-    """A way for each of the four products."""
+    """The way in which each of the four products is computed, `split` or `merged`.
+
+    Attributes:
+      forward: The way of the forward product.
+      of_down: The way of the gradient of `down`.
+      of_up: The way of the gradient of `up`.
+      of_x: The way of the gradient of the input.
+    """
 
     forward: Way = "split"
     of_down: Way = "split"
@@ -40,15 +47,15 @@ ORDERS = tuple(Order(*ways) for ways in itertools.product(("split", "merged"), r
 
 
 def run_lora(adapter: Adapter, order: Order | None = None) -> Adapter:
-    """The adapter, computed in the cheapest order.
+    """Returns an adapter whose products are computed in the cheapest order.
 
     Args:
-      adapter: from `lora` or another method.
-      order: one for all uses; None for the cheapest of each.
+      adapter: The `Adapter` that `lora` or another method returned.
+      order: The `Order` for all uses, or None for the cheapest order of each use.
 
     Returns:
-      An `Adapter` with the same parameters and the same results, to rounding. Weights with batch
-      axes of their own (experts) and quantised ones are computed in the usual order.
+      An `Adapter` with the same parameters, and the same results up to rounding. For weights with batch
+      axes (experts) and quantized weights the usual order is kept.
     """
 
     def prepare(params: Any, own: Any, weights: dict[str, Weight]) -> dict[str, Weight]:
@@ -61,15 +68,30 @@ def run_lora(adapter: Adapter, order: Order | None = None) -> Adapter:
 
 
 def cheapest(tokens: int, inputs: int, outputs: int, rank: int) -> Order:
-    """The order of the fewest FLOPs for `X (tokens, inputs)`, `W (inputs, outputs)`; of equals the first."""
+    """Returns the order with the fewest FLOPs, or the first of several with equally few.
+
+    Args:
+      tokens: The number `t` of rows of `X`, which is `t × m`.
+      inputs: The number `m` of rows of `W`, which is `m × n`.
+      outputs: The number `n` of columns of `W`.
+      rank: The rank `r` of the adapter.
+    """
     return min(ORDERS, key=lambda order: sum(flops(order, tokens, inputs, outputs, rank)))
 
 
 def flops(order: Order, tokens: int, inputs: int, outputs: int, rank: int) -> tuple[int, int]:
-    """Of the forward and of the backward pass: two for each product of two numbers."""
+    """Returns the FLOPs of the forward and of the backward pass, two for each product of two numbers.
+
+    Args:
+      order: The way of each product.
+      tokens: The number `t` of rows of `X`, which is `t × m`.
+      inputs: The number `m` of rows of `W`, which is `m × n`.
+      outputs: The number `n` of columns of `W`.
+      rank: The rank `r` of the adapter.
+    """
     t, m, n, r = tokens, inputs, outputs, rank
     forward = t * m * n + (m * r * n if order.forward == "merged" else t * m * r + t * r * n)
-    backward = t * m * n  # dX, whichever way
+    backward = t * m * n  # dX, either way
     ways = (order.of_down, order.of_up)
     if order.of_down == "split" or order.of_x == "split":
         backward += t * n * r  # dY Bᵀ
@@ -83,7 +105,7 @@ def flops(order: Order, tokens: int, inputs: int, outputs: int, rank: int) -> tu
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """`x (W + F G)` of matrices, with both passes in the given order or the cheapest."""
+    """Computes `x (W + F G)` of matrices, with both passes in the given order or the cheapest."""
 
     order: Order | None
 
@@ -94,30 +116,31 @@ class _Product:
 
 
 def multiply(order: Order, x: jax.Array, w: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
-    """`x (W + down up)` of matrices, both passes in this order.
+    """Computes `x (W + down up)` of matrices, with both passes in this order.
 
     Args:
-      order: the four ways.
-      x: `(t, m)`.
-      w: `(m, n)`; its gradient is `xᵀ dy`, and costs nothing where nobody asks for it under `jit`.
-      down: `(m, r)`.
-      up: `(r, n)`.
+      order: The way of each product.
+      x: The input, of shape `(t, m)`.
+      w: The weight, of shape `(m, n)`. Its gradient is `xᵀ dy`, which costs nothing under `jit` where it
+        is not used.
+      down: The down factor, of shape `(m, r)`.
+      up: The up factor, of shape `(r, n)`.
     """
 
-    def whole(w, down, up):
+    def merged(w, down, up):
         return w + (down @ up).astype(w.dtype)
 
     @jax.custom_vjp
     def run(x, w, down, up):
         if order.forward == "merged":
-            return x @ whole(w, down, up)
+            return x @ merged(w, down, up)
         return x @ w + (x @ down) @ up
 
     def forward(x, w, down, up):
         return run(x, w, down, up), (x, w, down, up)
 
-    def backward(kept, delta):
-        x, w, down, up = kept
+    def backward(residuals, delta):
+        x, w, down, up = residuals
         of_middle = delta @ up.T
         outer = x.T @ delta
         of_down = x.T @ of_middle if order.of_down == "split" else outer @ up.T
@@ -125,9 +148,9 @@ def multiply(order: Order, x: jax.Array, w: jax.Array, down: jax.Array, up: jax.
         if order.of_x == "split":
             of_x = delta @ w.T + of_middle @ down.T
         else:
-            of_x = delta @ whole(w, down, up).T
+            of_x = delta @ merged(w, down, up).T
         grads = (of_x, outer, of_down, of_up)
-        return tuple(g.astype(jnp.asarray(a).dtype) for g, a in zip(grads, kept, strict=True))
+        return tuple(g.astype(jnp.asarray(a).dtype) for g, a in zip(grads, residuals, strict=True))
 
     run.defvjp(forward, backward)
     return run(x, w, down, up)

@@ -1,4 +1,4 @@
-"""SoRA: LoRA with a gate on each rank, driven to zero by a proximal step; zeros are pruned away.
+"""SoRA: LoRA with a gate on each rank, which a proximal step drives to zero; ranks with a zero gate are pruned.
 
 | paper | here |
 |---|---|
@@ -6,7 +6,8 @@
 | `g ← T_{ηλ}(g − η ∇_g L)`, `T_ξ(x) = sign(x) max(\\|x\\| − ξ, 0)`, equations 7 and 8 | `proximal`, after the optimizer |
 | schedule of the sparsity | `sparsity`, an optax schedule |
 
-The authors' code leaves the learning rate out of the threshold by default; `learning_rate=1.0` does so.
+The authors' code leaves the learning rate out of the threshold by default; `learning_rate=1.0` does the
+same here.
 
 Source: Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 2311.11696,
 Section 3.
@@ -36,21 +37,26 @@ from flora_jax.chain.projection import Projection
 
 
 class ProximalState(NamedTuple):
-    """`steps`: int32, so far."""
+    """The state of `proximal`.
+
+    Attributes:
+      steps: The number of steps so far, an int32 scalar.
+    """
 
     steps: jax.Array
 
 
 def sora(rank: int | Projection, *, alpha: float | None = None, init: Init = "kaiming") -> Adapter:
-    """LoRA with gates.
+    """Returns LoRA with a gate on each rank.
 
     Args:
-      rank: the largest rank; see `lora`.
-      alpha: the update is scaled by `alpha / rank`; by default by 1.
-      init: of `down`; gates start as standard normal numbers.
+      rank: The largest rank `r`, or a `Projection`, as in `lora`.
+      alpha: The number `α`, with which the update is scaled by `α / r`. None scales it by 1.
+      init: The distribution of `down` at the start, as in `lora`. Gates start as standard normal numbers.
 
     Returns:
-      An `Adapter`, whose params are `{path: {"down", "gate": (*B, r), "up"}}`.
+      An `Adapter`, whose params are `{path: {"down", "gate": (*B, r), "up"}}`, where `B` are the batch
+      axes of the weight.
     """
     projection, scale = as_projection(rank), scaled(alpha)
     of_pairs = pair_factors(projection, scale)
@@ -74,18 +80,18 @@ def sora(rank: int | Projection, *, alpha: float | None = None, init: Init = "ka
 def proximal(
     sparsity: optax.ScalarOrSchedule, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-    """Soft threshold `ηλ` on the gates; goes last in the chain, after the optimizer.
+    """Applies the soft threshold `ηλ` to the gates. It goes last in the chain, after the optimizer.
 
     Args:
-      sparsity: `λ`, a number or a schedule of the step.
-      learning_rate: `η`, that of the optimizer.
+      sparsity: The number `λ`, or a schedule of the step.
+      learning_rate: The learning rate `η` of the optimizer, a number or a schedule of the step.
 
     Returns:
-      A transformation of updates of `{path: {…, "gate"}}`; its update needs the params. What is no
-      gate passes.
+      A transformation of updates of `{path: {…, "gate"}}`. Its `update` needs the adapter's params. What
+      is not a gate passes through unchanged.
 
     Raises:
-      ValueError: a negative `sparsity`; (on update) no params.
+      ValueError: `sparsity` is negative. On `update`, no params were given.
     """
     if not callable(sparsity) and not isinstance(sparsity, jax.Array) and sparsity < 0:
         raise ValueError(f"sparsity must be at least 0, found {sparsity!r}")
@@ -110,18 +116,18 @@ def proximal(
 
 
 def prune(adapter: Adapter, params: Any, adapter_params: Any) -> tuple[Adapter, Any]:
-    """LoRA without the ranks whose gate is zero, and with the gates in `down`; the same outputs.
+    """Removes the ranks whose gate is zero, and multiplies the other gates into `down`.
 
-    Layers that are stacked keep as many ranks as the one that has most. A leaf with none left has no
-    adapter any more.
+    The outputs stay the same. Stacked layers all keep as many ranks as the one with the most. A leaf with
+    no rank left has no adapter any more.
 
     Args:
-      adapter: from `sora`.
-      params: of the model, or their shapes.
-      adapter_params: after training; concrete arrays.
+      adapter: The `Adapter` that `sora` returned.
+      params: The params of the model, or their shapes.
+      adapter_params: The params of the adapter after training, as concrete arrays.
 
     Returns:
-      The LoRA adapter, and its params.
+      A LoRA `Adapter`, and its params.
     """
     known, pruned, ranks = specs(adapter.projection, params), {}, {}
     for path, own in adapter_params.items():
@@ -153,7 +159,7 @@ def prune(adapter: Adapter, params: Any, adapter_params: Any) -> tuple[Adapter, 
 
 
 def _gated(own: dict[str, Any]) -> dict[str, Any]:
-    """The pair with the gates in `down`."""
+    """Returns the pair of factors with the gates multiplied into `down`."""
     down, gate = own["down"], own["gate"]
     between = down.ndim - gate.ndim  # the projected axes
     gate = gate.reshape(*gate.shape[:-1], *[1] * between, gate.shape[-1])

@@ -1,13 +1,13 @@
-"""XGBLoRA: boosting with rank-1 adapters. Each is trained for a few steps, merged, and followed by the next.
+"""XGBLoRA: boosting with rank-1 adapters, each of which is trained for a few steps and merged before the next.
 
 | paper | here |
 |---|---|
 | boosting round, `κ` training steps | `steps` |
-| a weak learner, rank 1, on `L_s` layers drawn at random | `xgb_lora(layers=…)`, whose `init` draws them |
+| a weak learner, rank 1, on `L_s` randomly sampled layers | `xgb_lora(layers=…)`, whose `init` samples them |
 | `W ← W + α B A`, then a new `A`, `B` | `Boosting.step` at the end of a round |
 
-A layer that is not drawn has both of its factors at zero. Then its gradients are zero, any optimizer
-leaves it there, and rounds are one compiled program.
+A layer that is not sampled has both factors at zero. Then its gradients are zero, any optimizer leaves
+it there, and all rounds are one compiled program.
 
 Source: Zhang et al., "Less is More: Extreme Gradient Boost Rank-1 Adaption for Efficient Finetuning
 of LLMs", arXiv 2410.19694, Algorithm 1.
@@ -27,15 +27,15 @@ from flora_jax.chain.projection import Projection
 
 
 class BoostingState(NamedTuple):
-    """All that a run needs to go on.
+    """The state of a run of boosting.
 
     Attributes:
-      params: of the model, with all rounds merged but the present one.
-      adapter_params: of the present round.
-      opt_state: of the present round.
-      round: int32, rounds that are merged.
-      steps: int32, of the present round.
-      key: typed key of the run.
+      params: The params of the model, with all rounds but the present one merged.
+      adapter_params: The params of the present round's adapter.
+      opt_state: The optimizer's state in the present round.
+      round: The number of rounds that are merged, an int32 scalar.
+      steps: The number of steps taken in the present round, an int32 scalar.
+      key: The typed key of the run.
     """
 
     params: Any
@@ -47,13 +47,13 @@ class BoostingState(NamedTuple):
 
 
 class Boosting(NamedTuple):
-    """What `boosting` gives: three functions.
+    """The three functions that `boosting` returns.
 
     Attributes:
-      init: `(key, params) -> BoostingState`.
-      step: `(state, *batch) -> (state, loss)`, to be compiled; may be given its state for good
-        (`donate_argnums=0`).
-      finish: `(state) -> params`, with no adapter left.
+      init: The function `(key, params) -> BoostingState`.
+      step: The function `(state, *batch) -> (state, loss)`, which should be compiled. Its state may be
+        donated (`donate_argnums=0`).
+      finish: The function `(state) -> params`, which merges the last adapter.
     """
 
     init: Callable[[jax.Array, Any], BoostingState]
@@ -69,18 +69,22 @@ def xgb_lora(
     init: Init = "gaussian",
     layer_of: Callable[[str], str] | None = None,
 ) -> Adapter:
-    """Rank-1 LoRA on some of the layers, drawn by `init`'s key.
+    """Returns rank-1 LoRA on some of the layers, which are sampled with the key of `init`.
 
     Args:
-      layers: how many; None for all.
-      rank: of the adapters, or a `Projection`; see `lora`.
-      alpha: the update is scaled by `alpha / rank`; by default by 1.
-      init: of `down`.
-      layer_of: the name of a leaf's layer, from its path. By default the path up to the first name
-        that ends in a number, else the first name. A stacked leaf has a layer for each index.
+      layers: The number of layers, or None for all.
+      rank: The rank `r` of the adapters, or a `Projection`, as in `lora`.
+      alpha: The number `α`, with which the update is scaled by `α / r`. None scales it by 1.
+      init: The distribution of `down` at the start, as in `lora`.
+      layer_of: A function from a leaf's path to the name of its layer. The default is the path up to the
+        first name that ends in a number, or else the first name. A stacked leaf has a layer for each
+        index.
+
+    Returns:
+      An `Adapter`, whose params are those of `lora`.
 
     Raises:
-      ValueError: (on init) more `layers` than there are, or none.
+      ValueError: On `init`, `layers` is below 1, or above the number of layers that there are.
     """
     base = lora(as_projection(rank), alpha=alpha, init=init)
     name_of = layer_of or layer_name
@@ -94,14 +98,14 @@ def xgb_lora(
         if not 1 <= layers <= len(names):
             raise ValueError(f"layers must be from 1 to the {len(names)} there are, found {layers}")
         order = jax.random.permutation(jax.random.fold_in(key, 1), len(names))
-        drawn = jnp.zeros(len(names), bool).at[order[:layers]].set(True)
+        sampled = jnp.zeros(len(names), bool).at[order[:layers]].set(True)
         for path, spec in known.items():
             index = jnp.array([names.index(name) for name in layer_names(spec, name_of)])
             down = own[path]["down"]
             if spec.batch:
-                chosen = drawn[index].reshape(-1, *[1] * (down.ndim - 1))
+                chosen = sampled[index].reshape(-1, *[1] * (down.ndim - 1))
             else:
-                chosen = drawn[index[0]]
+                chosen = sampled[index[0]]
             own[path] = {**own[path], "down": jnp.where(chosen, down, 0)}
         return own
 
@@ -114,18 +118,21 @@ def boosting(
     tx: optax.GradientTransformation,
     steps: int,
 ) -> Boosting:
-    """Trains round after round; the optimizer starts anew with each.
+    """Trains one adapter after another, and merges each into the params. The optimizer starts anew in each round.
 
     Args:
-      loss: `(params, *batch) -> scalar`.
-      adapter: from `xgb_lora`, or any other.
-      tx: optimizer of the adapter's params.
-      steps: of a round, `κ`.
+      loss: The loss function `(params, *batch) -> scalar`.
+      adapter: The `Adapter` that `xgb_lora`, or another method, returned.
+      tx: The optimizer of the adapter's params.
+      steps: The number `κ` of steps in a round.
+
+    Returns:
+      A `Boosting`, three functions that start, continue and finish a run.
 
     Raises:
-      ValueError: `steps` below 1.
+      ValueError: `steps` is below 1.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from flora_jax.adapters import boosting, xgb_lora
       >>> loss = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)

@@ -1,4 +1,4 @@
-"""Manual: mesh axes inside `jax.shard_map`, over which the type of an array says whether it varies."""
+"""Manual: mesh axes inside `jax.shard_map`, where the type of an array says over which of them it varies."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def varying(array: Any) -> frozenset[str]:
-    """The manual axes over which an array varies, or an array of this type does."""
+    """Returns the manual axes over which an array, or an array of this type, varies."""
     kind: Any = array if isinstance(array, jax.core.AbstractValue) else jax.typeof(array)
     if hasattr(kind, "manual_axis_type"):  # as of jax 0.10
         return kind.manual_axis_type.varying
@@ -19,39 +19,39 @@ def varying(array: Any) -> frozenset[str]:
 
 
 def alike(tree: Any) -> Any:
-    """Marks every leaf as varying over the axes that any leaf varies over.
+    """Marks every leaf as varying over all axes that any leaf varies over.
 
-    The transpose of this mark is the sum over devices that an ordinary gradient gets there.
+    The transpose of this is the sum over devices that an ordinary gradient has there.
     """
     every = frozenset().union(*map(varying, jax.tree.leaves(tree)))
     return jax.tree.map(lambda leaf: vary(leaf, every), tree)
 
 
 def here(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of the mesh axes that are manual where this is called."""
+    """Returns those of the mesh axes that are manual where this is called."""
     manual = _manual_axes()
     return tuple(name for name in names if name in manual)
 
 
 def parts(names: Iterable[str]) -> int:
-    """Into how many parts these axes cut an array here: 1 outside of `shard_map`."""
+    """Returns the number of parts that an array sharded over these axes has here: 1 outside of `shard_map`."""
     return math.prod(jax.lax.axis_size(name) for name in here(names))
 
 
 def index(names: Iterable[str]) -> Any:
-    """Which of these parts this device has; an int 0, or an int32 scalar."""
+    """Returns the number of the part that this device has: 0, or an int32 scalar."""
     names = here(names)
     return jax.lax.axis_index(names) if names else 0
 
 
 def total(array: jax.Array, names: Iterable[str]) -> jax.Array:
-    """The sum over the devices along these axes."""
+    """Sums an array over the devices along these axes, as far as they are manual here."""
     names = here(names)
     return jax.lax.psum(array, names) if names else array
 
 
 def fori_loop(lower: int, upper: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """`jax.lax.fori_loop`, whose carry may start with arrays that do not vary, such as zeros."""
+    """Runs `jax.lax.fori_loop` with a carry that may start with arrays that do not vary, such as zeros."""
     if _manual_axes():
         result = jax.make_jaxpr(body)(jnp.int32(lower), carry).out_avals
         leaves, structure = jax.tree.flatten(carry)
@@ -61,9 +61,9 @@ def fori_loop(lower: int, upper: int, body: Callable[[Any, Any], Any], carry: An
 
 
 def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> Any:
-    """`jax.lax.switch` between branches whose results may vary over other axes, as zeros do.
+    """Runs `jax.lax.switch` with branches whose results may vary over different axes, as zeros do.
 
-    `index` may be a bool, of two branches.
+    With two branches `index` may be a bool.
     """
     if _manual_axes():
         results = [jax.make_jaxpr(branch)(*operands).out_avals for branch in branches]
@@ -78,7 +78,7 @@ def _marked(branch: Callable, every: list[frozenset[str]], *operands: Any) -> An
 
 
 def everywhere(condition: jax.Array) -> jax.Array:
-    """Whether it holds on all devices along the axes that it varies over."""
+    """Returns whether a condition holds on all devices along the axes that it varies over."""
     axes = tuple(sorted(varying(condition)))
     return jax.lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
 

@@ -1,4 +1,4 @@
-"""Partition: the mesh axes of each axis of an array, and of arrays that came of it by replacing or dropping axes."""
+"""Partition: how the arrays of a state are sharded, each of which has the axes of a weight, some replaced or dropped."""
 
 import itertools
 import math
@@ -10,19 +10,19 @@ import jax.core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Entry = tuple[str, ...]
-"""The mesh axes along which one axis of an array is cut."""
+"""The mesh axes that one axis of an array is sharded over."""
 
 
 def derived(tree: Any, owners: dict[Any, Any], mesh: Any, manual_axes: Collection[str] = ()) -> Any:
-    """Shardings for a tree of shapes: each leaf's after the owner whose path ends its own.
+    """Returns shardings for a tree of shapes, each derived from the owner whose path ends the leaf's own.
 
-    A sketch's numbers stand one step below the path of its weight, at `data`.
+    The numbers of a sketch are one step below the path of its weight, at `data`.
 
     Args:
-      tree: of `jax.ShapeDtypeStruct`.
-      owners: `jax.ShapeDtypeStruct` with a `NamedSharding`, by key path.
-      mesh: of them all; what has no owner is on every device of it.
-      manual_axes: see `state_shardings`.
+      tree: A pytree of `jax.ShapeDtypeStruct`.
+      owners: The `jax.ShapeDtypeStruct`s of the owners, each with a `NamedSharding`, by key path.
+      mesh: The mesh of all owners. Leaves without an owner are replicated over it.
+      manual_axes: The manual mesh axes, as in `state_shardings`.
     """
 
     def owner_of(path):
@@ -33,35 +33,37 @@ def derived(tree: Any, owners: dict[Any, Any], mesh: Any, manual_axes: Collectio
         if owner is None and path and getattr(path[-1], "name", None) == "data":
             owner = owner_of(path[:-1])
         if owner is None or leaf.shape == ():
-            return whole
+            return replicated
         last = any(getattr(key, "name", None) == "v_col" for key in path)
         return _derived(owner.shape, owner.sharding, leaf.shape, last, manual_axes)
 
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def partition(
     shape: Sequence[int],
-    cut: Sequence[Entry],
+    sharded: Sequence[Entry],
     state: Sequence[int],
     sizes: dict[str, int],
     last: bool = False,
     manual_axes: Collection[str] = (),
 ) -> PartitionSpec:
-    """How a part of the state is cut that came of a weight by replacing or dropping axes.
+    """Returns how an array of the state is sharded that has a weight's axes, some replaced or dropped.
 
     Args:
-      shape: of the weight.
-      cut: mesh axes of each of its axes.
-      state: shape of the part.
-      sizes: of the mesh axes.
-      last: which of two equal axes has been dropped, the first (as in Adafactor's `v_col`) or the last.
-      manual_axes: mesh axes that are not for the axis that was replaced.
+      shape: The shape of the weight.
+      sharded: The mesh axes that each axis of the weight is sharded over.
+      state: The shape of the array of the state.
+      sizes: The sizes of the mesh axes.
+      last: Whether, of two equal axes, the last one is in the state (as in Adafactor's `v_col`) rather
+        than the first.
+      manual_axes: The mesh axes that the replaced axis must not be sharded over.
 
     Returns:
-      For each axis of the part the mesh axes of the weight's axis that it came from, if they divide
-      it. Those of axes that are not there any more go to the axis that was replaced.
+      A `PartitionSpec`. Each axis of the state has the mesh axes of the weight's axis that it came
+      from, if they divide it. The mesh axes of axes that were dropped or replaced go to the replaced
+      axis.
     """
     if len(state) > len(shape):
         return PartitionSpec()
@@ -72,9 +74,9 @@ def partition(
         choices, key=lambda axes: sum(shape[a] == n for a, n in zip(axes, state, strict=True))
     )
     same = [shape[axis] == length for axis, length in zip(origin, state, strict=True)]
-    result = [cut[axis] if same[i] else () for i, axis in enumerate(origin)]
+    result = [sharded[axis] if same[i] else () for i, axis in enumerate(origin)]
     kept = {axis for axis, stays in zip(origin, same, strict=True) if stays}
-    lost = [name for axis, names in enumerate(cut) if axis not in kept for name in names]
+    lost = [name for axis, names in enumerate(sharded) if axis not in kept for name in names]
     if False in same:
         slot = same.index(False)
         for name in (name for name in lost if name not in manual_axes):
@@ -85,16 +87,17 @@ def partition(
 
 
 def of_sketch(spec: Any, sharding: Any) -> NamedSharding | None:
-    """Where the sketch of this `Spec` lies when its weight has this sharding; None where that is unknown."""
+    """Returns the sharding of the sketch with this `Spec`, given that of its weight; None where it is unknown."""
     if not isinstance(sharding, NamedSharding):
         return None
     return _derived(spec.shape, sharding, spec.data_shape)
 
 
 def known(leaf: Any) -> NamedSharding | None:
-    """The sharding of an array or of a shape, to be held to by constraints.
+    """Returns the sharding of an array or of a shape, for use in sharding constraints.
 
-    None for a tracer, for what is on one device, and where the type says where an array lies.
+    It is None for a tracer, for an array on one device, and where the sharding is part of the array's
+    type.
     """
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or AxisType.Explicit in sharding.mesh.axis_types:
@@ -103,21 +106,21 @@ def known(leaf: Any) -> NamedSharding | None:
 
 
 def constrain(array: Any, sharding: NamedSharding | None) -> Any:
-    """`jax.lax.with_sharding_constraint`, where there is an array and a sharding to hold to."""
+    """Applies `jax.lax.with_sharding_constraint`, where there is an array and a sharding."""
     if array is None or sharding is None:
         return array
     return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def first_axis_dropped(sharding: NamedSharding | None) -> NamedSharding | None:
-    """That of one index along the first axis."""
+    """Returns the sharding of one index along the first axis of an array."""
     if sharding is None:
         return None
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 def last_axis_replicated(sharding: NamedSharding | None, ndim: int) -> NamedSharding | None:
-    """On the same mesh: the last of `ndim` axes on every device, the others as it comes."""
+    """Returns a sharding on the same mesh with the last of `ndim` axes replicated, and the others unconstrained."""
     if sharding is None:
         return None
     free = [PartitionSpec.UNCONSTRAINED] * (ndim - 1)
@@ -125,7 +128,7 @@ def last_axis_replicated(sharding: NamedSharding | None, ndim: int) -> NamedShar
 
 
 def entries(spec: PartitionSpec, rank: int) -> tuple[Entry, ...]:
-    """A partition spec as one tuple of mesh axes for each of `rank` axes."""
+    """Returns a partition spec as a tuple of mesh axes for each of `rank` axes."""
     listed = [
         (entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else ()
         for entry in spec
@@ -133,9 +136,9 @@ def entries(spec: PartitionSpec, rank: int) -> tuple[Entry, ...]:
     return (*listed, *[()] * (rank - len(listed)))
 
 
-def spec_of(cut: Sequence[Entry]) -> PartitionSpec:
-    """The inverse of `entries`."""
-    names = [None if not entry else entry[0] if len(entry) == 1 else entry for entry in cut]
+def spec_of(sharded: Sequence[Entry]) -> PartitionSpec:
+    """Returns the partition spec of a tuple of mesh axes for each axis; the inverse of `entries`."""
+    names = [None if not entry else entry[0] if len(entry) == 1 else entry for entry in sharded]
     while names and names[-1] is None:
         names.pop()
     return PartitionSpec(*names)
@@ -148,7 +151,7 @@ def _derived(
     last: bool = False,
     manual_axes: Collection[str] = (),
 ) -> NamedSharding:
-    """`partition` of a weight's sharding."""
-    cut = entries(sharding.spec, len(shape))
+    """Applies `partition` to a weight's `NamedSharding`."""
+    sharded = entries(sharding.spec, len(shape))
     sizes = dict(sharding.mesh.shape)
-    return NamedSharding(sharding.mesh, partition(shape, cut, state, sizes, last, manual_axes))
+    return NamedSharding(sharding.mesh, partition(shape, sharded, state, sizes, last, manual_axes))

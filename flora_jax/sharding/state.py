@@ -1,9 +1,9 @@
-"""Shardings: where the state of an optimizer lies, given where the params lie.
+"""State: how the state of an optimizer is sharded, given how the params are sharded.
 
-A sketch has the axes of its weight, with the rank in place of the projected ones, and so have
-second moments and momenta; so each axis of a state takes the mesh axes of the axis that it came
-from. What is lost with a projected axis goes to the rank: where a weight is cut along the axis that
-`A` contracts, the sums over devices are then scattered over the rank.
+A sketch has the axes of its weight, with the rank in the place of the projected ones, and second
+moments and momenta have the weight's axes too. So each axis of the state has the mesh axes of the
+weight's axis that it came from. The mesh axes of a projected axis go to the rank: where a weight is
+sharded along the axis that `A` contracts, the sum over devices is reduce-scattered over the rank.
 """
 
 from collections.abc import Collection
@@ -21,25 +21,26 @@ from flora_jax.sharding.partition import derived
 def state_shardings(
     tx: optax.GradientTransformation, params: Any, *, manual_axes: Collection[str] = ()
 ) -> Any:
-    """Shardings for the state of any transformation, made from those of the params.
+    """Returns shardings for the state of any transformation, derived from those of the params.
 
-    For `jax.jit(tx.init, out_shardings=...)`, for a train step's arguments, and for restoring a
-    checkpoint onto another mesh. Nothing is computed.
+    Use them in `jax.jit(tx.init, out_shardings=...)`, as shardings of a train step's arguments, or to
+    restore a checkpoint onto another mesh. Nothing is computed.
 
     Args:
-      tx: `flora_jax.flora`, or any optax transformation.
-      params: tree of arrays, or of `jax.ShapeDtypeStruct`, each with a `NamedSharding` on one mesh.
-      manual_axes: mesh axes that are manual where `tx.update` runs, inside `jax.shard_map` (see
-        `Projection.partition_specs`): there each device holds all of the rank.
+      tx: The transformation: `flora_jax.flora`, or any other optax transformation.
+      params: A pytree of arrays, or of `jax.ShapeDtypeStruct`, each with a `NamedSharding` on the same
+        mesh.
+      manual_axes: The mesh axes that are manual where `tx.update` runs, inside `jax.shard_map` (see
+        `Projection.partition_specs`). The rank is not sharded over them.
 
     Returns:
-      A tree of `NamedSharding`, of the structure of `tx.init(params)`. A leaf of the state belongs to
-      the param whose path ends its own; what belongs to none (counts) is on every device.
+      A pytree of `NamedSharding` with the structure of `tx.init(params)`. A leaf of the state belongs to
+      the param whose path ends the leaf's own. Leaves that belong to no param (counts) are replicated.
 
     Raises:
-      ValueError: a param without a `NamedSharding`, or params on several meshes; no params.
+      ValueError: A param has no `NamedSharding`, the params are on several meshes, or there are none.
 
-    Example:
+    Examples:
       >>> import flora_jax, jax, jax.numpy as jnp
       >>> from jax.sharding import NamedSharding, PartitionSpec as P
       >>> mesh = jax.make_mesh((1,), ("model",))

@@ -66,11 +66,11 @@ def test_singular_vectors_of_a_gradient_of_low_rank(batch):
     left, right = jax.jit(find)(params, x)["w"]
     gradient = np.asarray(jax.grad(loss)(params, x)["w"], np.float64)
     u, _, v = np.linalg.svd(gradient)
-    for found, whole in ((left, u[..., :rank]), (right, np.swapaxes(v, -1, -2)[..., :rank])):
+    for found, exact in ((left, u[..., :rank]), (right, np.swapaxes(v, -1, -2)[..., :rank])):
         found = np.asarray(found, np.float64)
         transposed = np.swapaxes(found, -1, -2)
         assert_close(transposed @ found, np.broadcast_to(np.eye(rank), (*batch, rank, rank)), 1e-5)
-        assert_close(found @ transposed, whole @ np.swapaxes(whole, -1, -2), 1e-3)
+        assert_close(found @ transposed, exact @ np.swapaxes(exact, -1, -2), 1e-3)
     text = str(jax.make_jaxpr(find)(params, x))
     made = [
         line
@@ -88,8 +88,8 @@ def test_singular_vectors_of_a_decaying_spectrum():
         lambda p: jnp.sum(p["w"] * gradient) + jnp.sum(p["w"] @ p["w"]), rule(6)
     )
     left, right = find({"w": jnp.zeros((60, 60))})["w"]
-    for found, whole in ((left, u), (right, v)):
-        cosines = np.linalg.svd(np.asarray(found, np.float64).T @ whole[:, :3])[1]
+    for found, exact in ((left, u), (right, v)):
+        cosines = np.linalg.svd(np.asarray(found, np.float64).T @ exact[:, :3])[1]
         assert np.all(np.sqrt(1 - np.minimum(cosines, 1) ** 2) < 0.1)
 
 
@@ -143,14 +143,16 @@ def test_the_trajectory_of_the_full_width():
 
         return lax.scan(step, (own, tx.init(own)), length=400)[1]
 
-    whole = jax.jit(lambda: descend(optax.sgd(rate), full, lambda w: w[0] @ w[1] @ w[2]))()
+    uncompressed = jax.jit(lambda: descend(optax.sgd(rate), full, lambda w: w[0] @ w[1] @ w[2]))()
     tx = optax.chain(optax.sgd(rate), discrepant(0.0))
     small = jax.jit(lambda: descend(tx, own, lambda own: adapter.merge(params, own)["w"]))()
-    apart = np.linalg.norm(np.asarray(whole - small, np.float64), axis=(1, 2))
+    apart = np.linalg.norm(np.asarray(uncompressed - small, np.float64), axis=(1, 2))
     outside = epsilon**3 * np.sqrt(size - 2 * rank)
     assert np.all(apart < 1.1 * outside)
-    assert np.linalg.norm(whole[-1] - target) < 0.05 * np.linalg.norm(target)
-    assert np.linalg.norm(whole[100]) < 0.9 * np.linalg.norm(target)  # it was on its way then
+    assert np.linalg.norm(uncompressed[-1] - target) < 0.05 * np.linalg.norm(target)
+    assert np.linalg.norm(uncompressed[100]) < 0.9 * np.linalg.norm(
+        target
+    )  # it was on its way then
 
 
 def test_matrix_completion():

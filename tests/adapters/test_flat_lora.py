@@ -21,16 +21,16 @@ X = jnp.asarray(normal(9, (7, 24)))
 
 
 def dense_weight(spec, value, own):
-    """`W′` and its noise, float64; the scale by the definition, entries as the library draws them."""
+    """`W′` and its noise, float64; the scale by the definition, entries as the library samples them."""
     product, pull = dense(spec, own["down"], own["up"])
-    whole = np.asarray(value, np.float64) + product
-    norms = np.sqrt((whole**2).sum(axis=spec.projected, keepdims=True))
+    merged = np.asarray(value, np.float64) + product
+    norms = np.sqrt((merged**2).sum(axis=spec.projected, keepdims=True))
     scale = SIGMA * norms / np.sqrt(spec.size)
-    kept = [i for i in range(whole.ndim) if i not in spec.projected]
+    kept = [i for i in range(merged.ndim) if i not in spec.projected]
     order = [*spec.batch, *(i for i in kept if i not in spec.batch)]
     ones = jnp.ones([spec.shape[i] for i in order])
     unit = np.asarray(noise(spec, KEY, ones), np.float64)
-    return whole + unit * scale, pull, scale
+    return merged + unit * scale, pull, scale
 
 
 CASES = {
@@ -48,7 +48,7 @@ CASES = {
         (24, 16),
         {},
     ),
-    "whole": (lambda w, x: x @ jnp.sort(w), (24, 16), {}),
+    "without a rule": (lambda w, x: x @ jnp.sort(w), (24, 16), {}),
 }
 
 
@@ -61,7 +61,7 @@ def test_the_noisy_weight(name, block):
     adapter = lora(rule(4, **others), alpha=4)
     own = filled(adapter, params)
     spec = specs(adapter.projection, params)["w"]
-    whole, pull, _ = dense_weight(spec, params["w"], own["w"])
+    merged, pull, _ = dense_weight(spec, params["w"], own["w"])
 
     def loss(p, x):
         return jnp.sum(jnp.sin(fun(p["w"], x)))
@@ -69,7 +69,7 @@ def test_the_noisy_weight(name, block):
     noisy = flat_lora(adapter, KEY, SIGMA, block=block).apply(loss)
     value, (of_own, of_x) = jax.jit(jax.value_and_grad(noisy, argnums=(1, 2)))(params, own, X)
     plain = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    expected, (of_weight, expected_of_x) = plain({"w": jnp.asarray(whole, jnp.float32)}, X)
+    expected, (of_weight, expected_of_x) = plain({"w": jnp.asarray(merged, jnp.float32)}, X)
     np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
     assert_close(of_x, expected_of_x, 1e-4)
     for factor, gradient in pull(of_weight["w"]).items():
@@ -90,15 +90,15 @@ def test_filter_scale():
 def test_the_law_of_the_noise():
     """Mean, variance and independence of 300,000 numbers, within five standard errors."""
     spec = specs(rule(4), {"w": jnp.zeros((3, 400, 250))})["w"]
-    draws = np.asarray(noise(spec, KEY, jnp.ones((3, 250))), np.float64)
-    count = draws.size
-    assert abs(draws.mean()) < 5 / np.sqrt(count)
-    assert abs(draws.var() - 1) < 5 * np.sqrt(2 / count)
+    samples = np.asarray(noise(spec, KEY, jnp.ones((3, 250))), np.float64)
+    count = samples.size
+    assert abs(samples.mean()) < 5 / np.sqrt(count)
+    assert abs(samples.var() - 1) < 5 * np.sqrt(2 / count)
     for axis in range(3):
-        neighbours = (draws * np.roll(draws, 1, axis)).mean()
+        neighbours = (samples * np.roll(samples, 1, axis)).mean()
         assert abs(neighbours) < 5 / np.sqrt(count)
     other = np.asarray(noise(spec, jax.random.key(6), jnp.ones((3, 250))), np.float64)
-    assert abs((draws * other).mean()) < 5 / np.sqrt(count)
+    assert abs((samples * other).mean()) < 5 / np.sqrt(count)
 
 
 @pytest.mark.newest  # XLA of jaxlib 0.8 holds three layers of noise more
@@ -132,7 +132,7 @@ def test_growing():
 
 
 def test_ends_in_a_flatter_place():
-    """The paper's claim: trained to as low a loss, the loss rises less under noise on the whole weight."""
+    """The paper's claim: trained to as low a loss, the loss rises less under noise on the merged weight."""
     x = jnp.asarray(normal(0, (12, 24)))
     params = {"a": jnp.asarray(normal(1, (24, 32)) / 5), "b": jnp.asarray(normal(2, (32, 16)) / 6)}
     goal = jnp.asarray(normal(3, (12, 16)))

@@ -28,12 +28,12 @@ def test_starts_as_the_model():
 def test_the_random_factor(init):
     """Bounds and variance of 64,000 numbers; the relative error of a variance is below 5/√(n/2)."""
     own = lora(rule(64), init=init).init(KEY, {"w": jnp.zeros((1000, 64))})["w"]["down"]
-    draws = np.asarray(own, np.float64).ravel()
+    samples = np.asarray(own, np.float64).ravel()
     variance = 1 / 3000 if init == "kaiming" else 1 / 64**2
-    assert abs(draws.var() / variance - 1) < 5 / np.sqrt(draws.size / 2)
-    assert abs(draws.mean()) < 5 * np.sqrt(variance / draws.size)
+    assert abs(samples.var() / variance - 1) < 5 / np.sqrt(samples.size / 2)
+    assert abs(samples.mean()) < 5 * np.sqrt(variance / samples.size)
     if init == "kaiming":
-        assert abs(draws).max() <= 1000**-0.5
+        assert abs(samples).max() <= 1000**-0.5
 
 
 def test_a_leaf_draws_the_same_beside_others():
@@ -83,9 +83,9 @@ def test_its_first_step_is_a_sketch_of_the_gradient():
         return jnp.sum((x @ p["dense"]["kernel"]) ** 2)
 
     of_up = jax.grad(adapter.apply(loss), argnums=1)(PARAMS, own, x)["dense/kernel"]["up"]
-    whole = np.asarray(jax.grad(loss)(PARAMS, x)["dense"]["kernel"], np.float64)
+    full = np.asarray(jax.grad(loss)(PARAMS, x)["dense"]["kernel"], np.float64)
     down = np.asarray(own["dense/kernel"]["down"], np.float64)
-    assert_close(of_up, down.T @ whole, 1e-5)
+    assert_close(of_up, down.T @ full, 1e-5)
 
 
 def test_fits_a_change_of_its_rank():

@@ -59,10 +59,10 @@ def test_the_least_squares_optimum(seed, start):
     params, adapter, own, of_own, gradient = setting(start=start, seed=seed)
     tx = lora_pro(adapter, params)
     found, _ = jax.jit(tx.update)(of_own, tx.init(own), own)
-    down, up, whole = (np.asarray(x, np.float64) for x in (*own["w"].values(), gradient))
-    error, plain, of_down, of_up = best_pair(down, up, whole)
+    down, up, full = (np.asarray(x, np.float64) for x in (*own["w"].values(), gradient))
+    error, plain, of_down, of_up = best_pair(down, up, full)
     equivalent = SCALE * (np.asarray(found["w"]["down"]) @ up + down @ np.asarray(found["w"]["up"]))
-    assert abs(np.linalg.norm(equivalent - whole) - error) <= 1e-4 * error
+    assert abs(np.linalg.norm(equivalent - full) - error) <= 1e-4 * error
     assert error < 0.9 * plain
     assert_close(found["w"]["up"], of_up, 1e-4)
     if start:
@@ -89,12 +89,12 @@ def test_axes_of_heads():
     numbers = flora_jax.DimensionNumbers((0, 1), 2)
     heads = lora(rule(3, min_dim=8, weight_dimension_numbers=numbers), alpha=ALPHA)
     split = lambda pair: {"w": {"down": pair["w"]["down"].reshape(3, 3, 3), "up": pair["w"]["up"]}}  # noqa: E731
-    tx, whole = (
+    tx, reference = (
         lora_pro(heads, {"w": jnp.zeros((3, 3, 8))}),
         lora_pro(adapter, {"w": jnp.zeros((9, 8))}),
     )
     found, _ = tx.update(split(of_own), tx.init(own), split(own))
-    expected, _ = whole.update(of_own, whole.init(own), own)
+    expected, _ = reference.update(of_own, reference.init(own), own)
     assert_close(found["w"]["down"].reshape(9, 3), expected["w"]["down"], 1e-5)
     assert_close(found["w"]["up"], expected["w"]["up"], 1e-5)
 

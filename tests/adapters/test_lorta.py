@@ -1,4 +1,4 @@
-"""LoRTA: the tensor whole, in numpy; the paper's count; what one tensor for all layers can do."""
+"""LoRTA: the full tensor in numpy; the paper's count; what one tensor for all layers can do."""
 
 import jax
 import jax.numpy as jnp

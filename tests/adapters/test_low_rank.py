@@ -54,7 +54,7 @@ def leaf(tree, path):
     return functools.reduce(lambda node, name: node[name], path.split("/"), tree)
 
 
-def compare(loss, params, *args, projection, whole=(), tolerance=2e-5):
+def compare(loss, params, *args, projection, full=(), tolerance=2e-5):
     """Value and gradients of adapters and of what is not adapted, against the merged weights'."""
     adapter = lora(projection)
     own = filled(adapter, params)
@@ -75,7 +75,7 @@ def compare(loss, params, *args, projection, whole=(), tolerance=2e-5):
     assert_tree_close(of_params, expected, tolerance)
     assert_tree_close(adapter.merge(params, own), merged, 1e-6)
     uses = adapter.uses(loss, params, own, *args)
-    assert uses and sorted((u.path, u.primitive) for u in uses if u.whole) == sorted(whole)
+    assert uses and sorted((u.path, u.primitive) for u in uses if u.whole) == sorted(full)
 
 
 MOVED_BY_SIDE = ["einsum_heads_moved", "tied_and_hidden", "scan", "scaled_by_both", "sliced"]
@@ -88,13 +88,13 @@ MOVED_BY_SIDE = ["einsum_heads_moved", "tied_and_hidden", "scan", "scaled_by_bot
 def test_functions(name, side):
     loss, shapes, args = FUNCTIONS[name]
     params = {key: array(*shape, seed=i) for i, (key, shape) in enumerate(shapes.items())}
-    whole = {
+    full = {
         "stop_gradient": [("w", "stop_gradient")],
         "conv": [
             ("w", "conv_general_dilated")
         ],  # a matrix of its own for each position in the window
     }.get(name, [])
-    compare(loss, params, *args, projection=rule(side=side), whole=whole)
+    compare(loss, params, *args, projection=rule(side=side), full=full)
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_RULE)
@@ -107,8 +107,8 @@ def test_a_use_without_a_rule_gets_the_merged_weight(name):
     if name == "product_of_weights":
         params["v"] = array(16, 12)
         paths = ["v", "w"]
-    whole = list(zip(paths, primitives, strict=True))
-    compare(loss, params, X, projection=rule(), whole=whole)
+    full = list(zip(paths, primitives, strict=True))
+    compare(loss, params, X, projection=rule(), full=full)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -202,7 +202,7 @@ def test_the_merged_weight_is_not_made():
 
 
 def test_sharded_over_devices():
-    """Weights, factors and batch cut over a mesh of eight: the same numbers."""
+    """Weights, factors and batch sharded over a mesh of eight: the same numbers."""
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
 
     def put(x, *spec):
@@ -217,30 +217,30 @@ def test_sharded_over_devices():
     own = filled(adapter, params)
     gradient = jax.jit(jax.value_and_grad(adapter.apply(loss), argnums=1))
     expected = gradient(params, own, x)
-    cut = {
+    sharded = {
         "w": {
             "down": put(own["w"]["down"], None, "data"),
             "up": put(own["w"]["up"], None, None, "model"),
         }
     }
-    found = gradient(dict(w=put(params["w"], None, "data", "model")), cut, put(x, "data"))
+    found = gradient(dict(w=put(params["w"], None, "data", "model")), sharded, put(x, "data"))
     assert_tree_close(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("axis", ["input", "output"])
 def test_shard_map_inside_the_function(axis):
-    """A weight that is cut by `shard_map`, along either side."""
-    mesh = Mesh(np.array(jax.devices()), ("cut",))
-    cut = PartitionSpec(*(("cut", None) if axis == "input" else (None, "cut")))
+    """A weight that is sharded by `shard_map`, along either side."""
+    mesh = Mesh(np.array(jax.devices()), ("shards",))
+    sharded = PartitionSpec(*(("shards", None) if axis == "input" else (None, "shards")))
 
     def product(w, x):
         y = x @ w
-        return lax.psum(y, "cut") if axis == "input" else y
+        return lax.psum(y, "shards") if axis == "input" else y
 
     def loss(p, x):
-        of_x = PartitionSpec(None, "cut") if axis == "input" else PartitionSpec()
-        of_y = PartitionSpec() if axis == "input" else PartitionSpec(None, "cut")
-        mapped = jax.shard_map(product, mesh=mesh, in_specs=(cut, of_x), out_specs=of_y)
+        of_x = PartitionSpec(None, "shards") if axis == "input" else PartitionSpec()
+        of_y = PartitionSpec() if axis == "input" else PartitionSpec(None, "shards")
+        mapped = jax.shard_map(product, mesh=mesh, in_specs=(sharded, of_x), out_specs=of_y)
         return square(mapped(p["w"], x))
 
     compare(loss, dict(w=array(24, 16)), X, projection=rule())

@@ -1,4 +1,4 @@
-"""Every method on one model: layers under scan and remat, weights and batch cut over eight devices."""
+"""Every method on one model: layers under scan and remat, weights and batch sharded over eight devices."""
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def test_sharded_step(name):
 
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
 
-    def cut(leaf):
+    def sharded(leaf):
         lengths = (1, 1, 2)[-leaf.ndim :] if leaf.ndim < 3 else (1, 4, 2)
         fits = all(n % k == 0 for n, k in zip(leaf.shape, lengths, strict=True))
         spec = (None, "data", "model")[: leaf.ndim] if leaf.ndim == 3 and fits else ()
@@ -100,7 +100,7 @@ def test_sharded_step(name):
 
     x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
     expected = two(params, X)
-    assert_tree_close(two(jax.tree.map(cut, params), x), expected, 1e-4)
+    assert_tree_close(two(jax.tree.map(sharded, params), x), expected, 1e-4)
     assert float(expected[1][1]) != float(expected[1][0])
 
 
@@ -109,8 +109,10 @@ def test_sharded_boosting():
     run = boosting(loss, xgb_lora(1, rule(1)), optax.sgd(1.0), steps=2)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     place = NamedSharding(mesh, PartitionSpec(None, "data", "model"))
-    whole = NamedSharding(mesh, PartitionSpec())
-    cut = jax.tree.map(lambda x: jax.device_put(x, place if x.ndim == 3 else whole), PARAMS)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    sharded = jax.tree.map(
+        lambda x: jax.device_put(x, place if x.ndim == 3 else replicated), PARAMS
+    )
 
     def final(params, x):
         state = run.init(KEY, params)
@@ -121,11 +123,11 @@ def test_sharded_boosting():
         return run.finish(state)
 
     x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
-    assert_tree_close(final(cut, x), final(PARAMS, X), 1e-5)
+    assert_tree_close(final(sharded, x), final(PARAMS, X), 1e-5)
 
 
 def test_explicit_mesh():
-    """Axes that are part of the types: what is added lies where the product does."""
+    """Axes that are part of the types: what is added is sharded as the product is."""
     types = (jax.sharding.AxisType.Explicit,) * 2
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
     adapter = lora(rule(4))

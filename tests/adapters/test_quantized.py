@@ -37,9 +37,9 @@ def dequantized(params):
 def test_int8_by_hand():
     """Rounded to 1/127 of the largest entry of each output."""
     lazy = quantize(lora(rule(4)), PARAMS)["in"]["kernel"]
-    whole = np.asarray(PARAMS["in"]["kernel"], np.float64)
-    scale = abs(whole).max(axis=0) / 127.5
-    assert np.all(abs(np.asarray(lazy.materialize()) - whole) <= 0.51 * scale + 1e-6)
+    exact = np.asarray(PARAMS["in"]["kernel"], np.float64)
+    scale = abs(exact).max(axis=0) / 127.5
+    assert np.all(abs(np.asarray(lazy.materialize()) - exact) <= 0.51 * scale + 1e-6)
     assert lazy.parts.qvalue.dtype == jnp.int8 and lazy.shape == (24, 32)
 
 
@@ -69,12 +69,12 @@ def test_bytes_and_no_whole_stack():
     """A quarter and an eighth of the bytes; a layer is turned into floating point within the scan."""
     adapter = lora(rule(4, select=lambda path, shape: path == "layers"))
     big = {"layers": jnp.asarray(normal(0, (3, 256, 256)))}
-    whole = tree_bytes(big)
+    full = tree_bytes(big)
     held = quantize(adapter, big)["layers"]
-    assert tree_bytes(held) < 0.26 * whole
+    assert tree_bytes(held) < 0.26 * full
     four = quantize(adapter, big, "nf4")["layers"].parts
     bits = 4 * four.qvalue.size + 8 * four.scale.nbytes
-    assert bits < 0.16 * 8 * whole
+    assert bits < 0.16 * 8 * full
     own = filled(adapter, big)
 
     def loss(p, x):

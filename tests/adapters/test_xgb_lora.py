@@ -1,4 +1,4 @@
-"""XGBLoRA: rounds, by hand in float64; which layers are drawn; what many weak learners can do."""
+"""XGBLoRA: rounds, by hand in float64; which layers are sampled; what many weak learners can do."""
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ def test_rounds_by_hand():
         if i % 3 == 0:
             start = adapter.init(jax.random.fold_in(KEY, i // 3), PARAMS)["w"]
             down, up = (np.asarray(start[name], np.float64) for name in ("down", "up"))
-        whole = w + 2 * down @ up
-        delta = x @ whole - np.asarray(goal, np.float64)
+        merged = w + 2 * down @ up
+        delta = x @ merged - np.asarray(goal, np.float64)
         value = 0.5 * np.mean(np.sum(delta**2, axis=1))
         gradient = x.T @ delta / len(x)
         down, up = down - rate * 2 * gradient @ up.T, up - rate * 2 * down.T @ gradient
@@ -57,7 +57,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("layers", [1, 3, 8])
 def test_a_random_subset_of_layers(layers):
-    """All weights of a layer go together, so many of the eight layers; each is drawn at some time."""
+    """All weights of a layer go together, so many of the eight layers; each is sampled at some time."""
     adapter = xgb_lora(layers, rule(1))
     seen = set()
     for seed in range(40):
@@ -69,13 +69,13 @@ def test_a_random_subset_of_layers(layers):
                 name = f"{path.split('/')[0]}[{i}]"
                 assert name not in alive or alive[name] == bool(down.any())
                 alive[name] = bool(down.any())
-        drawn = {name for name, flag in alive.items() if flag}
-        assert len(alive) == 8 and len(drawn) == layers
-        seen |= drawn
+        sampled = {name for name, flag in alive.items() if flag}
+        assert len(alive) == 8 and len(sampled) == layers
+        seen |= sampled
     assert len(seen) == 8
 
 
-def test_layers_that_are_not_drawn_do_not_move():
+def test_layers_that_are_not_sampled_do_not_move():
     adapter = xgb_lora(2, rule(1))
     tx = optax.adamw(0.1)
     x = jnp.asarray(normal(3, (7, 24)))

@@ -1,4 +1,4 @@
-"""Meshes of explicit axes: equal to one device, and every array of the type that it had."""
+"""Meshes with explicit axes: equal to one device, and every array keeps its type."""
 
 import functools
 
@@ -82,7 +82,7 @@ def make(side, **others):
 
 
 def plain_run(tx, steps=3):
-    """On one device, by `tx.update` of whole gradients."""
+    """On one device, by `tx.update` of uncompressed gradients."""
 
     @jax.jit
     def step(params, state):
@@ -129,7 +129,7 @@ def test_a_train_step(layout, side):
     ids=["adamw", "momentum", "int8"],
 )
 def test_the_chain(others):
-    """Updates are of the params' types, the state keeps its own."""
+    """Updates have the params' types, and the state keeps its own."""
     _, tx = make("larger", **others)
     expected, _ = plain_run(tx)
     with jax.set_mesh(MESH):
@@ -147,21 +147,21 @@ def test_the_chain(others):
     assert_tree_close(params, expected, 5e-2 if "state_dtype" in others else 1e-4)
 
 
-def test_links_on_their_own():
+def test_transformations_on_their_own():
     projection, _ = make("input")
     project, decompress = flora_jax.project(projection), flora_jax.decompress()
     alone = {name: jnp.asarray(2 * value) for name, value in VALUES.items() if name != "stack"}
     expected, _ = project.update(alone, project.init(alone))
-    expected_whole, _ = decompress.update(expected, optax.EmptyState())
+    expected_estimate, _ = decompress.update(expected, optax.EmptyState())
     params = {name: leaf for name, leaf in placed("both").items() if name != "stack"}
     grads = jax.tree.map(lambda x: 2 * x, params)
     sketches, _ = project.update(grads, project.init(params), params)
     spec = jax.typeof(sketches["up"].data).sharding.spec
     assert sketches["up"].data.shape == (8, 64) and spec == P("data", "model")
-    whole, _ = decompress.update(sketches, optax.EmptyState(), params)
-    assert types(whole) == types(params)
+    estimate, _ = decompress.update(sketches, optax.EmptyState(), params)
+    assert types(estimate) == types(params)
     assert_tree_close(sketches, expected, 1e-5)
-    assert_tree_close(whole, expected_whole, 1e-5)
+    assert_tree_close(estimate, expected_estimate, 1e-5)
     with pytest.raises(
         ValueError, match=r"params must be given to tx\.update on a mesh of explicit"
     ):

@@ -1,4 +1,4 @@
-"""Inside `jax.shard_map`: weights cut over manual axes, equal to one device."""
+"""Inside `jax.shard_map`: weights sharded over manual axes, equal to one device."""
 
 import functools
 
@@ -34,7 +34,7 @@ X = normal(6, (16, 32))
 
 
 def loss(params, x, total=lambda y: y):
-    """Columns cut, then rows; experts; heads, whose outputs are summed."""
+    """Columns sharded, then rows; experts; heads, whose outputs are summed."""
     y = total(jnp.tanh(x @ params["up"] + params["bias"]) @ params["down"])
     y += total(jnp.einsum("bd,edf->bf", x, jnp.tanh(params["experts"])))
     y += total(jnp.einsum("bd,dhk->bk", x, params["heads"]) @ jnp.eye(16, 32))
@@ -60,12 +60,12 @@ def specs_of_state(tx):
         )
         for name, value in VALUES.items()
     }
-    places = flora_jax.state_shardings(tx, shapes, manual_axes=("model",))
-    return jax.tree.map(lambda place: place.spec, places)
+    shardings = flora_jax.state_shardings(tx, shapes, manual_axes=("model",))
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
 
 def naive(projection, grads):
-    """`G Aᵀ` in numpy float64 of whole gradients, with the whole `A`s as one device draws them."""
+    """`G Aᵀ` in numpy float64 of full gradients, with all of `A` as one device samples it."""
     sketches = flora_jax.project(projection)
     zeros = jax.tree.map(jnp.zeros_like, grads)
     updates, _ = sketches.update(zeros, sketches.init(zeros), zeros)
@@ -75,7 +75,7 @@ def naive(projection, grads):
         if spec is None:
             result[name] = grad
             continue
-        whole = np.asarray(products.sample(spec, 0), np.float64)
+        a = np.asarray(products.sample(spec, 0), np.float64)
         count = len(spec.projected)
         letters = "abcd"[: grad.ndim]
         projected = "".join(letters[axis] for axis in spec.projected)
@@ -85,9 +85,9 @@ def naive(projection, grads):
             for axis, letter in enumerate(letters)
             if axis not in spec.projected[1:]
         )
-        assert whole.ndim == len(batch) + 1 + count
+        assert a.ndim == len(batch) + 1 + count
         result[name] = np.einsum(
-            f"{letters},{batch}r{projected}->{goal}", np.asarray(grad, np.float64), whole
+            f"{letters},{batch}r{projected}->{goal}", np.asarray(grad, np.float64), a
         )
     return result
 
@@ -98,7 +98,7 @@ def naive(projection, grads):
 )
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_a_device_has_its_part_of_the_one_sketch(side, distribution, block):
-    """From whole gradients, and born compressed: both are what a single device would make."""
+    """By the ordinary route, and by the fused one: both are what a single device would compute."""
     projection = flora_jax.Projection(
         8, min_dim=16, side=side, distribution=distribution, block=block, partition_specs=SPECS
     )
@@ -111,9 +111,9 @@ def test_a_device_has_its_part_of_the_one_sketch(side, distribution, block):
     def fused(params, x):
         return numbers(flora_jax.value_and_grad(inside, projection)(params, x, cycle=0)[1])
 
-    cut = specs_of_state(flora_jax.momentum(0.9, projection=projection)).momentum
+    specs = specs_of_state(flora_jax.momentum(0.9, projection=projection)).momentum
     for route in (ordinary, fused):
-        run = jax.shard_map(route, mesh=MESH, in_specs=(SPECS, P("data")), out_specs=cut)
+        run = jax.shard_map(route, mesh=MESH, in_specs=(SPECS, P("data")), out_specs=specs)
         assert_tree_close(jax.jit(run)(VALUES, X), expected, 1e-4)
 
 
@@ -126,7 +126,7 @@ def test_a_device_has_its_part_of_the_one_sketch(side, distribution, block):
     ids=["accumulation", "momentum"],
 )
 def test_training_is_that_of_one_device(side, others):
-    """Five micro-steps over cycles of two; the state is made, and lies, where the weights do."""
+    """Five micro-steps over cycles of two; the state is created, and stays, sharded as the weights are."""
     projection = flora_jax.Projection(
         8, min_dim=16, side=side, resample_every=2, partition_specs=SPECS
     )
@@ -139,7 +139,7 @@ def test_training_is_that_of_one_device(side, others):
 
     states = specs_of_state(tx)
     init = jax.shard_map(tx.init, mesh=MESH, in_specs=(SPECS,), out_specs=states)
-    cut = jax.shard_map(
+    mapped = jax.shard_map(
         functools.partial(step, inside),
         mesh=MESH,
         in_specs=(SPECS, states, P("data")),
@@ -147,7 +147,7 @@ def test_training_is_that_of_one_device(side, others):
     )
     params = jax.tree.map(jnp.asarray, VALUES)
     expected, found = (params, tx.init(params)), (params, jax.jit(init)(params))
-    alone, together = jax.jit(functools.partial(step, loss)), jax.jit(cut)
+    alone, together = jax.jit(functools.partial(step, loss)), jax.jit(mapped)
     for _ in range(5):
         expected, found = alone(*expected, X), together(*found, X)
     assert_tree_close(found, expected, 1e-4)
@@ -189,13 +189,13 @@ def test_loops_start_from_what_does_not_vary(check_vma):
     def run(x):
         return manual.fori_loop(0, 3, lambda i, sums: sums + i * x, jnp.zeros(x.shape))
 
-    cut = jax.shard_map(
+    mapped = jax.shard_map(
         run, mesh=MESH, in_specs=P("data"), out_specs=P("data"), check_vma=check_vma
     )
-    np.testing.assert_allclose(jax.jit(cut)(X), 3 * X, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(mapped)(X), 3 * X, rtol=1e-6)
 
 
-def test_outside_nothing_is_cut():
+def test_outside_nothing_is_sharded():
     assert manual.parts(("data", "model")) == 1 and manual.index(("model",)) == 0
     assert manual.here(("data", "model")) == ()
     assert manual.total(jnp.ones(3), ("model",)).sum() == 3
@@ -212,7 +212,7 @@ def test_specs_that_do_not_fit():
         flora_jax.plan({"w": jnp.ones((64, 32))}, projection)
 
 
-def test_the_part_of_a_is_that_of_the_whole_to_the_last_bit():
+def test_the_part_of_a_is_that_of_one_device_to_the_last_bit():
     """Columns and matrices of `A` by `sample`, inside and outside."""
     projection = flora_jax.Projection(8, min_dim=16, side="input", partition_specs=SPECS)
     specs = {
@@ -222,9 +222,9 @@ def test_the_part_of_a_is_that_of_the_whole_to_the_last_bit():
     def all_of():
         return {name: products.sample(spec, 3) for name, spec in specs.items()}
 
-    cut = {"up": P(), "down": P(None, "model"), "experts": P("model"), "heads": P()}
-    run = jax.shard_map(all_of, mesh=MESH, in_specs=(), out_specs=cut)
-    found, whole = jax.jit(run)(), jax.jit(all_of)()
+    out_specs = {"up": P(), "down": P(None, "model"), "experts": P("model"), "heads": P()}
+    run = jax.shard_map(all_of, mesh=MESH, in_specs=(), out_specs=out_specs)
+    found, expected = jax.jit(run)(), jax.jit(all_of)()
     assert set(found) == set(specs)
     for name in found:
-        np.testing.assert_array_equal(found[name], whole[name])
+        np.testing.assert_array_equal(found[name], expected[name])

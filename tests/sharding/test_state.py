@@ -18,7 +18,7 @@ def make_mesh():
     return jax.make_mesh((4, 2), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def cut_params(mesh):
+def sharded_params(mesh):
     shapes = {
         "square": ((256, 256), PartitionSpec("fsdp", "model")),
         "heads": ((256, 4, 128), PartitionSpec("fsdp", "model")),
@@ -33,7 +33,7 @@ def cut_params(mesh):
 
 
 @pytest.mark.parametrize(
-    "cut, state, expected",
+    "sharded, state, expected",
     [
         ((("fsdp",), ("model",)), (256, 512), PartitionSpec("fsdp", "model")),
         ((("fsdp",), ("model",)), (16, 512), PartitionSpec("fsdp", "model")),
@@ -45,14 +45,14 @@ def cut_params(mesh):
         ((("fsdp",), ("model",)), (), PartitionSpec()),
     ],
 )
-def test_axes_of_a_state_lie_where_those_of_the_weight_lie(cut, state, expected):
-    assert partition((256, 512), cut, state, SIZES) == expected
+def test_axes_of_a_state_are_sharded_as_those_of_the_weight(sharded, state, expected):
+    assert partition((256, 512), sharded, state, SIZES) == expected
 
 
 def test_adafactors_vectors_of_a_square_weight_are_told_apart():
     mesh = make_mesh()
     tx = optax.adafactor(1e-2)
-    shardings = flora_jax.state_shardings(tx, cut_params(mesh))
+    shardings = flora_jax.state_shardings(tx, sharded_params(mesh))
     factored = shardings[0]
     assert factored.v_row["square"].spec == PartitionSpec("fsdp")
     assert factored.v_col["square"].spec == PartitionSpec("model")
@@ -79,9 +79,9 @@ def test_adafactors_vectors_of_a_square_weight_are_told_apart():
         ),
     ],
 )
-def test_a_state_is_made_where_it_shall_lie_and_no_part_is_whole_that_can_be_cut(tx):
+def test_a_state_has_its_shardings_and_no_large_array_is_replicated(tx):
     mesh = make_mesh()
-    abstract = cut_params(mesh)
+    abstract = sharded_params(mesh)
     params = jax.tree.map(lambda x: jax.device_put(jnp.ones(x.shape), x.sharding), abstract)
     shardings = flora_jax.state_shardings(tx, abstract)
     state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -112,13 +112,13 @@ def test_params_on_two_meshes_are_refused():
 
 
 def compiled_step(mesh, loss, params, x, **others):
-    """Text of the compiled train step, and the most random words that a device makes at a time."""
+    """Text of the compiled train step, and the most random words that a device samples at a time."""
     projection = flora_jax.Projection(64, side="input", resample_every=2, **others)
     tx = flora_jax.flora(1e-2, projection=projection, accumulation_steps=2)
 
-    def shape(lengths, cut):
-        place = NamedSharding(mesh, PartitionSpec(*cut))
-        return jax.ShapeDtypeStruct(lengths, jnp.float32, sharding=place)
+    def shape(lengths, axes):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(lengths, jnp.float32, sharding=sharding)
 
     params = {"w": shape(*params)}
     shardings = flora_jax.state_shardings(tx, params)
@@ -134,7 +134,7 @@ def compiled_step(mesh, loss, params, x, **others):
 
 
 def gathered(program):
-    """Bytes of each array that moves whole between devices, beyond sums of single numbers."""
+    """Bytes of each array that moves between devices without being summed, single numbers left out."""
     return [
         size
         for one in traffic.collectives(program, 8)
@@ -144,10 +144,10 @@ def gathered(program):
     ]
 
 
-@pytest.mark.parametrize("block", [2**22, 2**14], ids=["whole", "blocks"])
+@pytest.mark.parametrize("block", [2**22, 2**14], ids=["one block", "blocks"])
 @pytest.mark.parametrize("distribution", ["gaussian", "srht", "rademacher"])
-def test_a_device_draws_its_own_part_and_gathers_nothing_but_a_sketch(distribution, block):
-    """A weight of 1024 x 512 cut eight ways along the side that is projected away, to 64 rows."""
+def test_a_device_samples_its_own_part_and_gathers_nothing_but_a_sketch(distribution, block):
+    """A weight of 1024 x 512 sharded over eight devices along the side that is projected, to 64 rows."""
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     program, words = compiled_step(
         mesh,
@@ -157,13 +157,13 @@ def test_a_device_draws_its_own_part_and_gathers_nothing_but_a_sketch(distributi
         distribution=distribution,
         block=block,
     )
-    # srht has beside its part one number for each row of the Hadamard matrix
+    # srht has one number for each row of the Hadamard matrix besides its part
     assert words <= max(min(64 * 1024, block) // 8, 1024 if distribution == "srht" else 0)
     assert gathered(program) == [4 * 64 * 512]
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_a_device_draws_for_its_own_experts_and_gathers_nothing(kind):
+def test_a_device_samples_for_its_own_experts_and_gathers_nothing(kind):
     """Eight experts of 256 x 512, one on each device, with the tokens that were sent to them."""
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(kind,))
     with jax.set_mesh(mesh):
@@ -180,7 +180,7 @@ def test_a_device_draws_for_its_own_experts_and_gathers_nothing(kind):
 @pytest.mark.parametrize("experts, axes", [((8,), ("expert",)), ((3, 8), (None, "expert"))])
 @pytest.mark.parametrize("block", [2**22, 2**15, 2**11])
 def test_the_chain_gathers_no_expert(experts, axes, block):
-    """Gradients that are whole, each on the device of its expert, through all links."""
+    """Uncompressed gradients, each on the device of its expert, through all transformations."""
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, PartitionSpec(*axes))
     params = {"w": jax.ShapeDtypeStruct((*experts, 64, 128), jnp.float32, sharding=place)}
