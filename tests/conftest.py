@@ -24,6 +24,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("tests", deadline=None)  # a first example compiles
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True, scope="module")

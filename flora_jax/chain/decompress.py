@@ -42,6 +42,7 @@ def decompress() -> optax.GradientTransformation:
         def expand(leaf):
             if not is_sketch(leaf):
                 return leaf
+            leaf = leaf.resolved()
             if leaf.cycle is None:
                 raise ValueError(
                     f"{leaf.spec.path!r}: decompress found a sketch without a cycle, expected one "

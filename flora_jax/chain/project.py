@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -29,7 +30,9 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
     """Compresses each gradient `G`, `n × m`, to its sketch `C = G Aᵀ`, `n × r`.
 
     Leaves that the projection does not compress pass through unchanged. Leaves that are sketches
-    already, as `flora_jax.value_and_grad` returns them, are checked, and their cycle is set.
+    already, as `flora_jax.value_and_grad` returns them, are checked, and their cycle is set. A sketch of
+    another cycle than the state's would train the parameters on noise: it raises a ValueError, or under
+    `jax.jit`, where the two cannot be compared in time, its data become NaN.
 
     Args:
       projection: The `Projection`, which says which leaves are compressed, and how `A` is sampled.
@@ -39,7 +42,7 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: On `update`, an incoming `Sketch` is not the one that this projection would have
-        given.
+        given, or belongs to another cycle.
 
     References:
       arXiv 2402.03293, Algorithm 1, lines 5 to 7.
@@ -55,7 +58,7 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
         def compress(plan: LeafPlan, leaf):
             if is_sketch(leaf):
                 states.check_kind(plan, leaf)
-                return Sketch(leaf.data, state.cycle, leaf.spec)
+                return Sketch(_of_cycle(leaf, state.cycle), state.cycle, leaf.spec)
             if plan.spec is None:
                 return leaf
             return Sketch(products.project(plan.spec, state.cycle, leaf), state.cycle, plan.spec)
@@ -85,3 +88,41 @@ def cycle(opt_state: Any) -> jax.Array:
       ValueError: The state has no `project` in it, or more than one.
     """
     return states.only(opt_state, ProjectState, "project").cycle
+
+
+def checked(sketches: Any, opt_state: Any) -> Any:
+    """Compares the cycle of each sketch with that of `opt_state`, as `project` does, so that it need not again.
+
+    Args:
+      sketches: A tree of gradients, as `flora_jax.value_and_grad` returns it.
+      opt_state: The state of an optimizer; where it has several `project` inside, nothing is compared.
+
+    Raises:
+      ValueError: A sketch belongs to another cycle.
+    """
+    found = states.of_kind(opt_state, ProjectState)
+    if len(found) != 1:
+        return sketches
+
+    def check(leaf):
+        if not is_sketch(leaf):
+            return leaf
+        return Sketch.unchecked(_of_cycle(leaf, found[0].cycle), None, leaf.spec)
+
+    return jax.tree.map(check, sketches, is_leaf=is_sketch)
+
+
+def _of_cycle(sketch: Sketch, cycle: Any) -> Any:
+    """The data of a sketch; NaN where it says that it belongs to another cycle."""
+    sketch = sketch.resolved()
+    claimed = sketch.claimed
+    if claimed is None or claimed is cycle:
+        return sketch.data
+    if not any(isinstance(one, jax.core.Tracer) for one in (claimed, cycle)):
+        if int(claimed) != int(cycle):
+            raise ValueError(
+                f"{sketch.spec.path!r}: found a sketch of cycle {int(claimed)}, expected {int(cycle)}; "
+                "give flora_jax.value_and_grad's function cycle=opt_state"
+            )
+        return sketch.data
+    return jnp.where(claimed == cycle, sketch.data, jnp.nan)

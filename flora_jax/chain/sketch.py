@@ -9,16 +9,21 @@
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
 
-from flora_jax.chain import distributions
+from flora_jax.chain import distributions, tag
 from flora_jax.sharding import manual
 
+_trace_state = getattr(core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state
+_NUMBERS = (int, np.integer, np.ndarray)
 Every = int | Callable[[Any], Any]
 """A number of micro-steps, or a schedule of that number, as in `optax.MultiSteps`."""
 
@@ -139,36 +144,130 @@ class Spec:
         return distributions.variance(self.distribution, self.rank, self.size)
 
 
+class _Origin:
+    """Remembers which cycle and tag a sketch had, through arithmetic in the trace in which it got them.
+
+    It is part of the static description of a tree, where it must not make two trees differ, nor keep the
+    values of a finished trace alive.
+    """
+
+    __slots__ = ("_cycle", "_tag", "_trace")
+
+    def __init__(self, cycle: Any, tag: Any):
+        self._cycle, self._tag = weakref.ref(cycle), weakref.ref(tag)
+        self._trace = _trace_state()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Origin)
+
+    def __hash__(self) -> int:
+        return 0
+
+    @property
+    def cycle(self) -> Any:
+        """The cycle; None in another trace, where it means nothing."""
+        return self._cycle() if self._trace == _trace_state() else None
+
+    def is_untouched(self, tag: Any) -> bool:
+        return self._tag() is tag
+
+
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass
 class Sketch:
     """The compressed gradient `C = G Aᵀ` of one weight, as a pytree node.
 
-    A sketch is linear in the gradient. So sums, means over devices, loss scaling, clipping and
-    whatever else is done to trees of gradients can be done to trees of sketches.
+    A sketch is linear in the gradient. So sums, means over devices, loss scaling, clipping by a norm, noise
+    and whatever else is done to trees of gradients can be done to trees of sketches. The leaves of a sketch
+    are its `data` and, once it is known, a tag of the cycle (see `flora_jax.chain.tag`).
 
     Attributes:
       data: The numbers of `C`, an array of shape `spec.data_shape`.
-      cycle: The number of the cycle, an int32 scalar, from which the key of `A` is derived. It is None
-        until `project` sets it.
       spec: The static description of the sketch, a `Spec`.
     """
 
-    data: Any
-    cycle: Any
-    spec: Spec
+    def __init__(self, data: Any, cycle: Any, spec: Spec):
+        """Makes the sketch of a cycle.
 
-    def tree_flatten_with_keys(self):
-        keys = (jax.tree_util.GetAttrKey("data"), jax.tree_util.GetAttrKey("cycle"))
-        return tuple(zip(keys, (self.data, self.cycle), strict=True)), self.spec
-
-    def tree_flatten(self):
-        return (self.data, self.cycle), self.spec
+        Args:
+          data: The numbers of `C`.
+          cycle: The number of the cycle, an int32 scalar, or None.
+          spec: The static description.
+        """
+        self.data = data
+        self.spec = spec
+        self._cycle = jnp.asarray(cycle, jnp.int32) if isinstance(cycle, _NUMBERS) else cycle
+        self._tag: Any = None
+        self._origin: _Origin | None = None
+        self._checked = True
 
     @classmethod
-    def tree_unflatten(cls, spec, leaves):
-        data, cycle = leaves
-        return cls(data, cycle, spec)
+    def unchecked(cls, data: Any, cycle: Any, spec: Spec) -> "Sketch":
+        """Makes a sketch whose cycle `project` still has to compare with its own; `cycle` is None so far."""
+        sketch = cls(data, cycle, spec)
+        sketch._checked = False
+        return sketch
+
+    @property
+    def cycle(self) -> Any:
+        """The number of the cycle, an int32 scalar; None until `project` has set it."""
+        return self.claimed if self._checked else None
+
+    @property
+    def claimed(self) -> Any:
+        """The cycle whose projection made the sketch, as it says itself; None where it does not say."""
+        if self._cycle is not None or self._tag is None:
+            return self._cycle
+        if isinstance(self._tag, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(self._tag.shape[:-1], jnp.int32)
+        known = self._origin.cycle if self._origin is not None else None
+        if known is not None and self._origin is not None and self._origin.is_untouched(self._tag):
+            return known
+        cycle, valid = tag.decode(self._tag)
+        return jnp.where(valid, cycle, -1 if known is None else known)
+
+    def resolved(self) -> "Sketch":
+        """Returns the same sketch with its cycle read; its data are NaN where no cycle can be read any more.
+
+        Raises:
+          ValueError: No cycle can be read, outside of `jax.jit`.
+        """
+        cycle = self.claimed
+        if cycle is None or self._cycle is not None:
+            return self
+        data = self.data
+        if not (self._origin is not None and self._origin.cycle is not None):
+            lost = cycle < 0
+            if not isinstance(lost, jax.core.Tracer) and bool(lost):
+                raise ValueError(
+                    f"{self.spec.path!r}: the sketch's cycle cannot be read any more, found that something "
+                    "other than a sum, a mean or a scale was done to it between two calls of jax.jit; "
+                    "do it inside one"
+                )
+            data = jnp.where(lost, jnp.nan, data)
+        result = Sketch(data, cycle, self.spec)
+        result._checked = self._checked
+        return result
+
+    def tree_flatten_with_keys(self):
+        leaves, static = self.tree_flatten()
+        keys = (jax.tree_util.GetAttrKey("data"), jax.tree_util.GetAttrKey("cycle"))
+        return tuple(zip(keys, leaves, strict=True)), static
+
+    def tree_flatten(self):
+        if self._tag is None and self._cycle is not None:
+            self._tag = tag.encode(self._cycle)
+            self._origin = _Origin(self._cycle, self._tag)
+        return (self.data, self._tag), (self.spec, self._checked, self._origin)
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        sketch = cls(leaves[0], None, static[0])
+        sketch._tag = leaves[1]
+        _, sketch._checked, sketch._origin = static
+        return sketch
+
+    def __repr__(self) -> str:
+        return f"Sketch(data={self.data!r}, cycle={self.cycle!r}, spec={self.spec!r})"
 
     def __add__(self, other: "Sketch") -> "Sketch":
         """Adds two sketches, which gives the sketch of the sum of the two gradients.
@@ -176,8 +275,7 @@ class Sketch:
         Raises:
           TypeError: `other` is not a sketch.
           ValueError: The two sketches belong to different weights, projections or cycles, or one has
-            its cycle set and the other has not. Two traced cycles cannot be compared and are taken
-            as equal.
+            its cycle set and the other has not. Of two traced cycles that differ the sum is NaN.
         """
         if not isinstance(other, Sketch):
             raise TypeError(
@@ -195,15 +293,30 @@ class Sketch:
             raise ValueError(
                 f"{self.spec.path!r}: one sketch has its cycle set by project, the other has not"
             )
-        cycles = (self.cycle, other.cycle)
-        known = self.cycle is not None and not any(isinstance(c, jax.core.Tracer) for c in cycles)
-        if known and len(found := {int(cycle) for cycle in cycles}) > 1:
-            raise ValueError(
-                f"{self.spec.path!r}: sketches that are added must be of one cycle, found "
-                f"{' and '.join(map(str, sorted(found)))}; momentum transfers between cycles"
-            )
-        return Sketch(jnp.add(self.data, other.data), self.cycle, self.spec)
+        mine, theirs = self.claimed, other.claimed
+        data = jnp.add(self.data, other.data)
+        if mine is not None and theirs is not None and mine is not theirs:
+            if not any(isinstance(cycle, jax.core.Tracer) for cycle in (mine, theirs)):
+                if len(found := {int(mine), int(theirs)}) > 1:
+                    raise ValueError(
+                        f"{self.spec.path!r}: sketches that are added must be of one cycle, found "
+                        f"{' and '.join(map(str, sorted(found)))}; momentum transfers between cycles"
+                    )
+            else:
+                data = jnp.where(mine == theirs, data, jnp.nan)
+        result = Sketch(data, mine, self.spec)
+        result._checked = self._checked
+        return result
 
 
 def is_sketch(node: Any) -> bool:
     return isinstance(node, Sketch)
+
+
+def without_cycle(tree: Any) -> Any:
+    """Returns a tree of gradients whose sketches say nothing of their cycle, so that `project` sets it unasked."""
+    return jax.tree.map(
+        lambda leaf: Sketch(leaf.data, None, leaf.spec) if is_sketch(leaf) else leaf,
+        tree,
+        is_leaf=is_sketch,
+    )

@@ -66,7 +66,8 @@ def expected(name: str, projection: Projection | None) -> Callable[[LeafPlan, An
             )
         if is_sketch(leaf):
             check_kind(plan, leaf)
-        elif plan.spec is not None:
+            return leaf.resolved()
+        if plan.spec is not None:
             raise ValueError(
                 f"{plan.path!r}: {name} found an uncompressed gradient, expected a sketch; put "
                 "flora_jax.project with the same projection before it"

@@ -20,10 +20,18 @@ import jax.numpy as jnp
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.plan import Plan
 from flora_jax.chain.plan import plan as make_plan
+from flora_jax.chain.project import cycle as cycle_of_state
 from flora_jax.chain.projection import Projection
 from flora_jax.chain.sketch import Sketch, Spec
 from flora_jax.fused.interpreter import Traced, Use, Walk, exposed
-from flora_jax.fused.leaves import combine, is_differentiable, partition
+from flora_jax.fused.leaves import (
+    combine,
+    is_array,
+    partition,
+    refuse_changing_modules,
+    trained,
+    without,
+)
 from flora_jax.fused.rules import RULES
 from flora_jax.fused.weight import Weight
 from flora_jax.sharding import explicit, manual
@@ -57,11 +65,15 @@ def value_and_grad(
 
     Returns:
       A `ValueAndGrad`, a function `(*args, cycle, **kwargs)` that returns the value and the gradients.
-      Pass `flora_jax.cycle(opt_state)` as `cycle`. Leaves that are not floating-point arrays have the
-      gradient None.
+      Pass the optimizer's state, or `flora_jax.cycle(opt_state)`, as `cycle`; the chain's `project`
+      refuses sketches of another cycle than its own. Leaves that are not differentiated (see
+      `jax.grad`; and floats that are attributes of an object) have the gradient None.
 
     Raises:
-      ValueError: On a call, `argnums` is out of range, or a parameter is complex.
+      ValueError: On a call, `argnums` is out of range, a parameter is complex, or `cycle` is no
+        optimizer's state.
+      TypeError: On a call, `fun` does not return a scalar (or a pair, with `has_aux`), or an argument is
+        an NNX module with state that a call changes, such as BatchNorm's statistics.
 
     Examples:
       >>> import flora_jax, jax, jax.numpy as jnp
@@ -71,7 +83,7 @@ def value_and_grad(
       >>> opt_state = tx.init(params)
       >>> loss = lambda params, x: jnp.sum((x @ params["kernel"]) ** 2)
       >>> grad_fn = flora_jax.value_and_grad(loss, projection)
-      >>> value, grads = grad_fn(params, jnp.ones((2, 16)), cycle=flora_jax.cycle(opt_state))
+      >>> value, grads = grad_fn(params, jnp.ones((2, 16)), cycle=opt_state)
       >>> grads["kernel"].data.shape
       (4, 8)
     """
@@ -89,6 +101,7 @@ class ValueAndGrad:
     shardings: Any = None
 
     def __call__(self, *args: Any, cycle: Any, **kwargs: Any) -> Any:
+        cycle = _cycle_of(cycle)
         function = _Function(self, args, kwargs)
         ups = list(map(_zero_up, function.plans, function.differentiated))
         uncompressed = [
@@ -106,7 +119,9 @@ class ValueAndGrad:
 
         value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(ups, uncompressed)
         leaves = [
-            grad if plan.spec is None else Sketch(_total(plan.spec, leaf, data), None, plan.spec)
+            grad
+            if plan.spec is None
+            else Sketch.unchecked(_total(plan.spec, leaf, data), cycle, plan.spec)
             for plan, leaf, data, grad in zip(
                 function.plans, function.differentiated, *grads, strict=True
             )
@@ -154,7 +169,7 @@ class ValueAndGrad:
           A `Plan` whose `whole_uses` are the uses at which a full gradient is materialized.
         """
         first = self.argnums if isinstance(self.argnums, int) else self.argnums[0]
-        params = jax.tree.map(lambda x: x if is_differentiable(x) else None, args[first])
+        params = trained(args[first])
         uses = tuple(use for use in self.uses(*args, **kwargs) if use.whole)
         return dataclasses.replace(make_plan(params, self.projection), whole_uses=uses)
 
@@ -163,6 +178,7 @@ class _Function:
     """The function with these arguments, as a jaxpr over flat leaves."""
 
     def __init__(self, owner: ValueAndGrad, args: tuple, kwargs: dict):
+        refuse_changing_modules((args, kwargs))
         argnums = owner.argnums
         self.single = isinstance(argnums, int)
         places = [argnums] if isinstance(argnums, int) else list(argnums)
@@ -179,16 +195,13 @@ class _Function:
         self.aux_rest: Any = None
         self.aux_structure: Any = None
         for place in places:
-            arg = jax.tree.map(lambda x: x if is_differentiable(x) else None, args[place])
+            arg = trained(args[place])
             leaves, structure = jax.tree.flatten(arg)
-            self.plans += leaf_plans(arg, owner.projection)
+            self.plans += leaf_plans(_shaped(arg), owner.projection)
             self.differentiated += leaves
             self.structures.append(structure)
         held = [
-            jax.tree.map(lambda x: None if is_differentiable(x) else x, arg)
-            if place in places
-            else arg
-            for place, arg in enumerate(args)
+            without(arg, trained(arg)) if place in places else arg for place, arg in enumerate(args)
         ]
         arrays, rest = partition((held, kwargs))
         self.others, structure = jax.tree.flatten(arrays)
@@ -200,12 +213,15 @@ class _Function:
             for place, tree in zip(places, trees, strict=True):
                 held[place] = combine(tree, held[place])
             result = owner.fun(*held, **kwargs)
-            if owner.has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            if owner.has_aux and not (isinstance(result, tuple | list) and len(result) == 2):
                 raise TypeError(
-                    "fun must give a pair (value, aux) with has_aux=True, found "
+                    "fun must return a pair (value, aux) with has_aux=True, found "
                     f"{type(result).__name__}"
                 )
             value, aux = result if owner.has_aux else (result, None)
+            if not is_array(value) and not isinstance(value, float):
+                hint = ", or use has_aux=True" if isinstance(value, tuple | list) else ""
+                raise TypeError(f"fun must return a scalar{hint}, found {type(value).__name__}")
             arrays, self.aux_rest = partition(aux)
             leaves, self.aux_structure = jax.tree.flatten(arrays)
             return [value, *leaves]
@@ -262,3 +278,15 @@ def _zero_up(plan: LeafPlan, leaf: Any) -> jax.Array | None:
 def _total(spec: Spec, leaf: Any, data: jax.Array) -> jax.Array:
     """Sums over the devices that projected axes are sharded over, where types do not make JAX do so."""
     return manual.total(data, sorted(set(spec.summed) - manual.varying(leaf)))
+
+
+def _cycle_of(cycle: Any) -> Any:
+    """Returns the cycle, given it or the optimizer's state."""
+    if isinstance(cycle, int) or (is_array(cycle) and jnp.ndim(cycle) == 0):
+        return cycle
+    return cycle_of_state(cycle)
+
+
+def _shaped(tree: Any) -> Any:
+    """Returns the tree with arrays in the places of Python floats."""
+    return jax.tree.map(lambda x: x if is_array(x) else jnp.asarray(x), tree)

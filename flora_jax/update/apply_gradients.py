@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from flora_jax.chain import products
+from flora_jax.chain import products, project
 from flora_jax.chain.decompress import as_one_operation, decompress_p
 from flora_jax.paths import path_name
 from flora_jax.sharding import explicit, manual
@@ -69,6 +69,7 @@ def apply_gradients(
     Raises:
       ValueError: The update of one leaf needs the full gradient of another.
     """
+    grads = project.checked(grads, opt_state)
     tx = optax.with_extra_args_support(tx)
 
     def update(grads, opt_state, params, extra_args):

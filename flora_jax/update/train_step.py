@@ -10,7 +10,8 @@ import optax
 
 from flora_jax.chain import project
 from flora_jax.chain.projection import Projection
-from flora_jax.fused.leaves import combine, is_array, is_differentiable
+from flora_jax.chain.sketch import without_cycle
+from flora_jax.fused.leaves import combine, partition, refuse_changing_modules, trained, without
 from flora_jax.fused.value_and_grad import value_and_grad
 from flora_jax.sharding.partition import constrain, known
 from flora_jax.update.apply_gradients import apply_gradients
@@ -76,10 +77,12 @@ def make_train_step(
             value, grads = grad_fn(params, *batch)
         else:
             value, grads = _mean(grad_fn, params, batch, micro_batches, has_aux)
+        grads = without_cycle(grads)  # which is the state's own
         params, opt_state = apply_gradients(tx, grads, opt_state, params, shardings=of_params)
         return _put(params, of_params), _put(opt_state, of_state), value
 
     def prepared(params, opt_state, *batch):
+        refuse_changing_modules(params)
         if micro_batches is not None:
             _check_batch(batch, micro_batches)
         own, held, rest = _parts(params)
@@ -149,7 +152,6 @@ class _Static:
 
 def _parts(params: Any) -> tuple[Any, Any, _Static]:
     """Splits the params into what is trained, other arrays, and all else, each with None for the others' leaves."""
-    own = jax.tree.map(lambda x: x if is_differentiable(x) else None, params)
-    held = jax.tree.map(lambda x: x if is_array(x) and not is_differentiable(x) else None, params)
-    rest = jax.tree.map(lambda x: None if is_array(x) or is_differentiable(x) else x, params)
+    own = trained(params)
+    held, rest = partition(without(params, own))
     return own, held, _Static(rest)
