@@ -24,7 +24,7 @@ def is_differentiable(x: Any) -> bool:
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
-    """Splits a tree into one of arrays (and numbers) and one of all else, each with None for the other's leaves."""
+    """Splits a tree into arrays (and numbers) and all else, each with None for the other's leaves."""
 
     def is_number(x):
         return is_array(x) or isinstance(x, int | float | complex)

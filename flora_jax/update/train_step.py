@@ -148,7 +148,7 @@ class _Static:
 
 
 def _parts(params: Any) -> tuple[Any, Any, _Static]:
-    """Splits the params into what is trained, other arrays, and all else, each with None for the others' leaves."""
+    """Splits the params into what is trained, other arrays, and all else, each with None elsewhere."""
     own = jax.tree.map(lambda x: x if is_differentiable(x) else None, params)
     held = jax.tree.map(lambda x: x if is_array(x) and not is_differentiable(x) else None, params)
     rest = jax.tree.map(lambda x: None if is_array(x) or is_differentiable(x) else x, params)
