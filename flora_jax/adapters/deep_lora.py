@@ -1,4 +1,4 @@
-"""Deep LoRA: three factors of full width, compressed through the singular vectors of the first gradient.
+"""Deep LoRA: three factors of full width, compressed by singular vectors of the first gradient.
 
 A product of three factors that starts small and orthogonal learns changes of low rank first. Everything
 it learns stays in a subspace that is known at the start: the leading singular vectors of the first

@@ -68,11 +68,11 @@ def lora_pro(adapter: Adapter, params: Any) -> optax.GradientTransformation:
 def lora_pro_inside(
     inner: optax.GradientTransformation, adapter: Adapter, params: Any
 ) -> optax.GradientTransformation:
-    """Runs an optimizer on the equivalent gradient in place of the factors' gradients (the paper's Algorithm 2).
+    """Runs an optimizer on the equivalent gradient in place of the factors' gradients.
 
-    The gradients are adjusted and combined to the equivalent gradient, `inner` (such as
-    `optax.scale_by_adam`) turns that into a step, and the step is turned into one of the factors, which
-    is adjusted again. The state of `inner` is as large as for the weights themselves.
+    This is the paper's Algorithm 2. The gradients are adjusted and combined to the equivalent gradient,
+    `inner` (such as `optax.scale_by_adam`) turns that into a step, and the step is turned into one of the
+    factors, which is adjusted again. The state of `inner` is as large as for the weights themselves.
 
     Args:
       inner: The optimizer. It receives `{path: array of the weight's matrices, (*B, m, n)}`.

@@ -98,7 +98,7 @@ class Adapter:
     def uses(
         self, fun: Callable, params: Any, adapter_params: Any, *args: Any, **kwargs: Any
     ) -> tuple[Use, ...]:
-        """Returns all uses of weights with an adapter in `fun`. The arguments may be `jax.ShapeDtypeStruct`s.
+        """Returns all uses of weights with an adapter. The arguments may be `jax.ShapeDtypeStruct`s.
 
         Args:
           fun: A function `(params, *args, **kwargs)`.
@@ -143,7 +143,7 @@ class Adapter:
 
 
 def as_projection(rank: Any) -> Projection:
-    """Returns a `Projection` as it is; an int `r` means rank `r` on the input side of all matrices but embeddings."""
+    """Returns a `Projection` as it is; an int is the rank of all matrices but embeddings, on the input side."""
     if isinstance(rank, Projection):
         return rank
     return Projection(rank, side="input", embedding="whole")
@@ -169,7 +169,10 @@ def down_shape(spec: Spec) -> tuple[int, ...]:
 
 
 def layer_name(path: str) -> str:
-    """Returns the name of a leaf's layer: its path up to the first name that ends in a number, or else its first name."""
+    """Returns the name of a leaf's layer.
+
+    It is the path up to the first name that ends in a number, or else the first name.
+    """
     names = path.split("/")
     for i, name in enumerate(names):
         if re.search(r"\d$", name):

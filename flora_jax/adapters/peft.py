@@ -27,7 +27,7 @@ from flora_jax.chain.sketch import Spec
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
 Modules = Callable[[str, int | None], str]
-"""A function from a leaf's path, and the index of a layer in a stacked leaf, to the name of the torch module."""
+"""A function from a leaf's path, and a layer's index in a stacked leaf, to the torch module's name."""
 
 
 def module_name(path: str, index: int | None) -> str:

@@ -1,4 +1,4 @@
-"""SoRA: LoRA with a gate on each rank, which a proximal step drives to zero; ranks with a zero gate are pruned.
+"""SoRA: LoRA with a gate on each rank, which a proximal step may drive to zero, and the rank is pruned.
 
 | paper | here |
 |---|---|

@@ -118,7 +118,9 @@ def boosting(
     tx: optax.GradientTransformation,
     steps: int,
 ) -> Boosting:
-    """Trains one adapter after another, and merges each into the params. The optimizer starts anew in each round.
+    """Trains one adapter after another, and merges each into the params.
+
+    The optimizer starts anew in each round.
 
     Args:
       loss: The loss function `(params, *batch) -> scalar`.

@@ -77,7 +77,7 @@ class Block(NamedTuple):
 
 
 def runs(total: int, most: int) -> int:
-    """Returns the number of equal runs, a power of two, for an axis of length `total` and blocks of at most `most` indices."""
+    """Returns the number of equal runs of an axis, a power of two, for blocks of at most `most` indices."""
     count = 1
     while 2 * count <= min(MOST_RUNS, most) and total % (2 * count) == 0:
         count *= 2

@@ -44,11 +44,12 @@ def scale(distribution: Distribution, rank: int, size: int) -> float:
 
 
 def variance(distribution: Distribution, rank: int, size: int) -> float:
-    """Returns the relative variance of the estimate, `E‖g AᵀA − g‖² / ‖g‖²`, for any row `g` of `size` numbers.
+    """Returns the relative variance of the estimate, `E‖g AᵀA − g‖² / ‖g‖²`.
 
-    It follows from the variances of the entries of `AᵀA`. An off-diagonal entry has variance `1/r`
-    (Gaussian and Rademacher) or `(M − r) / (r (M − 1))` (`srht`, where `M` is the next power of two),
-    a diagonal one `2/r` (Gaussian) or 0. For orthonormal rows `AᵀA AᵀA = (m/r) AᵀA`.
+    It is the same for any row `g` of `size` numbers, and follows from the variances of the entries of
+    `AᵀA`. An off-diagonal entry has variance `1/r` (Gaussian and Rademacher) or
+    `(M − r) / (r (M − 1))` (`srht`, where `M` is the next power of two), a diagonal one `2/r` (Gaussian)
+    or 0. For orthonormal rows `AᵀA AᵀA = (m/r) AᵀA`.
     """
     if distribution == "gaussian":
         return (size + 1) / rank

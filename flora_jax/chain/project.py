@@ -1,4 +1,4 @@
-"""project: compresses gradient leaves to sketches, `C = G Aᵀ` (arXiv 2402.03293, Algorithm 1, lines 5 to 7)."""
+"""project: compresses gradients to sketches, `C = G Aᵀ` (arXiv 2402.03293, Algorithm 1, lines 5 to 7)."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""States: what `accumulate` and `momentum` keep of sketches and of uncompressed gradients, and how it is checked.
+"""States: what `accumulate` and `momentum` keep, and the check that incoming leaves fit it.
 
 Their states hold plain arrays only. Since optax passes nothing but the params to `init`, they are given
 the projection too, so that they know the shapes of the sketches before the first one arrives. A sketch

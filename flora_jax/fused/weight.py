@@ -193,7 +193,7 @@ def expose(weight: Weight) -> jax.Array:
 
 
 def merged(weight: Weight) -> jax.Array:
-    """Returns the weight with its adapter added. The product of the factors is summed in float32 at least."""
+    """Returns the weight with its adapter added. The factors' product is summed in float32 at least."""
     labels = string.ascii_lowercase[: weight.value.ndim]
     down, up = both_factors(weight)
     sums = jnp.promote_types(jnp.promote_types(down.dtype, up.dtype), jnp.float32)
@@ -204,7 +204,7 @@ def merged(weight: Weight) -> jax.Array:
 
 
 def both_factors(weight: Weight) -> tuple[jax.Array, jax.Array]:
-    """Returns the down factor, of shape `(*B, *P, r)`, and the up factor with no more than one projected axis."""
+    """Returns the down factor, of shape `(*B, *P, r)`, and the up factor without axes of length 1."""
     down = sample(weight, (weight.keys, weight.columns, weight.factors))
     return down, jnp.squeeze(weight.up, weight.axes("projected")[1:])
 
@@ -264,7 +264,7 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
 
 
 def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
-    """Computes `x W + (x F) G` with an adapter's factors in the order that `x` needs; `W + F G` is not formed."""
+    """Computes `x W + (x F) G` with an adapter's factors, without forming `W + F G`."""
     of_x, of_weight, of_y = labels
     projected = {of_weight[axis] for axis in weight.axes("projected")}
     down, up = both_factors(weight)
@@ -296,7 +296,7 @@ def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tupl
 
 
 def _multiply_matrices(weight: Weight, x: jax.Array, bind: Callable, labels, pair) -> jax.Array:
-    """Computes the product by `weight.order`; the first factor of `pair` is the one that shares axes with `x`."""
+    """Computes the product by `weight.order`; the first factor of `pair` shares axes with `x`."""
     assert weight.order is not None
     of_x, of_weight, of_y = labels
     (first, of_first), (second, of_second) = pair
@@ -371,7 +371,7 @@ def use(
 
 
 def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weight: str):
-    """Contracts an array with `Aᵀ` over the projected axes, with at most `spec.block` entries of `A` at a time.
+    """Contracts an array with `Aᵀ` over the projected axes, in blocks of `spec.block` entries of `A`.
 
     Args:
       weight: The `Weight`, of which only the static parts are used.
@@ -416,9 +416,9 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
 
 
 def sample(weight: Weight, source: Any) -> jax.Array:
-    """Samples all of the weight's `Aᵀ`, scaled, of shape `(*B, *P, r)`; `source` is `(keys, columns, factors)`.
+    """Samples all of the weight's `Aᵀ`, scaled, of shape `(*B, *P, r)`.
 
-    For an adapter it returns the down factor.
+    For an adapter it returns the down factor. `source` is the tuple `(keys, columns, factors)`.
     """
     keys, columns, factors = source
     if weight.adapter:
@@ -451,13 +451,16 @@ def _sample(spec: Spec, keys, columns, factors) -> jax.Array:
 
 
 def down_labels(weight: Weight, of_weight: str) -> str:
-    """Returns the einsum labels of the down factor: the batch axes, the projected axes, and `Z` for the rank."""
+    """Returns the labels of the down factor: the batch axes, the projected axes, and `Z` for the rank."""
     axes = (*weight.axes("batch"), *weight.axes("projected"))
     return "".join(of_weight[axis] for axis in axes) + "Z"
 
 
 def contracted_labels(weight: Weight, labels: str, of_weight: str) -> str:
-    """Returns the labels after `contract`: those that are not projected, the batch axes that `labels` lacked, and `Z`."""
+    """Returns the labels of the result of `contract`.
+
+    They are those of `labels` that are not projected, those of batch axes that it lacks, and `Z`, the rank.
+    """
     projected = {of_weight[axis] for axis in weight.axes("projected")}
     left = "".join(label for label in labels if label not in projected)
     batch = (of_weight[axis] for axis in weight.axes("batch"))
@@ -465,7 +468,7 @@ def contracted_labels(weight: Weight, labels: str, of_weight: str) -> str:
 
 
 def _relabelled(array: jax.Array, labels: str, result: str) -> NamedSharding | None:
-    """Returns the sharding of an array after a contraction, on a mesh with explicit axes: labels keep theirs."""
+    """Returns the sharding of an array after a contraction, on a mesh with explicit axes."""
     found = explicit.sharding_of(array)
     if found is None:
         return None

@@ -74,7 +74,7 @@ def call(fun: Callable, goals: Any, *args: Any) -> Any:
 
 
 def result_of(fun: Callable, owners: Any) -> Callable[..., Any]:
-    """Returns a `goals` for `call`: each leaf of the result is sharded as the owner whose path ends the leaf's own."""
+    """Returns a `goals` for `call` that shards each leaf as the owner whose path ends the leaf's own."""
     return functools.partial(_derived, fun, owners)
 
 

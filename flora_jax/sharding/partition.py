@@ -1,4 +1,4 @@
-"""Partition: how the arrays of a state are sharded, each of which has the axes of a weight, some replaced or dropped."""
+"""Partition: how arrays are sharded that have the axes of a weight, some of them replaced or dropped."""
 
 import itertools
 import math
@@ -87,7 +87,7 @@ def partition(
 
 
 def of_sketch(spec: Any, sharding: Any) -> NamedSharding | None:
-    """Returns the sharding of the sketch with this `Spec`, given that of its weight; None where it is unknown."""
+    """Returns the sharding of a sketch, given that of its weight, or None where that is unknown."""
     if not isinstance(sharding, NamedSharding):
         return None
     return _derived(spec.shape, sharding, spec.data_shape)
@@ -120,7 +120,7 @@ def first_axis_dropped(sharding: NamedSharding | None) -> NamedSharding | None:
 
 
 def last_axis_replicated(sharding: NamedSharding | None, ndim: int) -> NamedSharding | None:
-    """Returns a sharding on the same mesh with the last of `ndim` axes replicated, and the others unconstrained."""
+    """Returns a sharding with the last of `ndim` axes replicated and the others unconstrained."""
     if sharding is None:
         return None
     free = [PartitionSpec.UNCONSTRAINED] * (ndim - 1)

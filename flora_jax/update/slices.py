@@ -1,4 +1,4 @@
-"""Slices: evaluates the update of one leaf slice by slice along a batch axis of its weight (layers, experts)."""
+"""Slices: evaluates the update of one leaf slice by slice along a batch axis (layers, experts)."""
 
 import dataclasses
 import math

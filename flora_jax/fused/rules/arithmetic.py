@@ -25,7 +25,7 @@ def _mul(walk: Walk, eqn, ins):
 
 
 def _scaled(weight: Weight, other: Traced, inverse: bool) -> Weight | None:
-    """Scales the up factor or the columns of `A` by numbers, which may vary along the axes of one of the two."""
+    """Scales the up factor, or the columns of `A`, by numbers that vary along the axes of that one only."""
     if other.active or isinstance(other.value, Weight):
         return None
     numbers, ndim = jnp.asarray(other.value), weight.value.ndim

@@ -148,7 +148,7 @@ def _cond(walk: Walk, eqn, ins):
 
 
 def _shard_map(walk: Walk, eqn, ins):
-    """Evaluates a `shard_map`, in which each array of a weight is sharded as those axes of the weight that it has."""
+    """Evaluates a `shard_map`. Each array of a weight is sharded as the weight, along the axes that it has."""
     params = eqn.params
     body = _Body(walk, params["jaxpr"], (), [traced.active for traced in ins])
 

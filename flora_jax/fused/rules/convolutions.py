@@ -17,10 +17,11 @@ from flora_jax.fused.weight import Weight
 
 
 def _conv_general_dilated(walk: Walk, eqn, ins):
-    """Convolves with a kernel whose input channels, output channels, or window and input channels are projected.
+    """Convolves with a kernel.
 
-    Where the axes of the window are batch axes, so that each position in it has a projection of its own,
-    the positions are computed one by one.
+    Its input channels, or its output channels, or its window and input channels are projected. Where the
+    axes of the window are batch axes, so that each position in it has a projection of its own, the
+    positions are computed one by one.
     """
     if not isinstance(ins[1].value, Weight) or isinstance(ins[0].value, Weight):
         return None
@@ -74,7 +75,7 @@ def _adapted_convolution(walk: Walk, eqn, ins):
 
 
 def _by_patch(eqn, weight: Weight):
-    """The rule where window and input channels are projected: `A` itself is a kernel with `r` output channels."""
+    """The rule for a projected window and input channels: `A` itself is a kernel with `r` output channels."""
     numbers = eqn.params["dimension_numbers"]
     output, out_channel = numbers.rhs_spec[0], numbers.out_spec[1]
 

@@ -41,7 +41,7 @@ def mover(rule):
 
 
 def _per_kind(weight: Weight, move) -> dict[str, Any]:
-    """Moves `keys`, `columns` and `factors` by `move(array, axes)`, where `axes` are those of the weight it has."""
+    """Moves `keys`, `columns` and `factors` by `move(array, axes)`; `axes` are the weight's that it has."""
     projected, batch = weight.axes("projected"), weight.axes("batch")
     return dict(
         keys=move(weight.keys, batch) if batch else weight.keys,
