@@ -1,1 +1,1 @@
-"""Experiments with flora_jax. `python3 -m experiments` sets itself up and runs the main one."""
+"""Experiments with flora_jax; `python3 -m experiments` sets itself up and runs the main one."""

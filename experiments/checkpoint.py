@@ -1,8 +1,8 @@
-"""Checkpoints of a run, by orbax: asynchronous, and each sealed by checksums of its files.
+"""Checkpoints of a run are written by orbax, asynchronously, and each is sealed by checksums of its files.
 
-A step counts only once its seal is there: a file with the BLAKE2 sum of each of the step's files,
-written after orbax has finished the step, beside, flushed and renamed. So neither a step that was
-being written when the process was killed, nor one that was damaged later, is ever picked up.
+A step counts only once its seal exists: a file with the BLAKE2 sum of each of the step's files, which is
+written after orbax has finished the step, first under another name, then flushed and renamed. So neither a step that
+was being written when the process was killed, nor one that was damaged later, is ever read.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from jax.experimental import multihost_utils
 
 ANOTHER = "put it back, or give another folder"
 FORMAT = 3
-"""Of the checkpoints. Another one draws other projections, or lays out its files in another way."""
+"""Version of the checkpoints. Another one samples other projections, or has other files."""
 
 
 class Checkpoints:
     """The newest states of one run, and the settings they were made with.
 
     Args:
-      folder: of the run.
-      settings: what must be the same when the run goes on.
-      keep: number of states.
+      folder: The folder of the run.
+      settings: The settings that must be the same when the run goes on.
+      keep: Number of states to keep.
 
     Raises:
       ValueError: `folder` holds a run of other settings, of another format, or of unknown ones.
@@ -53,11 +53,11 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder / "states", options=options)
 
     def restore(self, state: Any, history: dict[str, Any]) -> tuple[int, Any, dict[str, Any]]:
-        """The newest sound step, state and history; 0 and what was given where there is none.
+        """Gives the newest sound step, state and history; 0 and what was given where there is none.
 
         Args:
-          state: tree of arrays; what is restored takes their places over devices.
-          history: of JSON values.
+          state: A tree of arrays; what is restored has their shardings.
+          history: A dict of JSON values.
 
         `passed_over` names each newer step that was not sound, and what is wrong with it.
         """
@@ -68,7 +68,7 @@ class Checkpoints:
         return (sound, *self._read(sound, state)) if sound else (0, state, history)
 
     def _newest_sound(self) -> int:
-        """The newest sound step, or 0; for process 0, which sets aside what is not sound."""
+        """Gives the newest sound step, or 0; process 0 calls this, and sets aside what is not sound."""
         sound = 0
         for step in sorted(self.manager.all_steps(), reverse=True):
             sealed = (self.seals / f"{step}.json").exists()
@@ -95,7 +95,7 @@ class Checkpoints:
         )
 
     def seal(self) -> None:
-        """Seals what was saved, once it is finished; to be called now and then."""
+        """Seals what was saved, once it is finished; a training loop calls this now and then."""
         if jax.process_index() or not self.unsealed or self.manager.is_saving_in_progress():
             return
         steps = set(self.manager.all_steps())
@@ -123,13 +123,13 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(shapes), history=ocp.args.JsonRestore()
             ),
         )
-        whole = jax.tree.map(
+        complete = jax.tree.map(
             lambda given, kept: given if kept is None else kept, state, restored["state"]
         )
-        return whole, restored["history"]
+        return complete, restored["history"]
 
     def _wrong(self, step: int) -> str | None:
-        """What is wrong with the files of a step; None where they are as they were sealed."""
+        """Says what is wrong with the files of a step; None where they are as they were sealed."""
         seal = self.seals / f"{step}.json"
         if not seal.exists():
             return "it was not finished"
@@ -146,7 +146,7 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int) -> None:
-        """Out of the way of the same step, which the run will come to again; nothing is deleted."""
+        """Moves a step out of the way of the same step, which the run will come to again; nothing is deleted."""
         aside = self.folder / "damaged"
         aside.mkdir(exist_ok=True)
         goal = aside / f"{step}-{len(list(aside.iterdir()))}"
@@ -155,7 +155,7 @@ class Checkpoints:
 
 
 def _without_empty(state: Any) -> Any:
-    """Orbax saves no array of size zero; GaLore's state has some."""
+    """Puts None in the place of arrays of size zero, which orbax does not save; GaLore's state has some."""
     return jax.tree.map(lambda leaf: leaf if jnp.size(leaf) else None, state)
 
 
@@ -170,7 +170,7 @@ def _sum(file: Path) -> str:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all, also when the machine fails."""
+    """Writes JSON so that the file is complete or as it was before, also when the machine fails."""
     partial = file.with_suffix(".partial")
     with partial.open("w") as stream:
         json.dump(content, stream, indent=2)

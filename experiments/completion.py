@@ -1,9 +1,9 @@
-"""Deep LoRA's example: a matrix of low rank from some of its entries.
+"""This command completes a matrix of low rank from some of its entries, which is Deep LoRA's example.
 
     python -m experiments.completion
 
-Three factors of full width, what Deep LoRA makes of them, and two factors (LoRA) of the same rank; all by
-gradient descent at one rate. Some ten seconds on two cores.
+It compares three factors of full width, what Deep LoRA makes of them, and two factors (LoRA) of the same rank; all
+are trained by gradient descent at one rate. It takes some ten seconds on two cores.
 """
 
 import time
@@ -25,25 +25,32 @@ from flora_jax.adapters import Adapter, deep_lora, discrepant, lora, singular_ve
 
 @dataclass(frozen=True)
 class Config:
-    """Of the matrix, and of the runs."""
+    """Settings of the matrix, and of the runs."""
 
     size: int = 200
+    """Number of rows and of columns of the matrix."""
     true_rank: int = 5
+    """Rank of the matrix."""
     seen: float = 0.2
     """Part of the entries that are seen."""
     rank: int = 20
-    """Of Deep LoRA and LoRA; an upper bound on twice the true one."""
+    """Rank of Deep LoRA and of LoRA, an upper bound on twice the true one."""
     epsilon: float = 0.1
+    """Scale of the factors at the start."""
     gamma: float = 0.1
+    """Factor of the learning rate of Deep LoRA's outer factors."""
     learning_rate: float = 0.3
+    """Learning rate of gradient descent."""
     steps: int = 2000
+    """Number of steps."""
     seed: int = 0
+    """Seed of the matrix and of the factors."""
     out: Path | None = None
-    """A file for the table."""
+    """A file to write the table to."""
 
 
 def problem(config: Config) -> tuple[jax.Array, jax.Array]:
-    """The matrix, with singular values of 1, and which of its entries are seen."""
+    """Gives the matrix, with singular values of 1, and a matrix that has 1 where an entry is seen."""
     random = np.random.default_rng(config.seed)
     shape = (config.size, config.true_rank)
     sides = [np.linalg.qr(random.standard_normal(shape))[0] for _ in range(2)]
@@ -52,7 +59,7 @@ def problem(config: Config) -> tuple[jax.Array, jax.Array]:
 
 
 def loss_of(goal: jax.Array, seen: jax.Array):
-    """Half the squared error of what is seen, over the part that is."""
+    """Gives the loss: half the squared error of the seen entries, over the part of them that are seen."""
 
     def loss(params: Any) -> jax.Array:
         return 0.5 * jnp.sum(seen * (params["w"] - goal) ** 2) / jnp.mean(seen)
@@ -61,7 +68,7 @@ def loss_of(goal: jax.Array, seen: jax.Array):
 
 
 def full(config: Config) -> Adapter:
-    """Three factors of full width."""
+    """Gives an adapter that has three factors of full width."""
 
     def init(key: jax.Array, params: Any) -> Any:
         del params
@@ -73,7 +80,7 @@ def full(config: Config) -> Adapter:
 
 
 def train(config: Config, loss: Any, own: Any, tx: optax.GradientTransformation):
-    """The trained params and the seconds that the compiled run took."""
+    """Gives the trained params, and the seconds that the compiled run took."""
 
     @jax.jit
     def run(own):
@@ -91,7 +98,7 @@ def train(config: Config, loss: Any, own: Any, tx: optax.GradientTransformation)
 
 
 def compare(config: Config) -> dict[str, tuple[float, int, float]]:
-    """Relative error of the whole matrix, trained numbers, and seconds, by name."""
+    """Gives relative error over all entries, trained numbers, and seconds, by name."""
     goal, seen = problem(config)
     loss, params = loss_of(goal, seen), {"w": jnp.zeros_like(goal)}
     projection = Projection(config.rank, side="input", min_dim=1)
@@ -128,7 +135,7 @@ def main(config: Config) -> None:
         (name, f"{error:.4f}", f"{count:,}", f"{seconds:.2f}", f"{seconds / base[2]:.3f}")
         for name, (error, count, seconds) in figures.items()
     ]
-    heads = ["", "error of the whole", "trained numbers", "seconds", "ratio"]
+    heads = ["", "error over all entries", "trained numbers", "seconds", "ratio"]
     title = (
         f"{config.size} x {config.size} of rank {config.true_rank}, {config.seen:.0%} seen, "
         f"{config.steps} steps"
@@ -141,4 +148,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

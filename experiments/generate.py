@@ -1,4 +1,4 @@
-"""Greedy and beam search with a cache of keys and values, compiled; for T5, GPT-2 and LLaMA.
+"""Greedy and beam search for T5, GPT-2 and LLaMA are compiled, with a cache of keys and values.
 
 In the shape descriptions `B` is the batch, `S` the prompt (for T5 the source), `N` the new tokens,
 `K` the beams, `V` the vocabulary.
@@ -17,7 +17,7 @@ from experiments.models.layers import Cache
 START = 0
 """The token that T5's decoder begins with."""
 NEVER = -1e9
-"""Score of what may not be chosen."""
+"""Score of a token that may not be chosen."""
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("count", "end", "pad"))
@@ -31,16 +31,16 @@ def greedy(
     end: int | None = None,
     pad: int = 0,
 ) -> jax.Array:
-    """The likeliest token, again and again.
+    """Generates the likeliest token, again and again.
 
     Args:
       model: T5, GPT-2 or LLaMA.
-      params: its params.
-      tokens: `(B, S)`; a decoder's prompts are padded on the left.
-      mask: `(B, S)`, which of them count; None for all.
-      count: `N`.
-      end: the token after which a sequence has ended; None where none ends.
-      pad: stands after the end.
+      params: The model's params.
+      tokens: Prompts `(B, S)`; a decoder's are padded on the left.
+      mask: Bools `(B, S)`, True where a token counts; None where all do.
+      count: The number of new tokens, `N`.
+      end: The token after which a sequence has ended; None where none ends.
+      pad: The token that stands after the end.
 
     Returns:
       int32 `(B, N)`, the end among them.
@@ -66,7 +66,7 @@ def greedy(
 
 
 class _Search(NamedTuple):
-    """State of a beam search: what runs, best first, and what has ended, best first."""
+    """State of a beam search: the sequences that run and those that have ended, each best first."""
 
     i: jax.Array
     logits: jax.Array  # (B * K, V)
@@ -96,7 +96,7 @@ def beam(
     length_penalty: float = 1.0,
     early_stopping: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The best of `beams` sequences, by log-probability over length to the power `length_penalty`.
+    """Generates the best of `beams` sequences, by log-probability over length to the power `length_penalty`.
 
     At each step the `2 K` best continuations are looked at. Of the first `K` those that end are kept
     apart, the `K` best ever; the best `K` that do not end go on. A sequence of `count` tokens ends. The
@@ -105,8 +105,16 @@ def beam(
     `transformers`.
 
     Args:
-      beams: `K`.
-      others: as in `greedy`.
+      model: T5, GPT-2 or LLaMA.
+      params: The model's params.
+      tokens: Prompts `(B, S)`, as in `greedy`.
+      mask: Bools `(B, S)`, as in `greedy`.
+      count: The number of new tokens, `N`.
+      beams: The number of beams, `K`.
+      end: The token after which a sequence has ended.
+      pad: The token that stands after the end.
+      length_penalty: Power of the length by which a score is divided.
+      early_stopping: Whether the search is over as soon as `K` sequences have ended.
 
     Returns:
       int32 `(B, N)`, and scores float32 `(B,)`.
@@ -177,7 +185,7 @@ def beam(
 
 
 def _begin(model: Any, params: Any, tokens: Any, mask: Any, count: int) -> tuple[jax.Array, Cache]:
-    """Logits `(B, V)` of the first new token, and a cache with room for all."""
+    """Gives logits `(B, V)` of the first new token, and a cache with room for all."""
     variables, rows = {"params": params}, tokens.shape[0]
     found: Any
     if isinstance(model, t5.T5):
@@ -191,7 +199,7 @@ def _begin(model: Any, params: Any, tokens: Any, mask: Any, count: int) -> tuple
 
 
 def _next(model: Any, params: Any, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Logits `(B, V)` of the token after this one `(B,)`."""
+    """Gives logits `(B, V)` of the token after this one `(B,)`."""
     variables, token = {"params": params}, token[:, None]
     found: Any
     if isinstance(model, t5.T5):
@@ -202,7 +210,7 @@ def _next(model: Any, params: Any, token: jax.Array, cache: Cache) -> tuple[jax.
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Of each row of `(B, M, ...)` those at `index` `(B, K)`."""
+    """Takes from each row of `(B, M, ...)` the entries at `index` `(B, K)`."""
     return jax.vmap(lambda row, index: row[index])(x, index)
 
 

@@ -1,4 +1,4 @@
-"""Layout: the mesh of a run, and where its params and batches lie on it."""
+"""The layout of a run is its mesh, and the shardings of its params and batches."""
 
 import math
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES: tuple[str, ...] = ("data", "fsdp", "model")
 BATCH = ("data", "fsdp")
-"""Axes over which a batch is cut."""
+"""Axes over which a batch is sharded."""
 BY_ROWS = ("out", "down")
-"""Layers whose input comes cut over `model`."""
+"""Layers whose input is sharded over `model`."""
 
 
 def parse(text: str) -> dict[str, int]:
-    """`data=4,model=2` as a dict of all three axes.
+    """Reads `data=4,model=2` as a dict of all three axes.
 
     Raises:
-      ValueError: an axis of another name, or a size that is no number of at least 1.
+      ValueError: An axis has another name, or a size is no number of at least 1.
     """
     sizes: dict[str, int] = {name: 1 for name in AXES}
     for part in filter(None, text.split(",")):
@@ -33,10 +33,10 @@ def parse(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all (or these) devices, or of one where `text` is empty and there is one process.
+    """Gives a mesh of all (or these) devices, or of one where `text` is empty and there is one process.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: The sizes do not multiply to the number of devices.
     """
     sizes = parse(text)
     devices = list(devices or jax.devices())
@@ -54,7 +54,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def of_params(mesh: Mesh, params: Any) -> Any:
-    """Shardings of the decoder's params: `model` cuts heads and hidden units, `fsdp` the other side."""
+    """Gives shardings of the decoder's params: heads and hidden units over `model`, the other side over `fsdp`."""
 
     def of(path, leaf):
         if leaf.ndim != 2:
@@ -62,25 +62,25 @@ def of_params(mesh: Mesh, params: Any) -> Any:
         names = ["fsdp", "model"]
         if any(getattr(key, "key", None) in BY_ROWS for key in path):
             names.reverse()
-        cut = [
+        axes = [
             name if length % mesh.shape[name] == 0 else None
             for name, length in zip(names, leaf.shape, strict=True)
         ]
-        return NamedSharding(mesh, PartitionSpec(*cut))
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(of, params)
 
 
 def parts(mesh: Mesh) -> int:
-    """Into how many a batch is cut."""
+    """Gives the number of shards of a batch."""
     return math.prod(mesh.shape[name] for name in BATCH)
 
 
 def of_batch(mesh: Mesh, size: int = 0) -> NamedSharding:
-    """Cut over `data` and `fsdp`, unless they do not divide a batch of this size."""
+    """Gives a batch's sharding: over `data` and `fsdp`, or replicated where they do not divide a batch of this size."""
     return NamedSharding(mesh, PartitionSpec() if size % parts(mesh) else PartitionSpec(BATCH))
 
 
 def put(sharding: NamedSharding, array: np.ndarray) -> jax.Array:
-    """A global array of which every process has the whole, each device taking its part."""
+    """Makes a global array from one that every process has completely; each device takes its part."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,4 +1,4 @@
-"""Optimizers: Flora, and what it is compared with, over the same accumulation."""
+"""Flora and its baselines are built here, over the same accumulation."""
 
 from functools import partial
 from typing import Any, Literal
@@ -32,10 +32,24 @@ def build(
     skip_nonfinite: bool = False,
     seed: int = 0,
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
-    """The transformation of one method, and Flora's projection.
+    """Gives the transformation of one method, and Flora's projection or None.
 
-    `rank` and what follows serve those that have a rank. `resample` is the number of boundaries that
-    share a projection: by default that of the advised preset, or under momentum the paper's. `clipping` and `decay` are Adafactor's.
+    Args:
+      method: The method.
+      learning_rate: The learning rate, or a schedule of it.
+      accumulation: Number of micro-steps in an optimizer step.
+      rank: Rank of Flora's and GaLore's projections.
+      distribution: Distribution of Flora's projections.
+      shrink: Whether Flora's updates are scaled as advised.
+      embedding: What Flora does to embeddings, as in `flora_jax.Projection`.
+      side: The side of a weight that Flora projects.
+      resample: Number of optimizer steps that share a projection: by default that of the advised preset, or under
+        momentum the paper's.
+      momentum: Decay of Flora's momentum; None for none.
+      clipping: Adafactor's clipping threshold.
+      decay: Adafactor's decay rate.
+      skip_nonfinite: Whether Flora leaves out micro-steps that are not finite.
+      seed: Seed of Flora's projections.
     """
     base = partial(optax.adafactor, clipping_threshold=clipping, decay_rate=decay)
     if method == "multisteps":
@@ -70,9 +84,12 @@ def build(
 def ordinary_step(
     loss: Any, tx: optax.GradientTransformation, shardings: tuple[Any, Any] = (None, None)
 ) -> Any:
-    """`(params, state, windows) -> (params, state, loss)` with whole gradients; compiled.
+    """Gives the step `(params, state, windows) -> (params, state, loss)` with ordinary gradients, under `jit`.
 
-    `shardings` are trees of those of the params, which hold for their gradients too, and of the state.
+    Args:
+      loss: `(params, windows) -> scalar`.
+      tx: The transformation.
+      shardings: Trees of the shardings of the params, which hold for their gradients too, and of the state.
     """
     of_params, of_state = shardings
 
@@ -91,6 +108,6 @@ def _put(tree: Any, shardings: Any) -> Any:
 
 
 def cosine(peak, steps: int, warmup: int = 10) -> optax.Schedule:
-    """Linear warm-up to `peak` (may be traced), then a cosine to zero at `steps` boundaries."""
+    """Gives a linear warm-up to `peak` (it may be traced), then a cosine to zero at `steps` optimizer steps."""
     unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, min(warmup, steps // 2), max(steps, 1))
     return lambda step: peak * unit(step)

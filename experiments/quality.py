@@ -1,10 +1,10 @@
-"""Loss at a given rank against uncompressed accumulation: same batches, same learning-rate grid.
+"""This command compares the loss at a given rank with uncompressed accumulation, on the same batches.
 
     python -m experiments.quality --out runs/quality
 
-Each run appends one line to `results.jsonl`; the same command goes on where it stopped. The table
-is written to `quality.md`: for each setting the best learning rate of the grid, the validation
-loss there, and its ratio to the best uncompressed run.
+All settings have the same grid of learning rates. Each run appends one line to `results.jsonl`; the same command goes
+on where it stopped. The table is written to `quality.md`: it has for each setting the best learning rate of the grid,
+the validation loss there, and its ratio to the best uncompressed run.
 """
 
 import json
@@ -30,7 +30,22 @@ from flora_jax.chain.projection import Side
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table. `factor` multiplies the updates of the matrices inside the layers."""
+    """One row of the table.
+
+    Attributes:
+      method: The method.
+      rank: Rank of Flora's projections.
+      distribution: Distribution of Flora's projections.
+      shrink: Whether Flora's updates are scaled as advised.
+      embedding: What Flora does to embeddings.
+      factor: A factor of the updates of the matrices inside the layers.
+      side: The side of a matrix that Flora projects.
+      balanced: Whether ranks are in proportion to the root of (projected side / kept side), for the same memory.
+      resample: Number of optimizer steps between two projections.
+      momentum: Decay of Flora's momentum; None for none.
+      clipping: Adafactor's largest root mean square of an update.
+      decay: Exponent of the decay of Adafactor's second moments.
+    """
 
     method: optimizers.Method = "flora"
     rank: int = 64
@@ -40,14 +55,10 @@ class Setting:
     factor: float = 1.0
     side: Side = "larger"
     balanced: bool = False
-    """Ranks in proportion to the root of (projected side / kept side), for the same memory."""
     resample: int = 1
-    """Boundaries between two projections."""
     momentum: float | None = None
     clipping: float | None = 1.0
-    """Of Adafactor: largest root mean square of an update."""
     decay: float = 0.8
-    """Of Adafactor: exponent of its second moments' decay."""
 
     def __str__(self) -> str:
         default = Setting()
@@ -62,24 +73,33 @@ class Setting:
 
 @dataclass(frozen=True)
 class Config:
-    """What is the same for all runs."""
+    """The settings that all runs share."""
 
     out: Path = Path("runs/quality")
-    boundaries: int = 300
+    """The folder of the results."""
+    optimizer_steps: int = 300
+    """Number of optimizer steps in a run."""
     accumulation: int = 4
+    """Number of micro-steps in an optimizer step."""
     batch: int = 4
+    """Number of windows in a micro-step."""
     length: int = 64
+    """Number of bytes in a window."""
     width: int = 256
+    """Width d of the model."""
     layers: int = 3
+    """Number of layers."""
     rates: tuple[float, ...] = (0.03, 0.06, 0.12)
+    """Learning rates to try."""
     seeds: tuple[int, ...] = (0,)
+    """Seeds of the weights, of the batches and of the projections."""
     study: Literal["ranks", "distributions", "settings"] = "ranks"
-    """What is varied: rank and the paper's or the advised way; distribution at each rank; or all
-    else at rank d/4."""
+    """What is varied: `ranks` with the paper's and the advised settings, `distributions` at each rank, or
+    all other `settings` at rank d/4."""
 
 
 def settings(width: int) -> list[Setting]:
-    """All rows, the most telling first."""
+    """Gives the rows of the study of ranks, the most telling first."""
     base = Setting(rank=width // 4)
     advised = replace(base, distribution="srht", shrink=True)
     uncompressed = Setting(method="multisteps")
@@ -102,9 +122,9 @@ def settings(width: int) -> list[Setting]:
 
 
 def each_distribution(width: int) -> list[Setting]:
-    """Every distribution at every rank, as advised: shrunk, a projection for 64 boundaries.
+    """Gives rows of every distribution at every rank, as advised: shrunk, with a projection for 64 optimizer steps.
 
-    The orthonormal one, a QR decomposition for each draw, takes most of the time and comes last.
+    The orthonormal one, whose every sample is a QR decomposition, takes most of the time and comes last.
     """
     order = sorted(DISTRIBUTIONS, key="orthonormal".__eq__)
     advised = Setting(shrink=True, resample=optimizers.ADVISED)
@@ -119,7 +139,7 @@ def each_distribution(width: int) -> list[Setting]:
 
 
 def other_settings(width: int) -> list[Setting]:
-    """All that costs no memory, varied one by one from the advised setting at rank d/4."""
+    """Gives rows that vary all that costs no memory, one by one, from the advised setting at rank d/4."""
     advised = Setting(rank=width // 4, distribution="srht", shrink=True)
     uncompressed = Setting(method="multisteps")
     return [
@@ -146,11 +166,11 @@ def other_settings(width: int) -> list[Setting]:
 
 
 def balanced_ranks(shapes: Any, rank: int) -> Callable[[str, tuple[int, ...]], int]:
-    """Ranks for matrices `(m, n)`, larger side projected, that make the noise least for its memory.
+    """Gives the ranks of matrices with the least noise for their memory; the larger side of each is projected.
 
-    A sketch takes `r · min(m, n)` numbers, and its estimate has a relative variance near
-    `max(m, n) / r`. The sum of the variances is least, where the sum of the numbers is that of one
-    `rank` for all, at `r` in proportion to the root of `max / min`.
+    A sketch of an `n × m` gradient takes `r n` numbers, and its estimate has a relative variance near
+    `m / r`. The sum of the variances is least, where the sum of the numbers is that of one
+    `rank` for all, at `r` in proportion to the root of `m / n`.
     """
     sides = [sorted(shape) for shape in shapes if min(shape) >= 128]
     total = sum(small for small, _ in sides)
@@ -165,11 +185,11 @@ def balanced_ranks(shapes: Any, rank: int) -> Callable[[str, tuple[int, ...]], i
 
 
 def train(config: Config, setting: Setting, seed: int):
-    """A function of the peak learning rate that gives the validation loss of a whole run."""
+    """Gives a function of the peak learning rate that trains and gives the validation loss."""
     corpus = text.load()
     shape = decoder.Shape(width=config.width, layers=config.layers)
     model = decoder.Decoder(shape)
-    steps = config.boundaries * config.accumulation
+    steps = config.optimizer_steps * config.accumulation
     windows = partial(text.batch, size=config.batch, length=config.length)
     rank: Any = setting.rank
     if setting.balanced:
@@ -182,7 +202,7 @@ def train(config: Config, setting: Setting, seed: int):
     def transformation(peak):
         tx, projection = optimizers.build(
             setting.method,
-            optimizers.cosine(peak, config.boundaries),
+            optimizers.cosine(peak, config.optimizer_steps),
             accumulation=config.accumulation,
             rank=rank,
             distribution=setting.distribution,
@@ -198,7 +218,7 @@ def train(config: Config, setting: Setting, seed: int):
         return optax.chain(tx, _scale_layers(setting.factor)), projection
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def boundary(params, opt_state, batches, peak):
+    def optimizer_step(params, opt_state, batches, peak):
         tx, projection = transformation(peak)
         loss = partial(decoder.loss, model)
 
@@ -223,7 +243,7 @@ def train(config: Config, setting: Setting, seed: int):
             batches = np.stack(
                 [windows(corpus.train, seed, first + i) for i in range(config.accumulation)]
             )
-            params, opt_state = boundary(params, opt_state, batches, peak)
+            params, opt_state = optimizer_step(params, opt_state, batches, peak)
         held_out = [
             text.batch(corpus.validation, 1, i, 64, config.length) for i in range(8)
         ]  # the same for every run
@@ -233,7 +253,7 @@ def train(config: Config, setting: Setting, seed: int):
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: the best learning rate of each row, its loss, its ratio to the best uncompressed."""
+    """Gives a Markdown table of each row's best learning rate, its loss, and its ratio to the best uncompressed one."""
     means: dict[str, dict[float, list[float]]] = {}
     for result in results:
         rates = means.setdefault(result["name"], {})
@@ -300,4 +320,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,4 +1,4 @@
-"""Learning rates: a grid that grows while its edge is the best."""
+"""The grid of learning rates grows while its edge is the best."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,12 +9,13 @@ def next_rate(
     wider: int,
     beyond: Callable[[float, float], float],
 ) -> float | None:
-    """What to try next: of the grid what has no loss, then rates beyond it; None at the end.
+    """Gives the rate to try next: one of the grid that has no loss, then one beyond it; None at the end.
 
     Args:
-      losses: of the rates that were tried; infinity for none.
-      wider: how many rates there may be beyond the grid.
-      beyond: `(edge, beside) -> rate`, on the edge's far side; of a single rate `edge == beside`.
+      grid: The grid.
+      losses: Losses of the rates that were tried; infinity where a loss is not finite.
+      wider: How many rates there may be beyond the grid.
+      beyond: `(edge, beside) -> rate` on the edge's far side; for a single rate `edge == beside`.
     """
     for rate in grid:
         if rate not in losses:

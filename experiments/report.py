@@ -1,4 +1,4 @@
-"""What a run shows at its end: a table and the picture of its curves."""
+"""A run shows a table and the picture of its curves at its end."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def curves(folder: Path, history: dict[str, Any], lines: dict[str, float], title: str) -> None:
-    """Draws training and validation loss over tokens, and level lines; PNG and SVG."""
+    """Saves training and validation loss over tokens, and level lines, as PNG and SVG."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot(*zip(*history["train"], strict=True), color="#9ecae1", lw=1, label="training")
     axes.plot(
@@ -28,6 +28,7 @@ def curves(folder: Path, history: dict[str, Any], lines: dict[str, float], title
 
 
 def table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Table:
+    """Gives a table for the terminal."""
     result = Table(title=title)
     for i, name in enumerate(columns):
         result.add_column(name, justify="right" if i else "left")
@@ -37,4 +38,5 @@ def table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Table:
 
 
 def mebibytes(size: float) -> str:
+    """Gives a number of bytes in MiB."""
     return f"{size / 2**20:.2f} MiB"

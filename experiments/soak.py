@@ -1,10 +1,10 @@
-"""Kills a training run with SIGKILL again and again, and compares what comes out with a run left alone.
+"""This command kills a training run with SIGKILL again and again, and compares its result with an undisturbed run.
 
     python -m experiments.soak --kills 50
 
 Some kills come at a random moment, others as soon as a checkpoint is being written. Each run is
 started again until it ends; then the next begins, until there were enough kills. The params and the
-state in the end must be those of the run left alone, to the last bit.
+state in the end must be those of the undisturbed run, to the last bit.
 """
 
 import os
@@ -29,7 +29,7 @@ from experiments import report
 SMALL = {"rank": 16, "model.width": 128, "model.layers": 1, "model.heads": 2}
 RUN = {
     **SMALL,
-    "boundaries": 40,
+    "optimizer-steps": 40,
     "accumulation": 3,
     "batch": 2,
     "length": 32,
@@ -41,24 +41,26 @@ STEPS = 120
 
 @dataclass(frozen=True)
 class Config:
-    """How often to kill."""
+    """The settings of the kills."""
 
     kills: int = 50
+    """Number of kills."""
     folder: Path | None = None
-    """Where the runs go; a temporary folder by default."""
+    """The folder of the runs; a temporary one by default."""
     seed: int = 0
+    """Seed of the moments at which runs are killed."""
 
 
 @dataclass
 class Tally:
-    """What has happened.
+    """Counts of what has happened.
 
     Attributes:
-      kills: in all.
-      saving: of them while a checkpoint was being written.
-      runs: that came to their end.
-      differing: of them with another result than the run left alone.
-      resumed: micro-steps at which a run went on.
+      kills: Number of kills.
+      saving: Number of kills while a checkpoint was being written.
+      runs: Number of runs that came to their end.
+      differing: Number of runs with another result than the undisturbed one.
+      resumed: The micro-steps at which a run went on.
     """
 
     kills: int = 0
@@ -69,7 +71,7 @@ class Tally:
 
 
 def start(settings: dict[str, Any], environment: dict[str, str], *flags: str, **streams: Any):
-    """The main job as a process of its own."""
+    """Starts the main job as a process of its own."""
     named = (f"--{name}={value}" for name, value in settings.items())
     command = [sys.executable, "-m", "experiments.train", *named, *flags]
     return subprocess.Popen(
@@ -78,6 +80,7 @@ def start(settings: dict[str, Any], environment: dict[str, str], *flags: str, **
 
 
 def start_logged(out: Path, cache: Path, log: Path) -> subprocess.Popen:
+    """Starts a run that writes to a log, with a cache of compiled programs."""
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -87,19 +90,19 @@ def start_logged(out: Path, cache: Path, log: Path) -> subprocess.Popen:
 
 
 def final_state(out: Path, step: int) -> Any:
-    """Every array of a checkpoint, read without this package."""
+    """Reads every array of a checkpoint, without this package."""
     with ocp.CheckpointManager((out / "states").absolute()) as manager:
         args = ocp.args.Composite(state=ocp.args.StandardRestore())
         return jax.tree.map(np.asarray, manager.restore(step, args=args)["state"])
 
 
 def result(out: Path) -> list[np.ndarray]:
-    """Params and state at the end of a run."""
+    """Gives params and state at the end of a run."""
     return jax.tree.leaves(final_state(out, STEPS))
 
 
 def is_saving(out: Path, since: float) -> bool:
-    """Whether there is a half-written step that was begun after this time."""
+    """Says whether there is a half-written step that was begun after this time."""
     try:
         states = (out / "states").iterdir()
         return any("tmp" in path.name and path.stat().st_mtime > since for path in states)
@@ -108,7 +111,7 @@ def is_saving(out: Path, since: float) -> bool:
 
 
 def kill(process: subprocess.Popen, out: Path, tally: Tally, chance: random.Random) -> bool:
-    """Kills the process, half of the times while it saves; False where it has ended before."""
+    """Kills the process, half of the times while it saves; gives False where it has ended before."""
     since = time.time()
     while process.poll() is None and not is_saving(out, since):  # until it trains
         time.sleep(0.002)
@@ -127,13 +130,18 @@ def kill(process: subprocess.Popen, out: Path, tally: Tally, chance: random.Rand
 
 
 def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
+    """Says whether all arrays are equal to the last bit."""
     return len(left) == len(right) and all(
         a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in zip(left, right, strict=True)
     )
 
 
 def soak(config: Config, folder: Path, console: Console) -> Tally:
-    """Raises RuntimeError where a run ends with an error of its own."""
+    """Runs and kills until there were enough kills.
+
+    Raises:
+      RuntimeError: A run ended with an error of its own.
+    """
     cache, chance, tally = folder / "cache", random.Random(config.seed), Tally()
     alone = folder / "alone"
     log = folder / "alone.log"
@@ -174,8 +182,8 @@ def main(config: Config) -> None:
     ]
     console.print(report.table("Soak", ["", "times"], rows))
     if tally.differing or not resumed:
-        raise SystemExit("A resumed run differs from the run left alone, or none was resumed.")
+        raise SystemExit("A resumed run differs from the undisturbed one, or none was resumed.")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

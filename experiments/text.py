@@ -1,6 +1,6 @@
-"""Text: the Python standard library's own source, as bytes, split by file.
+"""The text is the Python standard library's own source, as bytes, split by file.
 
-Licence: PSF-2.0. Size: some 12 MB without the test suite, in some 600 files, the same on every
+Its licence is PSF-2.0. It has some 12 MB in some 600 files, without the test suite, and is the same on every
 machine that has the same Python. A file is for validation when the hash of its name says so (one
 in ten), so that no line of a file is on both sides.
 """
@@ -21,12 +21,12 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__py
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes of all files of each side, separated by a zero byte.
+    """The bytes of all files of each side, separated by a zero byte.
 
     Attributes:
-      train: uint8 array.
-      validation: uint8 array.
-      files: number of files on each side.
+      train: Bytes to train on, a uint8 array.
+      validation: Bytes to validate on, a uint8 array.
+      files: Number of files on each side.
     """
 
     train: NDArray[np.uint8]
@@ -34,7 +34,7 @@ class Corpus:
     files: tuple[int, int]
 
     def digest(self) -> str:
-        """Tells this text from that of another version of Python."""
+        """Gives a digest that tells this text from that of another version of Python."""
         parts = (
             hashlib.blake2b(side.tobytes(), digest_size=8) for side in (self.train, self.validation)
         )
@@ -42,7 +42,11 @@ class Corpus:
 
 
 def load(folder: Path | None = None) -> Corpus:
-    """Reads the standard library, or all `.py` files below `folder`."""
+    """Reads the standard library, or all `.py` files below `folder`.
+
+    Raises:
+      ValueError: A side has no file.
+    """
     folder = folder or Path(sysconfig.get_paths()["stdlib"])
     sides: tuple[list[bytes], list[bytes]] = ([], [])
     for path in sorted(folder.rglob("*.py")):
@@ -57,7 +61,7 @@ def load(folder: Path | None = None) -> Corpus:
 
 
 def batch(text: NDArray[np.uint8], seed: int, step: int, size: int, length: int):
-    """Windows at random places, int32 `(size, length + 1)`; a function of seed and step."""
+    """Gives windows at random places, int32 `(size, length + 1)`, as a function of seed and step."""
     random = np.random.default_rng((seed, step))
     starts = random.integers(0, len(text) - length, size)
     return np.stack([text[start : start + length + 1] for start in starts]).astype(np.int32)
@@ -78,16 +82,16 @@ class Windows:
 
 
 def stream(text: NDArray[np.uint8], seed: int, size: int, length: int) -> grain.DatasetIterator:
-    """Endless batches `(size, length + 1)`, every window once an epoch, shuffled anew in each.
+    """Gives endless batches `(size, length + 1)`, every window once in an epoch, shuffled anew in each.
 
     Its `get_state` is a position that a checkpoint keeps and `set_state` goes back to, on any number
-    of hosts, since each host reads the whole batch.
+    of hosts, since each host reads all of the batch.
     """
     windows = grain.MapDataset.source(Windows(text, length)).seed(seed).shuffle().repeat()
     return iter(windows.batch(size).to_iter_dataset(grain.ReadOptions(num_threads=1)))
 
 
 def unigram_loss(corpus: Corpus) -> float:
-    """Validation loss, nats per byte, of byte frequencies counted on the train side (plus one)."""
+    """Gives the validation loss, nats per byte, of byte frequencies counted on the train side (plus one)."""
     counts = np.bincount(corpus.train, minlength=VOCABULARY) + 1.0
     return float(-np.log(counts / counts.sum())[corpus.validation].mean())

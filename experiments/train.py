@@ -1,9 +1,9 @@
-"""Trains a byte-level language model on the standard library's source, with Flora by default.
+"""This command trains a byte-level language model on the standard library's source, with Flora by default.
 
     python3 -m experiments                       # sets itself up; under three minutes on two cores
     python -m experiments.train --optimizer multisteps --out runs/multisteps
 
-The same command goes on from its last checkpoint. At the end: a table (loss, bytes of optimizer
+The same command goes on from its last checkpoint. At the end it shows a table (loss, bytes of optimizer
 state, peak memory, seconds) beside what accumulation without compression would take, a picture of
 the curves, and text that the model wrote.
 """
@@ -57,55 +57,59 @@ FREE = [
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of one run."""
+    """The settings of one run."""
 
     optimizer: optimizers.Method = "flora"
-    """flora, MultiSteps over Adafactor, or MultiSteps over GaLore."""
+    """The optimizer: `flora`, `multisteps` (MultiSteps over Adafactor) or `galore` (MultiSteps over GaLore)."""
     learning_rate: float = 0.06
-    """Peak of a cosine schedule over the boundaries."""
+    """Peak of a cosine schedule over the optimizer steps."""
     rank: int = 64
-    """Of Flora's and GaLore's projections."""
+    """Rank of Flora's and GaLore's projections."""
     distribution: Distribution = "srht"
-    """Of Flora's projections."""
+    """Distribution of Flora's projections."""
     side: Side = "larger"
-    """Of each matrix that is projected away."""
+    """The side of each matrix that Flora projects."""
     resample: int | None = None
-    """Boundaries that share a projection: by default 64, or 1000 under momentum."""
+    """Number of optimizer steps that share a projection: by default 64, or 1000 under momentum."""
     shrink: bool = True
-    """Scale the updates of compressed leaves by 1/sqrt(1 + variance), as advised."""
+    """Whether the updates of compressed leaves are scaled by 1/sqrt(1 + variance), as advised."""
     momentum: float | None = None
     """Decay of Flora's compressed momentum; none by default."""
-    boundaries: int = 250
-    """Parameter updates."""
+    optimizer_steps: int = 250
+    """Number of optimizer steps."""
     accumulation: int = 4
-    """Micro-steps to a boundary."""
+    """Number of micro-steps in an optimizer step."""
     batch: int = 8
-    """Windows in a micro-step."""
+    """Number of windows in a micro-step."""
     length: int = 128
-    """Bytes in a window."""
+    """Number of bytes in a window."""
     model: decoder.Shape = field(default_factory=decoder.Shape)
+    """Shape of the model."""
     seed: int = 0
+    """Seed of the weights, of the batches and of the projections."""
     out: Path = Path("runs/train")
     """Folder of checkpoints, table, curves and sample."""
     checkpoint: Path | None = None
-    """Folder of the checkpoints, where it is another one; one that all hosts of a pod see."""
+    """Folder of the checkpoints, where it is another one; all hosts of a pod must see it."""
     evaluate_every: int = 25
-    """Boundaries between validations."""
+    """Number of optimizer steps between validations."""
     checkpoint_every: int = 100
-    """Micro-steps between checkpoints, written in the background."""
+    """Number of micro-steps between checkpoints, which are written in the background."""
     mesh: str = ""
-    """Such as data=4,model=2 or data=2,fsdp=4: how batch and weights are cut over all devices."""
+    """A mesh such as data=4,model=2 or data=2,fsdp=4, over which batch and weights are sharded."""
     distributed: bool = False
-    """One of several processes; on TPU pods and under SLURM they find each other."""
+    """Whether this is one of several processes; on TPU pods and under SLURM they find each other."""
     coordinator: str | None = None
-    """HOST:PORT of the first process, where they cannot find each other."""
+    """HOST:PORT of the first process, where the processes cannot find each other."""
     processes: int | None = None
+    """Number of processes, where they cannot find each other."""
     process: int | None = None
+    """Index of this process, where they cannot find each other."""
 
     def __post_init__(self):
         for name in (
             "rank",
-            "boundaries",
+            "optimizer_steps",
             "accumulation",
             "batch",
             "length",
@@ -117,16 +121,16 @@ class Config:
 
 
 def settings(config: Config, corpus: text.Corpus) -> dict[str, Any]:
-    """What must be the same when the run goes on, on every host."""
+    """Gives the settings that must be the same when the run goes on, on every host."""
     kept = {name: value for name, value in asdict(config).items() if name not in FREE}
     return {**kept, "text": corpus.digest()}
 
 
 def transformation(config: Config, method: optimizers.Method):
-    """The optax transformation, and Flora's projection or None."""
+    """Gives the optax transformation, and Flora's projection or None."""
     return optimizers.build(
         method,
-        optimizers.cosine(config.learning_rate, config.boundaries),
+        optimizers.cosine(config.learning_rate, config.optimizer_steps),
         accumulation=config.accumulation,
         rank=config.rank,
         distribution=config.distribution,
@@ -140,7 +144,7 @@ def transformation(config: Config, method: optimizers.Method):
 
 
 def initial_state(config: Config, method: optimizers.Method, mesh: Mesh) -> tuple[Any, Any]:
-    """Params and the optimizer's state, made where they shall lie."""
+    """Makes params and the optimizer's state, each with its sharding."""
     model = decoder.Decoder(config.model)
 
     def make() -> Any:
@@ -152,18 +156,18 @@ def initial_state(config: Config, method: optimizers.Method, mesh: Mesh) -> tupl
     return params, jax.jit(tx.init, out_shardings=state_shardings(tx, params))(params)
 
 
-def cut_model(config: Config) -> decoder.Decoder:
-    """The model, told how its activations lie; to be run with the mesh in context.
+def sharded_model(config: Config) -> decoder.Decoder:
+    """Gives the model with the shardings of its activations; it runs with the mesh in context.
 
-    Left to itself, XLA (of jax 0.10.2, on CPUs) computes rotary positions of heads that are cut over
+    Left to itself, XLA (of jax 0.10.2, on CPUs) computes rotary positions of heads that are sharded over
     a mesh of three axes wrongly.
     """
     return decoder.Decoder(replace(config.model, cut=(layout.BATCH, "model")))
 
 
 def make_step(config: Config, method: optimizers.Method):
-    """`(params, opt_state, windows) -> (params, opt_state, loss)`, the first two donated."""
-    loss = partial(decoder.loss, cut_model(config))
+    """Gives the step `(params, opt_state, windows) -> (params, opt_state, loss)`; the first two are donated."""
+    loss = partial(decoder.loss, sharded_model(config))
     tx, projection = transformation(config, method)
     if projection is not None:
         return make_train_step(loss, tx, projection)
@@ -171,7 +175,7 @@ def make_step(config: Config, method: optimizers.Method):
 
 
 def peak(config: Config, method: optimizers.Method, mesh: Mesh, state: tuple[Any, Any]) -> int:
-    """Bytes of the compiled micro-step at its worst moment, on one device."""
+    """Gives the bytes of the compiled micro-step at its worst moment, on one device."""
     windows = jax.ShapeDtypeStruct(
         (config.batch, config.length + 1), jnp.int32, sharding=layout.of_batch(mesh)
     )
@@ -186,7 +190,7 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[Callable[[int], bool]]:
-    """Whether to stop after this many micro-steps: asked after each, by all processes.
+    """Gives a function that says whether to stop after so many micro-steps; all processes ask it after each.
 
     SIGTERM, the notice before a preemption, and Ctrl-C are heard. Of several processes it is enough
     that one hears: JAX, which has its own handler of SIGTERM there, lets all agree on a micro-step.
@@ -209,11 +213,11 @@ def told_to_stop() -> Iterator[Callable[[int], bool]]:
 
 
 def train(config: Config, console: Console) -> dict[str, Any]:
-    """Runs, or goes on; returns the figures of the final table.
+    """Trains, or goes on, and gives the figures of the final table.
 
     Raises:
-      Preempted: told to stop by SIGTERM or Ctrl-C; the state is saved.
-      ValueError: a mesh that does not fit, a folder with a run of other settings.
+      Preempted: The run was told to stop by SIGTERM or Ctrl-C; the state is saved.
+      ValueError: The mesh does not fit, or the folder has a run of other settings.
     """
     corpus = text.load()
     console.print(
@@ -229,7 +233,7 @@ def train(config: Config, console: Console) -> dict[str, Any]:
             f"heads must be a multiple of the mesh's model={mesh.shape['model']}, found "
             f"{config.model.heads}"
         )
-    model = cut_model(config)
+    model = sharded_model(config)
     checkpoints = Checkpoints(config.checkpoint or config.out, settings(config, corpus))
     params, opt_state = initial_state(config, config.optimizer, mesh)
     step_of = make_step(config, config.optimizer)
@@ -260,7 +264,7 @@ def train(config: Config, console: Console) -> dict[str, Any]:
         console.print(f"Going on from micro-step {first}.")
     else:
         history["validation"].append((0, evaluate(params)))
-    total = config.boundaries * config.accumulation
+    total = config.optimizer_steps * config.accumulation
     tokens = config.batch * config.length
     columns = (
         TextColumn("{task.description}"),
@@ -317,13 +321,13 @@ def train(config: Config, console: Console) -> dict[str, Any]:
 
 
 def write(config: Config, params) -> str:
-    """Text that the model writes after a prompt."""
+    """Gives the text that the model writes after a prompt."""
     model = decoder.Decoder(config.model)
     prompt = ("\n" * config.length + PROMPT).encode()[-config.length :]
     tokens = jnp.asarray(np.frombuffer(prompt, np.uint8).astype(np.int32))[None]
-    draw = jax.jit(partial(decoder.sample, model, count=240, heat=0.7))
-    drawn = draw(jax.tree.map(np.asarray, params), tokens, key=jax.random.key(config.seed))
-    return bytes(np.asarray(drawn[0], np.uint8)).decode(errors="replace").lstrip("\n")
+    sample = jax.jit(partial(decoder.sample, model, count=240, heat=0.7))
+    written = sample(jax.tree.map(np.asarray, params), tokens, key=jax.random.key(config.seed))
+    return bytes(np.asarray(written[0], np.uint8)).decode(errors="replace").lstrip("\n")
 
 
 def show(config: Config, figures: dict[str, Any], console: Console) -> None:
@@ -369,7 +373,7 @@ def show(config: Config, figures: dict[str, Any], console: Console) -> None:
 
 
 def _ratio(states: dict[str, int], peaks: dict[str, int], alone: int) -> tuple[str, str, str, str]:
-    """First over second, of each column."""
+    """Gives the ratio of the first row to the second, for each column."""
     first, second = states
 
     def over(one: int, other: int) -> str:
@@ -399,4 +403,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

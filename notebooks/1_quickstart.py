@@ -61,7 +61,7 @@ def loss(params, x, y):
 
 
 # %%
-def fit(tx, boundaries=60):
+def fit(tx, optimizer_steps=60):
     params = init(jax.random.key(0))
     opt_state = tx.init(params)
 
@@ -72,7 +72,7 @@ def fit(tx, boundaries=60):
         return optax.apply_updates(params, updates), opt_state, value
 
     rng, losses = np.random.default_rng(1), []
-    for _ in range(boundaries * MICRO_STEPS):
+    for _ in range(optimizer_steps * MICRO_STEPS):
         rows = rng.integers(0, 1500, 16)
         params, opt_state, value = step(params, opt_state, images[rows], digits[rows])
         losses.append(float(value))
@@ -91,14 +91,14 @@ for name, (_, accuracy, size) in results.items():
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
 for name, (losses, _, _) in results.items():
     left.plot(losses.reshape(-1, MICRO_STEPS).mean(1), label=name)
-left.set(xlabel="boundary", ylabel="training loss, nats", yscale="log")
+left.set(xlabel="optimizer step", ylabel="training loss, nats", yscale="log")
 left.legend()
 right.bar(list(results), [size / 1024 for _, _, size in results.values()], color=["C0", "C1"])
 right.set(ylabel="optimizer state, KiB")
 plt.show()
 
 # %% [markdown]
-# What was compressed, and what was left whole, and why. The first layer (64 inputs) and the last (10 outputs) are
+# The plan says what is compressed, what is not, and why. The first layer (64 inputs) and the last (10 outputs) are
 # below `min_dim`, so they accumulate at full size.
 
 # %%

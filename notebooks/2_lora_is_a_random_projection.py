@@ -64,7 +64,7 @@ batches = images[rows], digits[rows]  # 200 steps of 32 images
 # %% [markdown]
 # ## At the start it is one, exactly
 #
-# Let `a` be the `Aᵀ` that Flora draws. Then the gradient of LoRA's `b`, at `b = 0`, is Flora's sketch of the gradient of
+# Let `a` be the `Aᵀ` that Flora samples. Then the gradient of LoRA's `b`, at `b = 0`, is Flora's sketch of the gradient of
 # the weight. Layers are 64 × 192 and 192 × 192; the last, with 10 outputs, has neither.
 
 # %%
@@ -74,13 +74,13 @@ own = adapter.init(jax.random.key(2), params)
 x, y = batches[0][0], batches[1][0]
 
 _, sketches = flora_jax.value_and_grad(loss, rule)(params, x, y, cycle=0)
-drawn = {path: {**own[path], "down": sample(sketches[path].spec, 0).T} for path in own}
-of_factors = jax.grad(adapter.apply(loss), argnums=1)(params, drawn, x, y)
-whole = jax.grad(loss)(params, x, y)
+sampled = {path: {**own[path], "down": sample(sketches[path].spec, 0).T} for path in own}
+of_factors = jax.grad(adapter.apply(loss), argnums=1)(params, sampled, x, y)
+full = jax.grad(loss)(params, x, y)
 
 for path in own:
     A = np.asarray(sample(sketches[path].spec, 0), np.float64)
-    by_hand = A @ np.asarray(whole[path], np.float64)
+    by_hand = A @ np.asarray(full[path], np.float64)
     for name, found in (("LoRA's", of_factors[path]["up"]), ("Flora's", sketches[path].data)):
         error = np.linalg.norm(found - by_hand) / np.linalg.norm(by_hand)
         print(f"{path}: {name:7} against A G in float64: relative error {error:.1e}")
@@ -92,7 +92,7 @@ for path in own:
 #
 # LoRA by plain SGD, at four learning rates. `a` starts with entries of variance 1/r, as in the paper. At each step: how
 # far both factors are from where they started, in units of the norm of `a`; and LoRA's change of the weights, `a b`,
-# against `−η a₀ a₀ᵀ ΣG`, the sum of the whole gradients met on the way, projected and back.
+# against `−η a₀ a₀ᵀ ΣG`, the sum of the full gradients met on the way, projected and back.
 
 # %%
 RATES = (0.001, 0.01, 0.1, 0.3)
@@ -164,7 +164,7 @@ plt.show()
 # %% [markdown]
 # ## What a new projection brings
 #
-# One `a` confines the change of a weight to a space of `r` dimensions. Flora draws a new projection every few steps, and
+# One `a` confines the change of a weight to a space of `r` dimensions. Flora samples a new projection every few steps, and
 # the rank of what adds up is no longer bounded by `r`. (Rank here: singular values above 10⁻⁴ of the largest.) The same 200 steps of SGD, four times: in full; LoRA; the chain of
 # `project` and `decompress` with one projection throughout; the same chain with a new projection each 10 steps, 20 in
 # all, so that the rank can be 20 r.

@@ -11,7 +11,8 @@
 # %% [markdown]
 # # The chain taken apart
 #
-# `flora_jax.flora` is a chain of four links. Here they stand alone, are looked into, and are swapped.
+# `flora_jax.flora` is a chain of four optax transformations. Here each stands alone, is looked into, and is
+# swapped.
 
 # %%
 import jax
@@ -31,13 +32,13 @@ grads = {"kernel": jax.random.normal(jax.random.key(0), (256, 192)), "bias": jnp
 
 # %%
 projection = flora_jax.Projection(rank=32, resample_every=4)
-link = flora_jax.project(projection)
-sketches, _ = link.update(grads, link.init(params), params)
+tx = flora_jax.project(projection)
+sketches, _ = tx.update(grads, tx.init(params), params)
 print(jax.tree.map(jnp.shape, sketches))
 
 # %% [markdown]
 # `decompress` expands it. One estimate is noisy; the mean over projections tends to the gradient, with an error that
-# falls with the root of their number. With `resample_every=1` each call of `update` draws a new projection.
+# falls with the root of their number. With `resample_every=1` each call of `update` samples a new projection.
 
 
 # %%
@@ -98,7 +99,7 @@ right.legend()
 plt.show()
 
 # %% [markdown]
-# `accumulate` adds sketches and calls what is inside at the boundary. With an orthonormal projection of full rank
+# `accumulate` adds sketches and calls the transformation inside it in an optimizer step. With an orthonormal projection of full rank
 # nothing is lost: the chain is `optax.MultiSteps` over the same optimizer, to rounding.
 
 # %%
@@ -115,7 +116,7 @@ for i in range(4):
     updates, state = tx.update(given, state, params)
     expected, other = reference.update(given, other, params)
     print(
-        f"micro-step {i}: boundary {bool(flora_jax.has_updated(state))}, cycle {int(flora_jax.cycle(state))}"
+        f"micro-step {i}: optimizer step {bool(flora_jax.has_updated(state))}, cycle {int(flora_jax.cycle(state))}"
     )
 error = jnp.max(jnp.abs(updates["kernel"] - expected["kernel"])) / jnp.max(
     jnp.abs(expected["kernel"])

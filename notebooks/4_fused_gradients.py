@@ -9,10 +9,10 @@
 # ---
 
 # %% [markdown]
-# # Gradients that are born compressed
+# # Fused gradients
 #
-# `flora_jax.value_and_grad` gives sketches whose data are those of `project(jax.grad(…))`, but the whole gradient is never
-# computed. Here that is seen: in the jaxpr, in the HLO that XLA compiled, in its FLOPs and in its memory.
+# `flora_jax.value_and_grad` gives sketches whose data are those of `project(jax.grad(…))`, but compresses inside the
+# backward pass: the full gradient is never computed. Here that is seen: in the jaxpr, in the HLO that XLA compiled, in its FLOPs and in its memory.
 
 # %%
 import math
@@ -73,7 +73,7 @@ for name, function in (("jax.value_and_grad", jax.value_and_grad(loss)), ("flora
     results[name] = [shape for shape, _, _ in found]
     print(name)
     for shape, left, right in found:
-        of = "a whole gradient" if weight_shaped([shape], params) else ""
+        of = "a full gradient" if weight_shaped([shape], params) else ""
         of = "a sketch" if shape[0] == 16 else "x Aᵀ" if shape[-1] == 16 else of
         print(f"  {left!s:>10} · {right!s:<10} → {shape!s:<10} {of}")
 
@@ -88,12 +88,12 @@ assert not weight_shaped(results["flora_jax"], params)
 # %%
 tx = flora_jax.project(projection)
 _, sketches = fused(params, x)
-whole = jax.grad(loss)(params, x)
-projected, _ = tx.update(whole, tx.init(params), params)
+full = jax.grad(loss)(params, x)
+projected, _ = tx.update(full, tx.init(params), params)
 for path in params:
     A = np.asarray(sample(sketches[path].spec, 0), np.float64)
-    expected = A @ np.asarray(whole[path], np.float64)
-    for name, data in (("born", sketches[path].data), ("projected", projected[path].data)):
+    expected = A @ np.asarray(full[path], np.float64)
+    for name, data in (("fused", sketches[path].data), ("projected", projected[path].data)):
         error = np.linalg.norm(data - expected) / np.linalg.norm(expected)
         print(f"{path:7} {name:10} relative error {error:.1e}")
         assert error < 1e-5
@@ -134,14 +134,14 @@ def compiled(function):
     return jax.jit(function).lower(weights, windows).compile()
 
 
-def born(rank):
+def fused_llama(rank):
     rule = flora_jax.Projection(rank, side="input")
     return partial(flora_jax.value_and_grad(llama_loss, rule), cycle=0)
 
 
 RANKS = (4, 16, 64, 127)
 ordinary = compiled(jax.value_and_grad(llama_loss))
-programs = {rank: compiled(born(rank)) for rank in RANKS}
+programs = {rank: compiled(fused_llama(rank)) for rank in RANKS}
 
 kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(weights) if "kernel" in str(path)]
 print(f"the model has {len(kernels)} weights that tokens are multiplied by")
@@ -151,7 +151,7 @@ for name, program in (("jax.value_and_grad", ordinary), ("flora_jax, rank 16", p
     of_sketches = [s for s, _ in found if s[0] == 16]
     print(
         f"{name:19} {sum(f for _, f in found) / 1e9:.2f} GFLOP in {len(found)} dots; "
-        f"{len(of_weights)} are whole gradients, {len(of_sketches)} sketches"
+        f"{len(of_weights)} are full gradients, {len(of_sketches)} sketches"
     )
 
 assert len(weight_shaped([s for s, _ in dots(ordinary)], weights)) == len(kernels)
@@ -161,7 +161,7 @@ for program in programs.values():
 # %% [markdown]
 # ## FLOPs and memory, by rank
 #
-# As ratios to `jax.value_and_grad`: FLOPs of the dots; FLOPs of the whole program, drawing `A` among them, as XLA's
+# As ratios to `jax.value_and_grad`: FLOPs of the dots; FLOPs of the whole program, sampling `A` among them, as XLA's
 # `cost_analysis` has them; bytes of temporaries and of all that the program holds (arguments, results, temporaries), as
 # its `memory_analysis` has them.
 
@@ -217,10 +217,10 @@ for axes in (left, right):
 plt.show()
 
 # %% [markdown]
-# ## What falls back to the whole gradient
+# ## What falls back to the full gradient
 #
 # A weight that is used in a way for which there is no rule, here divided by the norms of its columns before the product,
-# gets its whole gradient at that use, which is projected at once: right, but not small. The plan names weight, operation
+# gets its full gradient at that use, which is projected at once: right, but not small. The plan names weight, operation
 # and line.
 
 
@@ -235,7 +235,7 @@ plan = grad_fn.plan(params, x)
 for use in plan.whole_uses:
     line = use.place.rpartition(":")[2]
     print(
-        f"whole gradient of {use.path!r}, for want of a rule for {use.primitive}, line {line} of the cell"
+        f"full gradient of {use.path!r}, for want of a rule for {use.primitive}, line {line} of the cell"
     )
 
 found = [s for s, _, _ in products(jax.make_jaxpr(partial(grad_fn, cycle=0))(params, x).jaxpr)]
@@ -248,22 +248,22 @@ assert {tuple(sorted(s)) for s in weight_shaped(found, params)} == {(256, 640)}
 
 # %%
 _, sketches = grad_fn(params, x, cycle=0)
-whole = jax.grad(normalised)(params, x)
+full = jax.grad(normalised)(params, x)
 for path in params:
     A = np.asarray(sample(sketches[path].spec, 0), np.float64)
-    expected = A @ np.asarray(whole[path], np.float64)
+    expected = A @ np.asarray(full[path], np.float64)
     error = np.linalg.norm(sketches[path].data - expected) / np.linalg.norm(expected)
     print(f"{path:7} relative error {error:.1e}")
     assert error < 1e-5
 
 # %% [markdown]
-# And the LLaMA has no such use: every weight's gradient is born compressed.
+# And the LLaMA has no such use: every weight's gradient is fused.
 
 # %%
 assert not flora_jax.value_and_grad(llama_loss, projection).plan(weights, windows).whole_uses
-_, sketches = jax.jit(born(16))(weights, windows)
-_, whole = jax.jit(jax.value_and_grad(llama_loss))(weights, windows)
-projected, _ = jax.jit(tx.update)(whole, tx.init(weights), weights)
+_, sketches = jax.jit(fused_llama(16))(weights, windows)
+_, full = jax.jit(jax.value_and_grad(llama_loss))(weights, windows)
+projected, _ = jax.jit(tx.update)(full, tx.init(weights), weights)
 pairs = zip(
     *(jax.tree.leaves(tree, is_leaf=is_sketch) for tree in (sketches, projected)), strict=True
 )
@@ -272,6 +272,6 @@ errors = [
     for a, b in pairs
     if is_sketch(a)
 ]
-print(f"{len(errors)} sketches, born and projected: largest relative difference {max(errors):.1e}")
+print(f"{len(errors)} sketches, fused and projected: largest relative difference {max(errors):.1e}")
 assert len(errors) == len(kernels) + 1  # the embedding's too
 assert max(errors) < 1e-4

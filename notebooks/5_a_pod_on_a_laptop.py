@@ -44,7 +44,7 @@ from flora_jax.paths import path_name
 # ## Does it fit?
 #
 # LLaMA-7B in bfloat16 on 1 to 64 chips of a TPU v5e (15.75 GiB that a program may use), one sequence of 2048 tokens for
-# each chip, rank 128, weights and state cut over all chips. `flora-jax plan --chips 4 --batch 4` prints the same at the
+# each chip, rank 128, weights and state sharded over all chips. `flora-jax plan --chips 4 --batch 4` prints the same at the
 # prompt. In brackets the largest rank that fits, a multiple of 8; – where rank 8 does not.
 
 # %%
@@ -65,7 +65,7 @@ print("! does not fit")
 
 needed = {m: next(c for c in CHIPS if table[c][m].fits) for m in estimate.METHODS}
 print("\nfewest of these chips that hold it:", needed)
-assert needed["Flora, born compressed"] == min(needed.values())
+assert needed[estimate.METHODS[0]] == min(needed.values())  # Flora with fused gradients
 
 # %%
 figure, (left, right) = plt.subplots(
@@ -97,7 +97,7 @@ plt.show()
 # ## Where does each array lie?
 #
 # From here on a small LLaMA, that compiles in seconds: width 256, 4 layers under `scan`, on 2 × 4 chips: two replicas
-# (`data`), the weights of each cut over four (`fsdp`). A weight is cut along the side that Flora keeps.
+# (`data`), the weights of each sharded over four (`fsdp`). A weight is sharded along the side that Flora keeps.
 
 # %%
 jax.config.update("jax_platforms", "cpu")  # compiling for a TPU is no reason to look for one
@@ -123,7 +123,7 @@ def placed(tree, shardings):
 
 
 def where(path, x):
-    """The larger side is projected away (of a square the input, of an embedding the columns)."""
+    """Gives a sharding along the side that is kept; the larger is projected (the input of a square, an embedding's columns)."""
     if x.ndim < 2 or min(x.shape[-2:]) < 128:
         return NamedSharding(mesh, P())
     rows, columns = x.shape[-2:]
@@ -152,12 +152,12 @@ for name, tx in (("Flora", flora), ("MultiSteps", multisteps)):
 
 # %% [markdown]
 # `state_shardings` makes the shardings of any optax state from those of the params. Flora's accumulator has the axes of
-# the weight, with the rank in place of the side that is projected away.
+# the weight, with the rank in place of the side that is projected.
 
 # %%
 known = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 rows = jax.tree_util.tree_leaves_with_path(states["Flora"])
-print(f"{'weight':42} {'cut':22} its sketch")
+print(f"{'weight':42} {'sharding':22} its sketch")
 for path, leaf in rows:
     owner = next((name for name in known if path_name(path).endswith(f"accumulated/{name}")), None)
     if owner and len(leaf.shape) > 1 and "norm" not in owner:
@@ -183,10 +183,10 @@ assert on_a_chip(states["Flora"]) < 0.2 * on_a_chip(states["MultiSteps"])
 # %% [markdown]
 # ## What do the chips send?
 #
-# One program for each: micro-step and, every 16th time, the boundary. Flora's is `make_train_step`; the other takes
-# `jax.value_and_grad` and holds gradients and updates to the shardings of the weights. Both are compiled for the whole
-# mesh, and the collectives are read from the HLO: how often each runs, among how many chips, whether in the boundary's
-# branch. Bytes are those that a chip sends by the ring algorithms.
+# One program for each: micro-step and, every 16th time, the optimizer step. Flora's is `make_train_step`; the other takes
+# `jax.value_and_grad` and holds gradients and updates to the shardings of the weights. Both are compiled for the mesh,
+# and the collectives are read from the HLO: how often each runs, among how many chips, and whether in the branch of the
+# optimizer step. Bytes are those that a chip sends by the ring algorithms.
 
 # %%
 loss = partial(llama.loss, net)
@@ -219,13 +219,12 @@ sent = {}
 print(f"MB sent by a chip{'':13}" + "".join(f"{kind:>20}" for kind in KINDS))
 for name, program in programs.items():
     found = traffic.collectives(program.as_text(), len(devices))
-    for boundary in (False, True):
-        sums = {
-            k: sum(c.sent for c in found if (c.kind, c.boundary) == (k, boundary)) for k in KINDS
-        }
-        sent[name, boundary] = np.array(list(sums.values())) / 1e6
-        label = f"{name}, {'boundary adds' if boundary else 'micro-step'}"
-        print(f"{label:30}" + "".join(f"{x:20.3f}" for x in sent[name, boundary]))
+    for update in (False, True):
+        chosen = [c for c in found if c.optimizer_step == update]
+        sums = {k: sum(c.sent for c in chosen if c.kind == k) for k in KINDS}
+        sent[name, update] = np.array(list(sums.values())) / 1e6
+        label = f"{name}, {'optimizer step adds' if update else 'micro-step'}"
+        print(f"{label:30}" + "".join(f"{x:20.3f}" for x in sent[name, update]))
 
 mean = {name: (sent[name, False] + sent[name, True] / STEPS).sum() for name in programs}
 print(f"\nmean of {STEPS} micro-steps: " + ", ".join(f"{n} {x:.2f} MB" for n, x in mean.items()))
@@ -241,7 +240,7 @@ assert 0.9 < gathered[0] / gathered[1] < 1.1  # the weights, either way
 SUMS = ("all-reduce", "reduce-scatter")
 for name, program in programs.items():
     found = traffic.collectives(program.as_text(), len(devices))
-    found = [c for c in found if c.kind in SUMS and not c.boundary]
+    found = [c for c in found if c.kind in SUMS and not c.optimizer_step]
     print(name, f"({sum(c.sent for c in found) / 1e6:.2f} MB in all)")
     for c in sorted(found, key=lambda c: -c.sent)[:4]:
         arrays = ", ".join(array for array, _ in c.arrays[:3]) + (" …" if len(c.arrays) > 3 else "")

@@ -18,7 +18,7 @@ NAMES = [
     "3_the_chain",
     "4_fused_gradients",
     "5_a_pod_on_a_laptop",
-    "6_relatives_of_lora",
+    "6_variants_of_lora",
 ]
 PICTURES = ("image/png", "image/svg+xml")
 MACHINE = re.compile(

@@ -1,1 +1,1 @@
-"""Benchmarks: timings and sizes, each by one command."""
+"""Benchmarks: one command measures each time or size."""

@@ -1,8 +1,8 @@
-"""Bytes that a data-parallel step sums over devices, read from its compiled HLO.
+"""This command reads from the compiled HLO how many bytes a data-parallel step sums over devices.
 
     python -m experiments.bench.collectives
 
-Parameters on every device, the batch cut over eight of them; the compiler puts in the all-reduces.
+Parameters are replicated and the batch is sharded over eight devices; the compiler inserts the all-reduces.
 """
 
 import os
@@ -31,15 +31,20 @@ from experiments.models import llama
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the model."""
+    """Sizes of the model, and the devices."""
 
     width: int = 512
+    """Width of the model."""
     layers: int = 4
+    """Number of layers."""
     rank: int = 32
+    """Rank of the projections."""
     devices: int = 8
+    """Number of devices that the batch is sharded over, at most 8."""
 
 
 def reduced(config: Config, gradient, params) -> list[tuple[str, int]]:
+    """Gives shape and bytes of every array that the compiled gradient all-reduces."""
     mesh = Mesh(np.array(jax.devices()[: config.devices]), ("data",))
     everywhere = NamedSharding(mesh, PartitionSpec())
     windows = jax.ShapeDtypeStruct(
@@ -52,7 +57,7 @@ def reduced(config: Config, gradient, params) -> list[tuple[str, int]]:
 
 
 def compare(config: Config):
-    """All-reduces of the ordinary and of the born-compressed gradient, and the plan."""
+    """Gives the all-reduces of the ordinary and of the fused gradient, and the plan."""
     model = setting.small(config.width, config.layers, dtype=jnp.float32, remat=False, scan=False)
     loss = partial(llama.loss, model)
     tokens = jnp.zeros((1, 8), jnp.int32)
@@ -70,17 +75,17 @@ def compare(config: Config):
 def main(config: Config) -> None:
     ordinary, ours, plan = compare(config)
     console = Console(width=100)
-    for name, found in (("ordinary gradient", ordinary), ("born compressed", ours)):
+    for name, found in (("ordinary gradient", ordinary), ("fused gradient", ours)):
         rows = [
             (shape, str(count), f"{count * size:,}")
             for (shape, size), count in sorted(Counter(found).items(), key=lambda x: -x[0][1])
         ]
         console.print(report.table(f"All-reduces, {name}", ["array", "times", "bytes"], rows))
-    whole, small = (sum(size for _, size in found) for found in (ordinary, ours))
-    console.print(f"ordinary {whole:,} bytes, born compressed {small:,}: ratio {small / whole:.4f}")
+    large, small = (sum(size for _, size in found) for found in (ordinary, ours))
+    console.print(f"ordinary {large:,} bytes, fused {small:,}: ratio {small / large:.4f}")
     least = sum(4 * int(np.prod(leaf.data_shape)) for leaf in plan.leaves)
-    console.print(f"sketches and leaves left whole have {least:,} bytes")
+    console.print(f"sketches and uncompressed leaves have {least:,} bytes")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

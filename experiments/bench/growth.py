@@ -1,15 +1,15 @@
-"""How state, FLOPs and time grow with width, layers, rank, accumulation and devices: fitted exponents.
+"""This command measures how state, FLOPs and time grow with width, layers, rank, accumulation and devices.
 
     python -m experiments.bench.growth --out runs/growth      # some ten minutes on two cores
     python -m experiments.bench.growth --write                # also into docs/
 
-One axis is varied at a time, from the middle of the others, and `y = c x^p` fitted by least squares of the
-logarithms. State: bytes of what `init` makes, exact. FLOPs: XLA's count of a cycle, its micro-steps
-and the boundary; it counts no singular value decompositions. Time: a cycle on this CPU, methods in
-turn, in seconds of all its cores together, which count no one else's work. Devices are virtual ones that
-share this CPU, so that no time is taken on them: state, FLOPs, and bytes sent in a micro-step, of one
-device, weights and state cut over all (FSDP), a window each. Each figure is a line of `results.jsonl`; the
-same command goes on where it stopped.
+One axis is varied at a time, from the middle of the others, and `exponents` fits `y = c x^p`. *State* is the bytes of
+what `init` makes, which is exact. *FLOPs* are XLA's count of a cycle, its micro-steps and the optimizer step; it counts
+no singular value decompositions. *Time* is that of a cycle on this CPU, with the methods in turn, in seconds of all
+cores together, which count no one else's work. Devices are virtual ones that share this CPU, so no time is measured on
+them: state, FLOPs, and bytes sent in a micro-step are those of one device, with weights and state sharded over all
+devices (FSDP) and a window for each. Each figure is a line of `results.jsonl`; the same command goes on where it
+stopped.
 """
 
 import os
@@ -31,26 +31,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import flora_jax
-from experiments.bench import pods, topology, traffic
-from experiments.bench.peers import in_jax, page
-from experiments.bench.peers.methods import METHODS, Size
+from experiments.bench import exponents, pods, records, topology, traffic
+from experiments.bench.baselines import in_jax, page
+from experiments.bench.baselines.methods import Size
+from experiments.bench.exponents import AXES, KEYS
 from experiments.models import llama
-
-KEYS = ("multisteps", "flora", "galore", "muon")
-COLOURS: dict[str, str] = dict(zip(KEYS, ("#555555", "#08519c", "#d95f0e", "#31a354"), strict=True))
-QUANTITIES = {
-    "state": "state, bytes",
-    "flops": "FLOPs of a cycle",
-    "seconds": "CPU seconds of a cycle",
-    "sent": "bytes sent in a micro-step",
-}
 
 
 @dataclass(frozen=True)
@@ -58,16 +49,23 @@ class Config:
     """The middle, and the points of each axis."""
 
     out: Path = Path("runs/growth")
+    """The folder of the results."""
     middle: Size = dataclasses.field(default_factory=lambda: Size(256, 2, 2, 64, 32, 4))
+    """Sizes that stay while one axis is varied."""
     width: tuple[int, ...] = (128, 256, 512)
+    """Widths of the model to measure."""
     layers: tuple[int, ...] = (1, 2, 4)
+    """Numbers of layers to measure."""
     rank: tuple[int, ...] = (16, 32, 64)
+    """Ranks of the projections to measure."""
     accumulation: tuple[int, ...] = (2, 4, 8)
+    """Numbers of micro-steps in an optimizer step to measure."""
     devices: tuple[int, ...] = (1, 2, 4)
+    """Numbers of devices to measure, at most 8."""
     rounds: int = 5
-    """Of the timed cycles, after one that compiles."""
+    """Number of timed cycles, after one that compiles."""
     write: bool = False
-    """Keep the record in docs/growth.json and its picture, and write docs/peers.md."""
+    """Keep the record in docs/growth.json and its picture, and write docs/baselines.md again."""
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -82,21 +80,8 @@ class Config:
             raise ValueError(f"devices must be at most {most}, found {max(self.devices)}")
 
 
-AXES = ("width", "layers", "rank", "accumulation", "devices")
-
-
-def exponent(xs: Any, ys: Any) -> float:
-    """`p` of `y = c x^p`, by least squares of the logarithms."""
-    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
-
-
-def told(xs: Any, ys: Any) -> str:
-    """The exponent with two digits, and no sign on a zero."""
-    return f"{round(exponent(xs, ys), 2) + 0.0:.2f}"
-
-
 def _shapes(key: str, size: Size) -> tuple[Any, Any, Any, Any]:
-    """Of a step's arguments."""
+    """Gives the shapes of a step's arguments."""
     params = in_jax.outline(size)[1]
     tx, _ = in_jax.build(key, size, 0.0, in_jax.LONG)
     windows = jax.ShapeDtypeStruct((size.batch, size.length + 1), jnp.int32)
@@ -110,7 +95,7 @@ def _flops(compiled: Any) -> float:
 
 
 def gradient_flops(size: Size) -> float:
-    """XLA's count of one gradient, born compressed."""
+    """Gives XLA's count of FLOPs for one fused gradient."""
     model, params = in_jax.outline(size)
     windows = jax.ShapeDtypeStruct((size.batch, size.length + 1), jnp.int32)
     projection = in_jax.build("flora", size, 0.0, in_jax.LONG)[1]
@@ -120,15 +105,15 @@ def gradient_flops(size: Size) -> float:
 
 
 def cycle_flops(key: str, size: Size, compiled: Any) -> float:
-    """XLA's count of a cycle.
+    """Gives XLA's count of FLOPs for a cycle.
 
     MultiSteps computes an update in each micro-step and drops all but the last. Flora's step has a
-    conditional, of whose two branches XLA counts the one that has more, which is the boundary.
+    conditional, of whose two branches XLA counts the one that has more, which is the optimizer step.
 
     Args:
-      key: of `METHODS`.
-      size: of the step.
-      compiled: the step.
+      key: The short name of the method.
+      size: Sizes of the model and the step.
+      compiled: The compiled step.
     """
     if key != "flora":
         return size.accumulation * _flops(compiled)
@@ -136,7 +121,7 @@ def cycle_flops(key: str, size: Size, compiled: Any) -> float:
 
 
 def cycles(size: Size, rounds: int) -> dict[str, dict[str, float]]:
-    """State, FLOPs and median CPU seconds of a cycle by method, the methods in turn."""
+    """Measures state, FLOPs and median CPU seconds of a cycle by method, with the methods in turn."""
     model, _ = in_jax.outline(size)
     tokens = jnp.zeros((1, 8), jnp.int32)
     first = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
@@ -162,7 +147,7 @@ def cycles(size: Size, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def on_devices(key: str, size: Size, devices: int) -> dict[str, float]:
-    """State, FLOPs of the step with the boundary, and bytes sent in a micro-step, of one device."""
+    """Gives one device's state, FLOPs of an optimizer step, and bytes sent in a micro-step."""
     mesh = Mesh(
         np.array(jax.devices()[:devices]).reshape(1, devices, 1),
         ("data", "fsdp", "model"),
@@ -185,12 +170,12 @@ def on_devices(key: str, size: Size, devices: int) -> dict[str, float]:
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(state)
     )
-    sent = sum(one.sent for one in found if not one.boundary)
+    sent = sum(one.sent for one in found if not one.optimizer_step)
     return {"state": held, "flops": _flops(compiled), "sent": sent}
 
 
 def measure(config: Config, console: Console) -> list[dict[str, Any]]:
-    """Every figure: axis, x, method, quantity, value."""
+    """Measures every figure: a line has the axis, the point `x`, the method, and the quantities there."""
     file = config.out / "results.jsonl"
     config.out.mkdir(parents=True, exist_ok=True)
     middle = {"middle": dataclasses.asdict(config.middle), "rounds": config.rounds}
@@ -224,114 +209,19 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
     return lines
 
 
-def curves(lines: list[dict[str, Any]], axis: str, what: str) -> dict[str, tuple[Any, Any]]:
-    """Points by method, sorted; only what is positive can be drawn."""
-    result = {}
-    for key in KEYS:
-        points = sorted(
-            (line["x"], line[what])
-            for line in lines
-            if line["axis"] == axis and line["method"] == key and line.get(what, 0) > 0
-        )
-        if len(points) > 1:
-            result[key] = tuple(zip(*points, strict=True))
-    return result
-
-
-def text(lines: list[dict[str, Any]]) -> str:
-    """Markdown: the exponents, a row for each axis and quantity."""
-    names = [METHODS[key].name for key in KEYS]
-    middle = lines[0]["setting"]["middle"]
-    rows = [
-        "## Growth\n",
-        "Exponents `p` of `y = c x^p`, fitted to the points of the picture (`python -m experiments.bench.growth "
-        f"--write`), around width {middle['width']}, {middle['layers']} layers, rank {middle['rank']}, "
-        f"{middle['batch']} x {middle['length']} bytes, {middle['accumulation']} micro-steps; devices: one device's part, of "
-        "the step that has the boundary, on virtual devices, of which no time is taken.\n",
-        "![Growth, on logarithmic axes](growth.svg)\n",
-        "| over | of | " + " | ".join(names) + " |",
-        "|---|---|" + "---|" * len(KEYS),
-    ]
-    for axis in AXES:
-        for what, name in QUANTITIES.items():
-            found = curves(lines, axis, what)
-            if found:
-                cells = [told(*found[key]) if key in found else "–" for key in KEYS]
-                rows.append(f"| {axis} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
-
-
-def picture(lines: list[dict[str, Any]], stem: Path) -> None:
-    """A column for each axis, a row for each quantity, the exponent at the end of a curve; PNG and SVG."""
-    figure, panels = plt.subplots(3, len(AXES), figsize=(14, 8), layout="constrained")
-    for column, axis in enumerate(AXES):
-        last = "sent" if axis == "devices" else "seconds"
-        for row, what in enumerate(("state", "flops", last)):
-            axes = panels[row, column]
-            found = curves(lines, axis, what)
-            if not found:
-                axes.set_axis_off()
-                continue
-            for key, (xs, ys) in found.items():
-                axes.loglog(
-                    xs, ys, "o-", ms=3.5, lw=1.2, color=COLOURS[key], label=METHODS[key].name
-                )
-            _scale(axes, sorted({line["x"] for line in lines if line["axis"] == axis}))
-            _label_ends(axes, found)
-            if column == 0 or what == "sent":
-                axes.set_ylabel(QUANTITIES[what], fontsize=9)
-            if row == 0:
-                axes.set_title(axis + (": of one device" if axis == "devices" else ""), fontsize=10)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=len(KEYS), frameon=False, fontsize=9
-    )
-    page.save_figure(figure, stem)
-
-
-def _scale(axes: Any, points: list[int]) -> None:
-    """Ticks at the points, and a decade at least."""
-    axes.set(xscale="log", yscale="log", xlim=(0.85 * points[0], 1.18 * points[-1]))
-    axes.set_xticks(points, [str(x) for x in points])
-    axes.minorticks_off()
-    low, high = axes.get_ylim()
-    wider = max(1.0, (12 / (high / low)) ** 0.5)
-    axes.set_ylim(low / wider, high * wider)
-    axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
-
-
-def _label_ends(axes: Any, found: dict[str, tuple[Any, Any]]) -> None:
-    """Exponents on the right, as high as the curves end, moved apart where these meet."""
-    low, high = np.log(axes.get_ylim())
-    places = {key: (np.log(ys[-1]) - low) / (high - low) for key, (_, ys) in found.items()}
-    lowest = 0.0
-    for key in sorted(places, key=lambda key: places[key]):
-        place = max(places[key], lowest)
-        lowest = place + 0.075
-        axes.text(
-            1.02,
-            place,
-            told(*found[key]),
-            color=COLOURS[key],
-            fontsize=8,
-            va="center",
-            transform=axes.transAxes,
-        )
-
-
 def main(config: Config) -> None:
     console = Console(width=120)
     lines = measure(config, console)
-    picture(lines, config.out / "growth")
-    (config.out / "growth.md").write_text(text(lines))
-    console.print(text(lines), markup=False, highlight=False)
+    text = exponents.text(lines)
+    exponents.picture(lines, config.out / "growth")
+    (config.out / "growth.md").write_text(text)
+    console.print(text, markup=False, highlight=False)
     if config.write:
-        page.keep(lines, page.GROWTH)
-        picture(lines, page.GROWTH.with_suffix(""))
+        records.keep(lines, page.GROWTH)
+        exponents.picture(lines, page.GROWTH.with_suffix(""))
         page.GROWTH.with_suffix(".png").unlink()
         page.write()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

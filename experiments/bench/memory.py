@@ -1,15 +1,16 @@
-"""Bytes of HBM that one training step takes, by method, compiled for TPU chips.
+"""This command compiles one training step of each method for TPU chips, and says how many bytes of HBM it takes.
 
     python -m experiments.bench.memory                  # LLaMA-7B, some ten minutes on two cores
     python -m experiments.bench.memory --model LLaMA-13B --chips 2
     python -m experiments.bench.memory --model T5-3B --length 512
     python -m experiments.bench.memory --model GPT-2-XL --length 1024
 
-One program does the micro-step and, every 16th time, the boundary. bfloat16 parameters, layers
+One program does the micro-step and, every 16th time, the optimizer step. Parameters are bfloat16, and the layers are
 under `scan` with remat. What does not fit a v5e chip is compiled for a v5p one (95 GiB), to say how
-much it needs. Exact: the figures are the compiler's. LoRA trains adapters of the same rank on every
+much it needs. The figures are the compiler's, so they are exact. LoRA trains adapters of the same rank on every
 weight of the layers with Adam. GaLore is `optax.contrib.galore` on each layer of a stack, over 16
-accumulated micro-steps, its SVD left out, which libtpu had not compiled after twelve minutes: what it takes at least.
+accumulated micro-steps, without its SVD, which libtpu had not compiled after twelve minutes; so its figure is a lower
+bound.
 """
 
 from collections.abc import Callable
@@ -44,21 +45,24 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Config:
-    """What to compile."""
+    """The step to compile."""
 
     model: Literal[tuple(FAMILIES)] = "LLaMA-7B"  # type: ignore[valid-type]
+    """The name of the model's shape."""
     length: int = 2048
+    """Number of tokens in a window."""
     batch: int = 1
+    """Number of windows in a micro-step."""
     chips: int = 1
-    """Chips over which every weight is cut along its largest axis that they divide."""
+    """Number of chips over which every weight is sharded, along its largest axis that they divide."""
     only: str = ""
-    """Only the methods whose name has this in it."""
+    """A part of a name; only methods whose name has it are compiled."""
     out: Path | None = None
-    """A file for the table."""
+    """A file to write the table to."""
 
 
 def flora(rank: int, fused: bool = True):
-    """The step of Flora on the fused route, or on the ordinary one."""
+    """Builds the step of Flora with fused gradients, or with ordinary ones."""
 
     def build(model: Any, loss_of: Callable):
         projection = flora_jax.Projection(rank, distribution="srht", resample_every=STEPS)
@@ -73,6 +77,8 @@ def flora(rank: int, fused: bool = True):
 
 
 def multisteps(inner: optax.GradientTransformation):
+    """Builds the step of `optax.MultiSteps` over `inner`."""
+
     def build(model: Any, loss_of: Callable):
         tx = optax.MultiSteps(inner, STEPS).gradient_transformation()
         return tx, optimizers.ordinary_step(partial(loss_of, model), tx).lower
@@ -81,7 +87,7 @@ def multisteps(inner: optax.GradientTransformation):
 
 
 def layered(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` on each layer of a stack as on a weight of its own; for those that know no batch axes."""
+    """Runs `tx`, which knows no batch axes, on each layer of a stack as on a weight of its own."""
     each = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
 
     def label(params: Any) -> Any:
@@ -91,7 +97,7 @@ def layered(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def without_svd(build: Callable):
-    """Compiled with zeros in the place of singular vectors."""
+    """Builds a step that is compiled with zeros in the place of singular vectors."""
 
     def singular(matrix: jax.Array, full_matrices: bool = False):
         rank = min(matrix.shape)
@@ -111,7 +117,7 @@ def without_svd(build: Callable):
 
 
 def adapted(adapter: Adapter):
-    """An adapter's parameters, trained by Adam; the weights are frozen."""
+    """Builds the step that trains an adapter's parameters by Adam; the weights are frozen."""
 
     def build(model: Any, loss_of: Callable):
         tx, loss = optax.adam(1e-3), adapter.apply(partial(loss_of, model))
@@ -134,8 +140,8 @@ def adapted(adapter: Adapter):
 LORA = lora(Projection(128, side="input", select=lambda path, shape: "layers" in path))
 WITH_LORA = adapted(LORA)
 METHODS = {
-    "Flora, born compressed, rank 128": flora(128),
-    "Flora, born compressed, rank 256": flora(256),
+    "Flora, fused, rank 128": flora(128),
+    "Flora, fused, rank 256": flora(256),
     "Flora, ordinary gradients, rank 128": flora(128, fused=False),
     "MultiSteps + Adafactor": multisteps(optax.adafactor(1e-3)),
     "MultiSteps + GaLore, rank 128, at least": without_svd(
@@ -146,6 +152,7 @@ METHODS = {
 
 
 def largest_axis(shape: tuple[int, ...], chips: int) -> PartitionSpec:
+    """Shards the largest axis that the chips divide, but never the first, which may be that of stacked layers."""
     axes = [axis for axis, length in enumerate(shape) if length % chips == 0 and axis > 0]
     if chips == 1 or not axes:
         return PartitionSpec()
@@ -154,11 +161,12 @@ def largest_axis(shape: tuple[int, ...], chips: int) -> PartitionSpec:
 
 
 def measure(config: Config, build, chip: str) -> topology.Program | None:
+    """Compiles a step for a kind of chip; gives None where it does not fit."""
     family, shape, loss = FAMILIES[config.model]
     model = family(shape)
     mesh = topology.mesh(chip, (config.chips,))
 
-    def cut(tree):
+    def sharded(tree):
         shardings = jax.tree.map(
             lambda x: NamedSharding(mesh, largest_axis(x.shape, config.chips)), tree
         )
@@ -173,7 +181,7 @@ def measure(config: Config, build, chip: str) -> topology.Program | None:
     state = jax.eval_shape(tx.init, params)
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    lowered = lower(cut(params), cut(state), topology.placed(windows, everywhere))
+    lowered = lower(sharded(params), sharded(state), topology.placed(windows, everywhere))
     return topology.compile_(lowered)
 
 
@@ -202,4 +210,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,13 +1,13 @@
-"""Bytes between chips and bytes of HBM of a sharded training step, compiled for TPU pods.
+"""This command compiles a sharded training step for TPU pods, and counts bytes between chips and bytes of HBM.
 
     python -m experiments.bench.pods                                  # LLaMA-7B, v5e 4x4, FSDP
     python -m experiments.bench.pods --data 4 --fsdp 4                # four replicas of four chips
     python -m experiments.bench.pods --fsdp 64 --model 4              # v5e 16x16
     python -m experiments.bench.pods --shape LLaMA-70B --chip v5p --fsdp 64
 
-One program does the micro-step and, every 16th time, the boundary; bfloat16 parameters, layers under
-`scan` with remat. Weights are cut over `fsdp` and `model` along the side that Flora keeps. Exact: what
-the compiler says. Then, from the chip's data sheet, the link speed that hides the traffic behind the
+One program does the micro-step and, every 16th time, the optimizer step. Parameters are bfloat16, and the layers are
+under `scan` with remat. Weights are sharded over `fsdp` and `model` along the side that Flora keeps. The figures are
+the compiler's, so they are exact. The chip's data sheet then gives the link speed that hides the traffic behind the
 FLOPs of a step.
 """
 
@@ -33,23 +33,26 @@ STEPS = 16
 
 @dataclass(frozen=True)
 class Config:
-    """A layout."""
+    """The model, and its layout on the chips."""
 
     shape: Literal[tuple(llama.SHAPES)] = "LLaMA-7B"  # type: ignore[valid-type]
+    """The name of the model's shape."""
     chip: Literal["v5e", "v5p"] = "v5e"
+    """The kind of TPU chip."""
     data: int = 1
-    """Replicas of the weights."""
+    """Number of replicas of the weights."""
     fsdp: int = 16
-    """Chips that each weight and the batch are cut over."""
+    """Number of chips that each weight and the batch are sharded over."""
     model: int = 1
-    """Chips that each weight is cut over, tensor-parallel."""
+    """Number of chips that each weight is sharded over, tensor-parallel."""
     rank: int = 128
+    """Rank of the projections."""
     length: int = 2048
-    """Tokens of each of the data x fsdp windows."""
+    """Number of tokens in each of the data x fsdp windows."""
     layers: int | None = None
-    """Fewer than the model has, for a quick look."""
+    """A number of layers, fewer than the model has, for a quick look."""
     show: int = 0
-    """Print so many of the largest collectives as well."""
+    """How many of the largest collectives are printed as well."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,10 @@ class Chip:
     """Rates of one chip: key specifications of "TPU v5e" and "TPU v5p", Google Cloud documentation.
 
     Attributes:
-      flops: bfloat16, per second.
-      memory: bytes of HBM per second.
-      link: bytes per second, to all neighbours together.
-      network: bytes per second between slices, a chip's share of its pod's data-centre network.
+      flops: FLOPs in bfloat16, per second.
+      memory: Bytes of HBM, per second.
+      link: Bytes per second to all neighbouring chips together.
+      network: Bytes per second between slices: a chip's share of its pod's data-centre network.
     """
 
     flops: float
@@ -80,28 +83,29 @@ class Step:
     """Figures of one compiled step, per chip.
 
     Attributes:
-      gib: of HBM at the worst moment.
-      micro: collectives of a micro-step.
-      boundary: those that a boundary adds.
+      gib: GiB of HBM at the worst moment.
+      micro: Collectives of a micro-step.
+      optimizer_step: Collectives that an optimizer step adds.
     """
 
     gib: float
     micro: list[traffic.Collective]
-    boundary: list[traffic.Collective]
+    optimizer_step: list[traffic.Collective]
 
     @property
     def sent(self) -> tuple[float, float]:
-        """Bytes sent in a micro-step, and in a whole accumulation divided by its micro-steps."""
+        """Bytes sent in a micro-step, and the mean over the micro-steps of an accumulation."""
         micro = sum(one.sent for one in self.micro)
-        return micro, micro + sum(one.sent for one in self.boundary) / STEPS
+        return micro, micro + sum(one.sent for one in self.optimizer_step) / STEPS
 
 
 def projection(rank: int) -> flora_jax.Projection:
+    """Gives the projection that all benchmarks on pods use."""
     return flora_jax.Projection(rank, distribution="srht", resample_every=STEPS)
 
 
 def weight_specs(params: Any, rank: int, axes: tuple[str, ...]) -> Any:
-    """Cuts the side that Flora keeps over `axes`; what Flora leaves whole is on every chip."""
+    """Shards the side that Flora keeps over `axes`; what Flora does not compress is replicated."""
 
     def spec(leaf: flora_jax.LeafPlan) -> PartitionSpec:
         if leaf.spec is None:
@@ -114,11 +118,11 @@ def weight_specs(params: Any, rank: int, axes: tuple[str, ...]) -> Any:
 
 
 def shapes(config: Config, mesh: Any) -> tuple[Any, Any, Any]:
-    """The model, its params and a batch, as shapes that say where they lie."""
+    """Gives the model, its params and a batch, as shapes with shardings."""
     shape = llama.SHAPES[config.shape]
     shape = dataclasses.replace(shape, layers=config.layers or shape.layers)
     plain = llama.Llama(shape)
-    cut = llama.Llama(dataclasses.replace(shape, cut=(("data", "fsdp"),)))
+    sharded = llama.Llama(dataclasses.replace(shape, cut=(("data", "fsdp"),)))
     tokens = jnp.zeros((1, 8), jnp.int32)
     params = jax.eval_shape(lambda: plain.init(jax.random.key(0), tokens)["params"])
     axes = tuple(name for name in ("fsdp", "model") if getattr(config, name) > 1)
@@ -127,32 +131,35 @@ def shapes(config: Config, mesh: Any) -> tuple[Any, Any, Any]:
     count = config.data * config.fsdp
     windows = jax.ShapeDtypeStruct((count, config.length + 1), jnp.int32)
     batch = topology.placed(windows, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
-    return cut, topology.placed(params, places), batch
+    return sharded, topology.placed(params, places), batch
 
 
 def placed_state(tx: optax.GradientTransformation, params: Any) -> Any:
+    """Gives the shapes of the optimizer's state, with the shardings that follow from those of the params."""
     return topology.placed(jax.eval_shape(tx.init, params), flora_jax.state_shardings(tx, params))
 
 
 def flora_step(config: Config, model: Any, params: Any) -> tuple[Any, Any]:
-    drawn = projection(config.rank)
-    tx = flora_jax.flora(1e-3, projection=drawn, accumulation_steps=STEPS)
-    step: Any = flora_jax.make_train_step(partial(llama.loss, model), tx, drawn)
+    """Flora with fused gradients: a function that lowers its step, and the state."""
+    rule = projection(config.rank)
+    tx = flora_jax.flora(1e-3, projection=rule, accumulation_steps=STEPS)
+    step: Any = flora_jax.make_train_step(partial(llama.loss, model), tx, rule)
     return step.lower, placed_state(tx, params)
 
 
 def multisteps_step(config: Config, model: Any, params: Any) -> tuple[Any, Any]:
-    """MultiSteps over Adafactor; gradients and updates lie where the weights lie."""
+    """MultiSteps over Adafactor; gradients and updates are sharded as the weights are."""
     tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
     state = placed_state(tx, params)
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     return optimizers.ordinary_step(partial(llama.loss, model), tx, shardings).lower, state
 
 
-METHODS = {"Flora, born compressed": flora_step, "MultiSteps + Adafactor": multisteps_step}
+METHODS = {"Flora, fused": flora_step, "MultiSteps + Adafactor": multisteps_step}
 
 
 def measure(config: Config, method: Any) -> Step | None:
+    """Compiles the step for the chips, or for v5p ones where it does not fit; None where that does not fit either."""
     sizes = (config.data, config.fsdp, config.model)
     for chip in (config.chip, "v5p"):
         mesh = topology.mesh(chip, sizes, ("data", "fsdp", "model"))
@@ -162,13 +169,13 @@ def measure(config: Config, method: Any) -> Step | None:
             program = topology.compile_(lower(params, state, batch), text=True)
         if program:
             found = traffic.collectives(program.text, mesh.size)
-            micro = [one for one in found if not one.boundary]
-            return Step(program.gib, micro, [one for one in found if one.boundary])
+            micro = [one for one in found if not one.optimizer_step]
+            return Step(program.gib, micro, [one for one in found if one.optimizer_step])
     return None
 
 
 def weights(config: Config) -> float:
-    """Numbers in all matrices that a token is multiplied by."""
+    """Counts the numbers in all matrices that a token is multiplied by."""
     shape = llama.SHAPES[config.shape]
     wide = 2 + 2 * shape.key_heads / shape.heads
     layers = config.layers or shape.layers
@@ -177,12 +184,12 @@ def weights(config: Config) -> float:
 
 
 def compute_seconds(config: Config, share: float) -> float:
-    """FLOPs of a step with remat, 8 for each weight and token, at the chip's rate."""
+    """Gives the seconds for the FLOPs of a step with remat, 8 for each weight and token, at the chip's rate."""
     return 8 * share * weights(config) * config.length / config.model / CHIPS[config.chip].flops
 
 
-SHARES = {"Flora, born compressed": 6 / 8, "MultiSteps + Adafactor": 1.0}
-"""Of the FLOPs: one product in four is not made."""
+SHARES = {"Flora, fused": 6 / 8, "MultiSteps + Adafactor": 1.0}
+"""Share of the FLOPs that each method computes: Flora leaves out one product in four."""
 
 
 def main(config: Config) -> None:
@@ -199,8 +206,8 @@ def main(config: Config) -> None:
         rows.append(
             (name, f"{step.gib:.2f}", f"{micro / 1e9:.3f}", f"{mean / 1e9:.3f}", f"{link:.1f}")
         )
-        for one in sorted(step.micro + step.boundary, key=lambda c: -c.sent)[: config.show]:
-            where = "boundary" if one.boundary else "micro-step"
+        for one in sorted(step.micro + step.optimizer_step, key=lambda c: -c.sent)[: config.show]:
+            where = "optimizer step" if one.optimizer_step else "micro-step"
             shapes = " ".join(shape for shape, _ in one.arrays)
             console.print(
                 f"  {where} {one.kind} {shapes[:70]} x {one.times}, {one.group} chips, "
@@ -214,4 +221,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,10 +1,10 @@
-"""What the backward pass holds: temporaries of the compiled gradient, by rank and side.
+"""This command shows what the backward pass holds: temporaries of the compiled gradient, by rank and side.
 
     python -m experiments.bench.residuals
 
-A LLaMA without remat, so that every activation that is needed is kept; compiled for one TPU v5e
-(needs `libtpu`, nothing runs). Temporaries are all that the program holds besides its arguments and
-results: the saved activations, and scratch space. The results are counted apart.
+The model is a LLaMA without remat, so that every activation that is needed is kept. It is compiled for one TPU v5e,
+which needs `libtpu`; nothing runs. Temporaries are all that the program holds besides its arguments and
+results: the saved activations, and scratch space. The results are counted separately.
 """
 
 from dataclasses import dataclass
@@ -27,10 +27,15 @@ class Config:
     """Sizes of the model and of the batch."""
 
     width: int = 1024
+    """Width of the model."""
     layers: int = 8
+    """Number of layers."""
     batch: int = 4
+    """Number of windows."""
     length: int = 512
+    """Number of tokens in a window."""
     ranks: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """Ranks of the projections to compare."""
 
 
 def main(config: Config) -> None:
@@ -55,10 +60,10 @@ def main(config: Config) -> None:
             fused = partial(flora_jax.value_and_grad(loss, projection), cycle=0)
             held, results = figures(fused)
             row = (f"{held:.0f}", f"{held / base[0]:.3f}", f"{results:.0f}")
-            rows.append(("born compressed", side, str(rank), *row))
+            rows.append(("fused", side, str(rank), *row))
     heads = ["gradient", "side", "rank", "temporaries, MiB", "ratio", "results, MiB"]
     Console(width=100).print(report.table("What the backward pass holds", heads, rows))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,9 +1,9 @@
-"""Time of LoRA's step in each order of its products, and of RunLoRA's choice, as ratios to plain LoRA.
+"""This command times LoRA's step in each order of its products, and in the one that RunLoRA chooses.
 
     python -m experiments.bench.run_lora
 
-One product with its backward pass, by its own formula of FLOPs and by the clock; then a LLaMA of few
-layers. One process, all in turn, medians.
+It measures one product with its backward pass, by its own formula of FLOPs and by the clock, and then a LLaMA of few
+layers. Figures are ratios to plain LoRA; times are medians of runs in turn, in one process.
 """
 
 import time
@@ -32,18 +32,25 @@ class Config:
     """Shapes of the product, and sizes of the model."""
 
     tokens: tuple[int, ...] = (64, 1024)
+    """Numbers of tokens of the one product."""
     width: int = 512
+    """Width of the product's weight and of the model."""
     ranks: tuple[int, ...] = (8, 256)
+    """Ranks of LoRA."""
     layers: int = 4
+    """Number of layers of the model."""
     batch: int = 8
+    """Number of windows of the model."""
     length: int = 128
+    """Number of tokens in a window."""
     rounds: int = 9
+    """Number of timed rounds, after one that compiles."""
     out: Path | None = None
-    """A file for the tables."""
+    """A file to write the tables to."""
 
 
 def seconds(functions: dict[Any, Any], rounds: int) -> dict[Any, float]:
-    """Median seconds of compiled functions without arguments, in turn."""
+    """Gives the median seconds of compiled functions without arguments, run in turn."""
     times: dict[Any, list[float]] = {name: [] for name in functions}
     for round_ in range(rounds + 1):
         for name, run in functions.items():
@@ -55,6 +62,7 @@ def seconds(functions: dict[Any, Any], rounds: int) -> dict[Any, float]:
 
 
 def products(config: Config) -> list[tuple[str, ...]]:
+    """Gives the rows of the table of one product."""
     rows = []
     for tokens in config.tokens:
         for rank in config.ranks:
@@ -97,8 +105,11 @@ def products(config: Config) -> list[tuple[str, ...]]:
 
 
 def models(config: Config) -> list[tuple[str, ...]]:
-    """A step's gradient of a whole model. Beside LoRA as it is written, whose products have the axes
-    of the batch, the same order on matrices: what is left is the choice of orders."""
+    """Gives the rows of the table of a model's gradient.
+
+    Plain LoRA is computed as it is written, with the axes of the batch in its products, and the same order on matrices.
+    What RunLoRA gains over the second comes from its choice of orders alone.
+    """
     model = setting.small(config.width, config.layers, dtype=jnp.float32, remat=False)
     windows = jnp.asarray(
         np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
@@ -132,7 +143,7 @@ def models(config: Config) -> list[tuple[str, ...]]:
 
 
 def _name(order: Order) -> str:
-    """The initials of its four ways."""
+    """Gives the initials of the order's four ways."""
     return "".join(way[0] for way in order)
 
 
@@ -151,4 +162,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

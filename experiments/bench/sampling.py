@@ -1,9 +1,9 @@
-"""Time to draw `A`, per distribution and PRNG, beside the contraction it serves.
+"""This command times the sampling of `A`, by distribution and PRNG, beside the contraction that it serves.
 
     python -m experiments.bench.sampling
 
-Each figure is the median of interleaved runs, as a ratio to the bare contraction `G Aᵀ` (with an `A`
-that is there already) of the same run.
+Each figure is the median of interleaved runs, as a ratio to the bare contraction `G Aᵀ` of the same run, for which
+`A` has been sampled before.
 """
 
 import time
@@ -22,12 +22,16 @@ from flora_jax.chain.leaf_plan import leaf_plans
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the weight `(size, width)`, projected on its first side."""
+    """Sizes of the weight `(size, width)`, whose first axis is projected."""
 
     size: int = 1024
+    """Length of the axis that is projected."""
     width: int = 1024
+    """Length of the axis that is kept."""
     rank: int = 128
+    """Rank of the projection."""
     runs: int = 15
+    """Number of timed runs, after one that compiles."""
 
 
 def main(config: Config) -> None:
@@ -41,10 +45,10 @@ def main(config: Config) -> None:
             )
             spec = leaf_plans(gradient, rule)[0].spec
             assert spec is not None
-            functions[distribution, f"{prng}, draw"] = jax.jit(
+            functions[distribution, f"{prng}, sample"] = jax.jit(
                 lambda cycle, g, a, spec=spec: products.sample(spec, cycle)
             )
-            functions[distribution, f"{prng}, draw and project"] = jax.jit(
+            functions[distribution, f"{prng}, sample and project"] = jax.jit(
                 lambda cycle, g, a, spec=spec: products.project(spec, cycle, g)
             )
     times: dict[tuple[str, str], list[float]] = {name: [] for name in functions}
@@ -72,4 +76,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

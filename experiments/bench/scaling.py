@@ -1,14 +1,14 @@
-"""A model of the time of a training step over many slices of a TPU pod, up to 4,096 chips.
+"""This command models the time of a training step over many slices of a TPU pod, up to 4,096 chips.
 
     python -m experiments.bench.scaling                     # LLaMA-7B, slices of 16 v5e chips
     python -m experiments.bench.scaling --fsdp 64
     python -m experiments.bench.scaling --chip v5p --shape LLaMA-70B --fsdp 64
 
-Inside a slice the weights are cut over its chips; slices are replicas, which sum gradients (or
+Inside a slice the weights are sharded over its chips; slices are replicas, which sum gradients (or
 sketches) over the data-centre network in each micro-step. Bytes inside a slice are read from the
-compiled program, as in `experiments.bench.pods`; those between slices are of the ring all-reduce of
+compiled program, as in `experiments.bench.pods`; bytes between slices are those of the ring all-reduce of
 what a chip holds of a gradient. A step takes as long as the slowest of its four parts: FLOPs, HBM,
-links, network; each at the full rate of the chip's data sheet, each hidden behind the slowest.
+links and network, each at the full rate of the chip's data sheet. The slowest part hides the others.
 """
 
 from dataclasses import dataclass
@@ -27,19 +27,22 @@ from experiments.models import llama
 
 @dataclass(frozen=True)
 class Config:
-    """A slice, and how many of them."""
+    """The model, a slice, and the number of chips in all."""
 
     shape: Literal[tuple(llama.SHAPES)] = "LLaMA-7B"  # type: ignore[valid-type]
+    """The name of the model's shape."""
     chip: Literal["v5e", "v5p"] = "v5e"
+    """The kind of TPU chip."""
     fsdp: int = 16
-    """Chips of a slice."""
+    """Number of chips in a slice."""
     rank: int = 128
+    """Rank of the projections."""
     length: int = 2048
-    """Tokens of a chip in a micro-step."""
+    """Number of tokens of a chip in a micro-step."""
     chips: int = 4096
-    """Most chips in all."""
+    """The largest number of chips in all."""
     layers: int | None = None
-    """Fewer than the model has, for a quick look."""
+    """A number of layers, fewer than the model has, for a quick look."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,10 @@ class Method:
     """Figures of one chip in a micro-step.
 
     Attributes:
-      compute: seconds of FLOPs.
-      memory: seconds of HBM traffic.
-      inside: bytes sent to chips of the slice.
-      shared: bytes of this chip's part of what slices sum.
+      compute: Seconds for the FLOPs.
+      memory: Seconds for the traffic of HBM.
+      inside: Bytes sent to chips of the slice.
+      shared: Bytes of this chip's part of what the slices sum.
     """
 
     compute: float
@@ -59,24 +62,24 @@ class Method:
     shared: float
 
     def network(self, slices: int) -> float:
-        """Bytes sent between slices, by the ring all-reduce."""
+        """Gives the bytes sent between slices, by the ring all-reduce."""
         return 2 * (slices - 1) / slices * self.shared
 
     def alone(self, chip: pods.Chip) -> float:
-        """Seconds of a micro-step in one slice."""
+        """Gives the seconds of a micro-step in one slice."""
         return max(self.compute, self.memory, self.inside / chip.link)
 
     def seconds(self, slices: int, chip: pods.Chip) -> float:
-        """Of a micro-step."""
+        """Gives the seconds of a micro-step over so many slices."""
         return max(self.alone(chip), self.network(slices) / chip.network)
 
     def hiding(self, slices: int, chip: pods.Chip) -> float:
-        """Bytes per second of network from which on the sum over slices takes no time of its own."""
+        """Gives the bytes per second of network from which on the sum over slices takes no time of its own."""
         return self.network(slices) / self.alone(chip)
 
 
 def methods(config: Config) -> dict[str, Method]:
-    """Of one slice; the compiler is asked for the bytes inside of it."""
+    """Gives the figures of each method in one slice; the compiler is asked for the bytes inside of it."""
     inner = pods.Config(
         shape=config.shape,
         chip=config.chip,
@@ -105,17 +108,17 @@ def methods(config: Config) -> dict[str, Method]:
 
 
 def shared_bytes(config: pods.Config) -> dict[str, float]:
-    """Bytes of a chip's part of one gradient: bfloat16, and of its sketches: float32."""
+    """Gives the bytes of a chip's part of one gradient, in bfloat16, and of its sketches, in float32."""
     shape = llama.SHAPES[config.shape]
     model = llama.Llama(shape)
     tokens = jnp.zeros((1, 8), jnp.int32)
     params: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
     plan = flora_jax.plan(params, flora_jax.Projection(config.rank, resample_every=pods.STEPS))
     share = (config.layers or shape.layers) / shape.layers / config.fsdp
-    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {
-        "Flora, born compressed": share * sum(plan.sketch_bytes),
-        "MultiSteps + Adafactor": share * 2 * whole,
+        "Flora, fused": share * sum(plan.sketch_bytes),
+        "MultiSteps + Adafactor": share * 2 * numbers,
     }
 
 
@@ -167,4 +170,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

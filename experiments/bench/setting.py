@@ -1,4 +1,4 @@
-"""What the benches share: a LLaMA of few layers on bytes."""
+"""The benchmarks share a LLaMA of few layers on bytes."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from experiments.models import llama
 
 
 def small(width: int, layers: int, **others: Any) -> llama.Llama:
+    """Gives a LLaMA with a vocabulary of bytes; `others` are further fields of its shape."""
     shape = llama.Shape(
         vocabulary=256,
         width=width,

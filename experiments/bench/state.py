@@ -1,9 +1,9 @@
-"""Bytes of optimizer state for the shapes of LLaMA models, from shapes alone.
+"""This command counts the bytes of optimizer state for LLaMA models, from shapes alone.
 
     python -m experiments.bench.state
 
-Exact: the states are those that `init` makes, by `jax.eval_shape`. Accumulation over 16 micro-steps,
-bfloat16 parameters.
+The figures are exact: the states are those that `init` makes, by `jax.eval_shape`. Accumulation is over 16
+micro-steps, and parameters are bfloat16.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,14 @@ VOCABULARY = 32000
 
 @dataclass(frozen=True)
 class Config:
-    """Ranks to compare."""
+    """The ranks to compare."""
 
     ranks: tuple[int, ...] = (128, 256)
+    """Ranks of the projections."""
 
 
 def shapes(layers: int, width: int, hidden: int):
-    """The parameter tree, layers stacked as `scan` has them."""
+    """Gives the parameter tree as shapes, with layers stacked as `scan` has them."""
 
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -50,14 +51,14 @@ def main(config: Config) -> None:
         for rank in config.ranks:
             rule = flora_jax.Projection(rank, resample_every=16)
             plan = flora_jax.plan(params, rule, accumulation_steps=16)
-            whole = plan.state_bytes["MultiSteps + Adafactor"]
+            uncompressed = plan.state_bytes["MultiSteps + Adafactor"]
             for method, size in plan.state_bytes.items():
                 if method != "Adafactor alone" and (method in ("Flora", "GaLore") or rank == 128):
                     title = f"{method}, rank {rank}" if method in ("Flora", "GaLore") else method
-                    rows.append((name, title, f"{size / 2**30:.2f}", f"{size / whole:.3f}"))
+                    rows.append((name, title, f"{size / 2**30:.2f}", f"{size / uncompressed:.3f}"))
     heads = ["model", "state", "GiB", "ratio to MultiSteps"]
     Console(width=100).print(report.table("Optimizer state", heads, rows))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

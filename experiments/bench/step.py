@@ -1,11 +1,11 @@
-"""Time and FLOPs of one micro-step: born-compressed gradients against MultiSteps over Adafactor.
+"""This command compares time and FLOPs of one micro-step: fused gradients against MultiSteps over Adafactor.
 
     python -m experiments.bench.step
 
-One process, the two steps in turn, medians. A LLaMA in float32; between boundaries, so that what is
-timed is the gradient and its accumulation. FLOPs are XLA's own count of the compiled gradient, of
-the unrolled model (XLA counts the body of a loop once), at rank width / 16 for several widths: a
-weight `(m, n)` alone has the ratio 2/3 + (r/3)(1/m + 1/n), 0.708 where it is square, and what has no
+The model is a LLaMA in float32. The two steps run in turn in one process, and times are medians. No optimizer step is
+among them, so that what is timed is the gradient and its accumulation. FLOPs are XLA's own count for the compiled
+gradient of the unrolled model (XLA counts the body of a loop once), at rank width / 16 for several widths: a
+weight `n × m` alone has the ratio 2/3 + (r/3)(1/m + 1/n), 0.708 where it is square, and what has no
 weight (attention scores, norms, the loss) costs what it did.
 """
 
@@ -40,20 +40,25 @@ class Config:
     """Sizes of the model and of a micro-step."""
 
     width: int = 512
+    """Width of the model that is timed."""
     layers: int = 4
+    """Number of layers."""
     batch: int = 8
+    """Number of windows in a micro-step."""
     length: int = 128
+    """Number of tokens in a window."""
     rank: int = 32
-    """width / 16."""
+    """Rank of the projections of the model that is timed; width / 16 by default."""
     rounds: int = 9
+    """Number of timed micro-steps, after one that compiles."""
     widths: tuple[int, ...] = (512, 1024, 2048, 4096)
-    """Of the table of FLOPs, which compiles and does not run."""
+    """Widths in the table of FLOPs, whose models are compiled and do not run."""
     out: Path | None = None
-    """A file for the table."""
+    """A file to write the tables to."""
 
 
 def steps(config: Config, model: llama.Llama, params):
-    """Compiled micro-steps by name, each with its state."""
+    """Gives the micro-steps under `jit`, by name, each with its state."""
     loss = partial(llama.loss, model)
     multi = optax.MultiSteps(optax.adafactor(1e-3), 1000).gradient_transformation()
     projection = project(config.rank)
@@ -61,7 +66,7 @@ def steps(config: Config, model: llama.Llama, params):
     step: Any = flora_jax.make_train_step(loss, tx, projection)
     return {
         "MultiSteps": (optimizers.ordinary_step(loss, multi), multi.init(params)),
-        "Flora, born compressed": (step, tx.init(params)),
+        "Flora, fused": (step, tx.init(params)),
     }
 
 
@@ -70,7 +75,7 @@ def project(rank: int) -> flora_jax.Projection:
 
 
 def flops(config: Config, width: int) -> tuple[float, float]:
-    """XLA's count of the ordinary gradient and of the born-compressed one, at rank width / 16."""
+    """Gives XLA's count of FLOPs for the ordinary gradient and for the fused one, at rank width / 16."""
     model = setting.small(width, config.layers, dtype=jnp.float32, **VARIANTS["unrolled"])
     loss = partial(llama.loss, model)
     tokens = jnp.zeros((1, 8), jnp.int32)
@@ -87,7 +92,7 @@ def flops(config: Config, width: int) -> tuple[float, float]:
 
 
 def measure(config: Config, variant: dict) -> dict[str, tuple[float, float]]:
-    """Median seconds and bytes of temporaries, by name."""
+    """Measures median seconds and bytes of temporaries, by name."""
     model = setting.small(config.width, config.layers, dtype=jnp.float32, **variant)
     windows = jnp.asarray(
         np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
@@ -113,7 +118,7 @@ def main(config: Config) -> None:
     rows = []
     for variant, settings in VARIANTS.items():
         figures = measure(config, settings)
-        base, ours = figures["MultiSteps"], figures["Flora, born compressed"]
+        base, ours = figures["MultiSteps"], figures["Flora, fused"]
         rows.append(
             (
                 variant,
@@ -140,4 +145,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,6 +1,6 @@
-"""Compiling for TPUs without one, and what the compiled program says of itself.
+"""Programs are compiled here for TPUs without one, and their figures are read.
 
-Needs the package `libtpu`; nothing runs.
+This needs the package `libtpu`; nothing runs.
 """
 
 import os
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from flora_jax.memory import compiled, estimate
 
 HBM = estimate.CHIPS["v5e"]
-"""GiB of a TPU v5e chip that a program may use, as the compiler says."""
+"""GiB that a program may use on a TPU v5e chip, by the compiler."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Program:
     """Figures of one compiled program, per device.
 
     Attributes:
-      gib: arguments, results and temporaries at the worst moment, GiB.
-      fits: whether a v5e chip holds it.
-      seconds: of compilation.
-      text: of the compiled HLO, where it was asked for.
+      gib: GiB of arguments, results and temporaries at the worst moment.
+      fits: Whether a v5e chip holds it.
+      seconds: Seconds of compilation.
+      text: Text of the compiled HLO, where it was asked for.
     """
 
     gib: float
@@ -43,14 +43,14 @@ class Program:
 
 
 def mesh(chip: str = "v5e", shape: tuple[int, ...] = (1,), axes: tuple[str, ...] = ("data",)):
-    """A mesh of described chips; the smallest topology that has enough of them."""
+    """Gives a mesh of described chips, from the smallest topology that has enough of them."""
     kinds = (jax.sharding.AxisType.Auto,) * len(shape)
     chips = compiled.devices(chip, math.prod(shape))
     return Mesh(np.array(chips).reshape(shape), axes, axis_types=kinds)
 
 
 def placed(tree: Any, sharding: Any) -> Any:
-    """Shapes with a sharding: one for all leaves, or a tree of them."""
+    """Gives shapes with shardings: one sharding for all leaves, or a tree of them."""
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, tree)
     return jax.tree.map(
@@ -59,11 +59,13 @@ def placed(tree: Any, sharding: Any) -> Any:
 
 
 def compile_(lowered: Any, text: bool = False) -> Program | None:
-    """None where the compiler runs out of the chip's memory.
+    """Compiles a lowered step; gives None where the compiler runs out of the chip's memory.
 
     Args:
-      text: of the compiled HLO too. The compiler writes it: `as_text` fails on libtpu's programs for chips with
-        SparseCores, since their asynchronous updates have more operands than XLA's reader allows.
+      lowered: The lowered step.
+      text: Whether to keep the text of the compiled HLO too. The compiler writes it: `as_text` fails on libtpu's
+        programs for chips with SparseCores, since their asynchronous updates have more operands than XLA's reader
+        allows.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

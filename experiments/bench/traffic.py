@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: every collective, with its bytes and how often."""
+"""Collectives are read from a compiled program here: what it sends between devices, and how often."""
 
 import math
 import re
@@ -28,18 +28,18 @@ class Collective:
 
     Attributes:
       kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
-      arrays: shape and bytes, per device, of each array that it gives.
-      group: number of devices that take part.
-      times: how often it runs.
-      boundary: whether it is inside a `cond`: the boundary's part of a step.
-      source: the operation in the traced program that it came from.
+      arrays: Shape and bytes, per device, of each array that it gives.
+      group: Number of devices that take part.
+      times: How often it runs.
+      optimizer_step: Whether it is inside a `cond`, so that it runs in an optimizer step only.
+      source: The operation in the traced program that it came from.
     """
 
     kind: str
     arrays: tuple[tuple[str, int], ...]
     group: int
     times: int
-    boundary: bool
+    optimizer_step: bool
     source: str
 
     @property
@@ -48,7 +48,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in all, by the ring algorithms."""
+        """Bytes that a device sends in all runs together, by the ring algorithms."""
         share = (self.group - 1) / self.group if self.group > 1 else 0.0
         factor = {"all-reduce": 2 * share, "reduce-scatter": self.group * share}
         if self.kind == "collective-permute":
@@ -57,9 +57,9 @@ class Collective:
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """Every collective of compiled HLO; one that is cut into asynchronous parts counts once."""
+    """Gives every collective of compiled HLO; one that is split into asynchronous parts counts once."""
     bodies = dict(_computations(text))
-    times, boundary = _multiplicities(bodies)
+    times, conditional = _multiplicities(bodies)
     found: dict[str, Collective] = {}
     for name, lines in bodies.items():
         for line in lines:
@@ -80,7 +80,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 ),
                 group=_group(line, devices),
                 times=times[name],
-                boundary=name in boundary,
+                optimizer_step=name in conditional,
                 source=source[1] if source else "",
             )
     return list(found.values())
@@ -104,22 +104,22 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _multiplicities(bodies: dict[str, list[str]]) -> tuple[dict[str, int], set[str]]:
-    """How often each computation runs, and which run inside of a conditional."""
-    times, boundary, waiting = {"ENTRY": 1}, set(), ["ENTRY"]
+    """Gives how often each computation runs, and the computations that run inside a conditional."""
+    times, conditional, waiting = {"ENTRY": 1}, set(), ["ENTRY"]
     while waiting:
         name = waiting.pop()
         for line in bodies.get(name, ()):
             for role, called in _CALLS.findall(line):
                 for other in _NAME.findall(called):
                     trips = _trips(line, bodies) if role == "body" else 1
-                    inside = name in boundary or "branch" in role or "_computation" in role
+                    inside = name in conditional or "branch" in role or "_computation" in role
                     fresh = times[name] * trips > times.get(other, 0)
-                    if fresh or (inside and other not in boundary):
+                    if fresh or (inside and other not in conditional):
                         times[other] = max(times.get(other, 0), times[name] * trips)
                         if inside:
-                            boundary.add(other)
+                            conditional.add(other)
                         waiting.append(other)
-    return times, boundary
+    return times, conditional
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int:

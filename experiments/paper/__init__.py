@@ -1,1 +1,1 @@
-"""The paper's experiments: one small file a table, over one training loop (`loop`)."""
+"""The paper's experiments: each table is one small file, and all share one training loop (`loop`)."""

@@ -1,4 +1,4 @@
-"""Table 1, accumulation: rank against metric and memory.
+"""Table 1 shows metric and memory of accumulation by rank.
 
 python -m experiments.paper.accumulation                       # T5, summarisation
 python -m experiments.paper.accumulation --task translation    # GPT-2, German to English
@@ -21,16 +21,16 @@ TABLE = Table(
             Method("flora", 8),
             Method("flora", 32),
             Method("flora", 32, "advised"),
-            Method("flora", 8, whole=True),
-            Method("flora", 32, whole=True),
-            Method("flora", 32, "advised", whole=True),
+            Method("flora", 8, uncompressed_embeddings=True),
+            Method("flora", 32, uncompressed_embeddings=True),
+            Method("flora", 32, "advised", uncompressed_embeddings=True),
         ),
         "full": (
             Method("uncompressed"),
             *(Method("lora", rank) for rank in (8, 32, 128, 256)),
             *(Method("flora", rank) for rank in (8, 32, 128, 256)),
             Method("flora", 256, "advised"),
-            Method("flora", 256, whole=True),
+            Method("flora", 256, uncompressed_embeddings=True),
         ),
     },
 )

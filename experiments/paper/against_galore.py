@@ -1,10 +1,10 @@
-"""Table 6: against GaLore, LLaMA language modelling from random weights.
+"""Table 6 compares Flora with GaLore: LLaMA, language modelling, from random weights.
 
     python -m experiments.paper.against_galore
     python -m experiments.paper.against_galore --size full --data paper                     # 60M
     python -m experiments.paper.against_galore --size full --data paper --model LLaMA-350M
 
-Layers are unrolled, since `optax.contrib.galore` takes single matrices.
+The layers are unrolled, since `optax.contrib.galore` takes single matrices.
 """
 
 from experiments.paper.methods import Method
@@ -22,8 +22,8 @@ TABLE = Table(
             Method("lora", 8),
             Method("flora", 32),
             Method("flora", 32, "advised"),
-            Method("flora", 32, whole=True),
-            Method("flora", 32, "advised", whole=True),
+            Method("flora", 32, uncompressed_embeddings=True),
+            Method("flora", 32, "advised", uncompressed_embeddings=True),
         ),
         "full": (
             Method("uncompressed"),
@@ -32,7 +32,7 @@ TABLE = Table(
             Method("lora", 128),
             *(Method("flora", rank) for rank in (128, 256)),
             Method("flora", 256, "advised"),
-            Method("flora", 256, "advised", whole=True),
+            Method("flora", 256, "advised", uncompressed_embeddings=True),
         ),
     },
     changes={"scan": False},

@@ -1,4 +1,4 @@
-"""Table 4: base optimizers of linear memory below Flora, and Adam, which is not.
+"""Table 4 puts base optimizers of linear memory below Flora, and Adam, whose memory is not linear.
 
 python -m experiments.paper.base
 python -m experiments.paper.base --size full --data paper
@@ -11,7 +11,7 @@ from experiments.paper.table import Table, main
 
 
 def rows(rank: int) -> tuple[Method, ...]:
-    """Each base without compression, and below Flora."""
+    """Gives each base optimizer without compression, and below Flora."""
     return tuple(
         method
         for base in get_args(Base)

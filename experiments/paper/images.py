@@ -1,4 +1,4 @@
-"""Table 5: ViT, image classification.
+"""Table 5 is image classification by ViT.
 
 python -m experiments.paper.images
 python -m experiments.paper.images --size full --data paper
@@ -11,7 +11,7 @@ TABLE = Table(
     name="images",
     title="5. ViT",
     task="images",
-    boundaries=300,
+    optimizer_steps=300,
     rows={
         "cpu": (
             Method("uncompressed"),

@@ -1,4 +1,4 @@
-"""Table 3: κ, the boundaries between two projections under momentum.
+"""Table 3 varies κ, the number of optimizer steps between two projections under momentum.
 
 python -m experiments.paper.kappa
 python -m experiments.paper.kappa --size full --data paper
@@ -9,7 +9,7 @@ from experiments.paper.table import Table, main
 
 TABLE = Table(
     name="kappa",
-    title="3. κ: boundaries between two projections under momentum",
+    title="3. κ: optimizer steps between two projections under momentum",
     task="summarisation",
     rows={
         "cpu": (

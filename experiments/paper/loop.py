@@ -1,4 +1,4 @@
-"""The one training loop of all tables: a method on a problem, at a learning rate, from a seed."""
+"""All tables share this training loop: a method on a problem, at a learning rate, from a seed."""
 
 import contextlib
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from flora_jax.fused.leaves import combine
 from flora_jax.memory.compiled import compiled_bytes
 
 CYCLES = 100_003
-"""Cycles from one seed's first projection to the next seed's."""
+"""Number of cycles from one seed's first projection to the next seed's."""
 
 
 class Bytes(NamedTuple):
-    """Of one method.
+    """Bytes that one method takes.
 
     Attributes:
-      params: of the model.
-      state: of the optimizer, and of LoRA's factors.
-      peak: of the compiled cycle of micro-steps at its worst moment.
+      params: Bytes of the model's params.
+      state: Bytes of the optimizer's state, and of LoRA's factors.
+      peak: Bytes of the compiled cycle of micro-steps at its worst moment.
     """
 
     params: int
@@ -39,14 +39,14 @@ class Bytes(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A method, compiled: `run(rate, seed)` trains from the start.
+    """A compiled method, which `run` trains.
 
     Attributes:
       start: `seed -> (params, state)`; the params have factors where the method is LoRA.
-      cycle: `(params, state, batches, rate) -> (params, state, losses)`, a boundary.
-      merge: `params -> params` of the model.
+      cycle: `(params, state, batches, rate) -> (params, state, losses)`: the micro-steps of one optimizer step.
+      merge: `params -> params` without factors, for the model.
       evaluate: `params -> validation loss`.
-      nbytes: of it all.
+      nbytes: The bytes that the method takes.
     """
 
     start: Callable[[int], tuple[Any, Any]]
@@ -57,15 +57,15 @@ class Trial(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What is to be compiled for a method, and the shapes it is compiled for.
+    """The functions to be compiled for a method, and the shapes they are compiled for.
 
     Attributes:
       loss: `(params, batch) -> scalar`, through the factors where the method is LoRA.
-      merge: `params -> params` of the model.
+      merge: `params -> params` without factors, for the model.
       start: `seed -> (params, state)`.
       cycle: `(params, state, batches, rate) -> (params, state, losses)`, under `jit`.
-      shapes: of the four.
-      extra: bytes of LoRA's factors.
+      shapes: Shapes of the cycle's four arguments.
+      extra: Bytes of LoRA's factors.
     """
 
     loss: Callable[[Any, Any], jax.Array]
@@ -76,12 +76,13 @@ class Program(NamedTuple):
     extra: int
 
     def nbytes(self, peak: int = 0) -> Bytes:
+        """Counts the bytes of params and state; `peak` is passed on."""
         params = tree_bytes(self.shapes[0]) - self.extra
         return Bytes(params, tree_bytes(self.shapes[1]) + self.extra, peak)
 
 
 def program(problem: Problem, method: methods.Method, sizes: Sizes) -> Program:
-    """Nothing is computed yet, nor compiled."""
+    """Gives the program of a method on a problem; nothing is computed or compiled yet."""
     adapted = method.kind == "lora"
     loss = partial(problem.loss, problem.model)
     adapter = lora.adapter(method.rank) if adapted else None
@@ -89,7 +90,10 @@ def program(problem: Problem, method: methods.Method, sizes: Sizes) -> Program:
     if adapter is not None:
         loss, merge = lora.apply(adapter, loss), jax.jit(partial(lora.merge, adapter))
     build = partial(
-        methods.build, method, accumulation=sizes.accumulation, boundaries=sizes.boundaries
+        methods.build,
+        method,
+        accumulation=sizes.accumulation,
+        optimizer_steps=sizes.optimizer_steps,
     )
 
     def start(seed: int) -> tuple[Any, Any]:
@@ -128,7 +132,7 @@ def prepare(problem: Problem, method: methods.Method, sizes: Sizes) -> Trial:
 def evaluation(
     loss: Callable[[Any, Any], jax.Array], examples: dict[str, np.ndarray]
 ) -> Callable[[Any], float]:
-    """`params -> mean loss` over all the examples, compiled."""
+    """Gives the function `params -> mean loss` over all the examples, under `jit`."""
     of_batch = jax.jit(loss)
 
     def evaluate(params: Any) -> float:
@@ -141,7 +145,7 @@ def evaluation(
 
 
 def _cycle(loss: Any, build: Any, adapted: bool, params, state, many, rate):
-    """All micro-steps of a boundary; Flora's with no gradient and no tree of updates whole."""
+    """Runs all micro-steps of an optimizer step; Flora's make no uncompressed gradient and no tree of updates."""
     tx, projection = build(rate)
     held, inner = None, loss
     if adapted:
@@ -174,11 +178,14 @@ def run(
     """Trains, and gives the validation loss, the scores on the test side, and the losses on the way.
 
     Args:
-      rate: peak of the learning rate.
-      seed: of the random params, of the order of the examples, and of the projections.
-      log: gets the boundary and its figures.
-      folder: for the states of a run that may be cut off, where `sizes` ask for some.
-      settings: that must be the same when the run goes on.
+      problem: The problem.
+      trial: The compiled method.
+      sizes: The sizes of the run.
+      rate: Peak of the learning rate.
+      seed: Seed of the random params, of the order of the examples, and of the projections.
+      log: A function that is given the count of optimizer steps and their figures.
+      folder: The folder for the states of a run that may be interrupted, where `sizes` ask for some.
+      settings: Settings that must be the same when the run goes on.
     """
     params, state = trial.start(seed)
     order = batches.source(problem.train, sizes.batch, seed)
@@ -190,19 +197,19 @@ def run(
         first, kept, history = checkpoints.restore({"params": params, "state": state}, history)
         params, state, losses = kept["params"], kept["state"], history["losses"]
     with contextlib.closing(checkpoints) if checkpoints else contextlib.nullcontext():
-        for boundary in range(first, sizes.boundaries):
-            begin = boundary * sizes.accumulation
+        for step in range(first, sizes.optimizer_steps):
+            begin = step * sizes.accumulation
             parts: list[Any] = [order[begin + i] for i in range(sizes.accumulation)]
             many = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
             params, state, values = trial.cycle(params, state, many, jnp.float32(rate))
             losses.append(float(values.mean()))
-            log(boundary, {"train loss": losses[-1]})
-            if checkpoints and (boundary + 1) % sizes.checkpoint_every == 0:
+            log(step, {"train loss": losses[-1]})
+            if checkpoints and (step + 1) % sizes.checkpoint_every == 0:
                 kept = {"params": params, "state": state}
-                checkpoints.save(boundary + 1, kept, {"losses": losses})
+                checkpoints.save(step + 1, kept, {"losses": losses})
     figures = {
         "validation": trial.evaluate(params),
         **problem.score(problem.model, trial.merge(params)),
     }
-    log(sizes.boundaries, figures)
+    log(sizes.optimizer_steps, figures)
     return {**figures, "losses": [round(loss, 5) for loss in losses]}

@@ -1,9 +1,10 @@
-"""Table 8: LoRA's dynamics, how near a few steps of LoRA are to the random projection.
+"""Table 8 shows LoRA's dynamics: how near a few steps of LoRA are to the random projection.
 
     python -m experiments.paper.lora_dynamics
     python -m experiments.paper.lora_dynamics --model LLaMA-60M --rank 128
 
-The library's LoRA, whose `down` and `up` are `a` and `b` here. With `y = x W + x a b` and `b = 0` at first, `∂L/∂b = aᵀ G` and `∂L/∂a = G bᵀ`, where `G = ∂L/∂W`. So the
+The library's LoRA has factors `down` and `up`, which are `a` and `b` here. With `y = x W + x a b` and `b = 0` at
+first, `∂L/∂b = aᵀ G` and `∂L/∂a = G bᵀ`, where `G = ∂L/∂W`. So the
 first step of SGD leaves `a` alone, and `a b = -η a aᵀ G`: the gradient, projected at random and back.
 Section 2 of the paper bounds what later steps add while `a` has hardly moved. Here LoRA trains by SGD,
 and after `t` steps its change of the weights, `a b`, is compared with `-η a₀ a₀ᵀ Σ G`.
@@ -26,8 +27,8 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.paper import lora, problem
+from experiments.paper.files import append, atomic_file, read, replace_text
 from experiments.paper.problem import Sizes
-from experiments.paper.table import append, read, replace_text, whole_file
 from experiments.tasks import batches
 
 TITLE = "8. LoRA's dynamics"
@@ -35,30 +36,37 @@ TITLE = "8. LoRA's dynamics"
 
 @dataclass(frozen=True)
 class Options:
-    """Of the command."""
+    """The options of the command."""
 
     model: str = "LLaMA-test"
+    """The name of the model's shape."""
     rank: int = 32
+    """Rank of LoRA."""
     batch: int = 4
+    """Number of windows in a step."""
     length: int = 64
+    """Number of tokens in a window."""
     rates: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Learning rates of SGD."""
     steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
-    """After which the two are compared."""
+    """Numbers of steps after which LoRA and the random projection are compared."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the weights, of the factors and of the order of the windows."""
     data: problem.Data = "offline"
+    """The data: `offline` ones come with packages, the `paper`'s need a network."""
     out: Path = Path("runs/paper/lora_dynamics")
+    """The folder of the results."""
 
 
 def factored(tree: Any) -> dict[str, tuple[Any, Any, Any]]:
-    """The weight, `a` and `b`, of each weight that has factors, by its path."""
+    """Gives each weight that has factors, with its `a` and `b`, by its path."""
     found: dict[Any, Any] = flatten_dict(tree, sep="/")
     pairs = tree[lora.FACTORS].items()
     return {path: (found[path], pair["down"], pair["up"]) for path, pair in pairs}
 
 
 def step(loss: Any, params: Any, sums: Any, batch: Any, rate: Any) -> tuple[Any, Any, Any]:
-    """One step of SGD on the factors alone, and the sums of the gradients of their weights."""
+    """Does one step of SGD on the factors alone, and adds the gradients of their weights to the sums."""
     value, gradients = jax.value_and_grad(loss)(params, batch)
     sums = {path: sums[path] + weight for path, (weight, _, _) in factored(gradients).items()}
     own = (tree[lora.FACTORS] for tree in (params, gradients))
@@ -67,7 +75,7 @@ def step(loss: Any, params: Any, sums: Any, batch: Any, rate: Any) -> tuple[Any,
 
 
 def compare(first: Any, params: Any, sums: Any, rate: Any) -> dict[str, jax.Array]:
-    """Relative distance, cosine, and how far `a` has moved, over all weights together.
+    """Gives relative distance, cosine, and how far `a` has moved, over all weights together.
 
     `distance` is `‖a b + η a₀ a₀ᵀ Σ G‖ / ‖a b‖`.
     """
@@ -95,7 +103,7 @@ def compare(first: Any, params: Any, sums: Any, rate: Any) -> dict[str, jax.Arra
 
 
 def run(given: problem.Problem, options: Options, rate: float, seed: int) -> list[dict[str, float]]:
-    """The comparison after each of the steps that are asked for."""
+    """Trains LoRA, and compares after each of the steps that are asked for."""
     adapter = lora.adapter(options.rank)
     params = first = lora.start(adapter, given.init(given.model, seed), seed)
     sums = {path: jnp.zeros_like(kernel) for path, (kernel, _, _) in factored(params).items()}
@@ -112,7 +120,7 @@ def run(given: problem.Problem, options: Options, rate: float, seed: int) -> lis
 
 
 def aggregate(results: list[dict[str, Any]], rate: float, step: int) -> dict[str, np.ndarray]:
-    """Of each figure its values by seed."""
+    """Gives the values of each figure, by seed."""
     lines = [
         line
         for result in results
@@ -124,7 +132,7 @@ def aggregate(results: list[dict[str, Any]], rate: float, step: int) -> dict[str
 
 
 def write(options: Options, results: list[dict[str, Any]], about: str) -> str:
-    """`table.md`, `table.csv` and the plot."""
+    """Writes `table.md`, `table.csv` and the plot, and gives the text of the table."""
     names = ("distance", "cosine", "moved")
     heads = ["learning rate", "step", *names]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -143,7 +151,7 @@ def write(options: Options, results: list[dict[str, Any]], about: str) -> str:
         f"`python -m experiments.paper.lora_dynamics`.\n\n{about}\n\n" + "\n".join(lines) + "\n"
     )
     replace_text(options.out / "table.md", text)
-    with whole_file(options.out / "table.csv") as file, file.open("w", newline="") as stream:
+    with atomic_file(options.out / "table.csv") as file, file.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["rate", "step", *(f"{n}{s}" for n in names for s in ("", " sd"))])
         writer.writerows(table)
@@ -156,7 +164,7 @@ def write(options: Options, results: list[dict[str, Any]], about: str) -> str:
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     for suffix in ("png", "svg"):
-        with whole_file(options.out / f"plot.{suffix}") as file:
+        with atomic_file(options.out / f"plot.{suffix}") as file:
             figure.savefig(file, dpi=150, format=suffix)
     plt.close(figure)
     return text
@@ -181,4 +189,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=TITLE))
+    main(tyro.cli(Options, description=__doc__))

@@ -1,11 +1,11 @@
-"""Table 7: memory, with and without activation checkpointing and the light boundary step.
+"""Table 7 is the memory of a step, with and without activation checkpointing, ordinary and light.
 
     python -m experiments.paper.memory                  # T5-small, compiled for this machine
     python -m experiments.paper.memory --size full      # T5-3B, for TPU v5e (needs .[bench], no TPU)
 
-One program does the micro-step and, at a boundary, the update; nothing runs. The light step is
-`flora_jax.make_train_step`: gradients born compressed, updates applied leaf by leaf. The ordinary step
-has whole gradients and a whole tree of updates.
+One program does the micro-step and, in an optimizer step, the update; nothing runs. The light step is
+`flora_jax.make_train_step`, which has fused gradients and applies updates leaf by leaf. The ordinary step
+has uncompressed gradients and a tree of updates.
 """
 
 import csv
@@ -26,10 +26,10 @@ from rich.progress import track
 import flora_jax
 from experiments import optimizers
 from experiments.paper import lora, methods, problem
+from experiments.paper.files import atomic_file, replace_text
 from experiments.paper.methods import Method
 from experiments.paper.problem import Sizes
 from experiments.paper.sizes import Size
-from experiments.paper.table import replace_text, whole_file
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.fused.leaves import combine
 from flora_jax.memory.compiled import compiled_bytes
@@ -43,17 +43,27 @@ SIZES: dict[Size, Sizes] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Of the command."""
+    """The options of the command."""
 
     size: Size = "cpu"
+    """Size of the model: `cpu` is compiled for this machine, `full` for TPU v5e chips."""
     rank: int = 128
+    """Rank of LoRA and of Flora's projections."""
     out: Path | None = None
-    """By default runs/paper/memory-SIZE."""
+    """The folder of the results; by default runs/paper/memory-SIZE."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One program; `peak` in bytes, None where a chip of 95 GiB does not hold it."""
+    """One program.
+
+    Attributes:
+      method: The name of the method.
+      step: `ordinary` or `light`.
+      checkpointing: Whether activations are checkpointed.
+      state: Bytes of the state.
+      peak: Bytes at the worst moment; None where a chip of 95 GiB does not hold them.
+    """
 
     method: str
     step: str
@@ -63,7 +73,7 @@ class Row:
 
 
 def programs(sizes: Sizes, rank: int) -> Iterator[tuple[str, str, bool, Any, Any]]:
-    """Method, step, checkpointing, the function under `jit`, and the shapes it takes."""
+    """Gives for each program method, step, checkpointing, the function under `jit`, and the shapes it takes."""
     kinds = (
         (Method("uncompressed"), "ordinary"),
         (Method("lora", rank), "ordinary"),
@@ -78,7 +88,7 @@ def programs(sizes: Sizes, rank: int) -> Iterator[tuple[str, str, bool, Any, Any
 
 def _program(given: problem.Problem, method: Method, light: bool, sizes: Sizes) -> tuple[Any, Any]:
     tx, projection = methods.build(
-        method, 1e-3, accumulation=sizes.accumulation, boundaries=sizes.boundaries
+        method, 1e-3, accumulation=sizes.accumulation, optimizer_steps=sizes.optimizer_steps
     )
     loss = partial(given.loss, given.model)
     params = jax.eval_shape(partial(given.init, given.model, 0))
@@ -103,7 +113,7 @@ def _program(given: problem.Problem, method: Method, light: bool, sizes: Sizes) 
 
 
 def measure(step: Any, shapes: Any, size: Size) -> int | None:
-    """Bytes of the compiled program at its worst moment."""
+    """Gives the bytes of the compiled program at its worst moment; None where no chip holds them."""
     if size == "cpu":
         return compiled_bytes(step.lower(*shapes).compile())
     from experiments.bench import topology
@@ -117,6 +127,7 @@ def measure(step: Any, shapes: Any, size: Size) -> int | None:
 
 
 def markdown(rows: list[Row]) -> str:
+    """Gives the table."""
     lines = ["| method | step | checkpointing | state, MiB | peak, MiB | ratio |", "|" + "---|" * 6]
     first = rows[0].peak
     for row in rows:
@@ -129,6 +140,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def draw(file: Path, rows: list[Row], suffix: str) -> None:
+    """Saves a plot of the peaks."""
     figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(rows)), layout="constrained")
     colours = {"uncompressed": "#555555", "LoRA": "#d94801", "Flora": "#08519c"}
     for i, row in enumerate(rows):
@@ -163,17 +175,17 @@ def main(options: Options) -> None:
     )
     replace_text(out / "table.md", text)
     with (
-        whole_file(out / "table.csv") as partial_file,
+        atomic_file(out / "table.csv") as partial_file,
         partial_file.open("w", newline="") as stream,
     ):
         writer = csv.writer(stream)
         writer.writerow([field.name for field in dataclasses.fields(Row)])
         writer.writerows(dataclasses.astuple(row) for row in rows)
     for suffix in ("png", "svg"):
-        with whole_file(out / f"plot.{suffix}") as file:
+        with atomic_file(out / f"plot.{suffix}") as file:
             draw(file, rows, suffix)
     Console().print(text, markup=False)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=TITLE))
+    main(tyro.cli(Options, description=__doc__))

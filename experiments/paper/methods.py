@@ -1,4 +1,4 @@
-"""Methods: the rows of the tables, and the transformation of each."""
+"""Methods are the rows of the tables; each has an optax transformation."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,29 +19,29 @@ RATES: dict[str, tuple[float, ...]] = {
     "sgd": (0.03, 0.1, 0.3, 1.0),
     "sign_sgd": (0.0001, 0.0003, 0.001, 0.003),
 }
-"""Grid of the learning rate, for each base optimizer in its own unit; the same for all methods."""
+"""Grid of the learning rate for each base optimizer, in its own unit; it is the same for all methods."""
 FULL_RATES: dict[str, tuple[float, ...]] = {
     "adafactor": (4e-4, 1e-3, 3e-3, 1e-2),
     "adam": (1e-4, 3e-4, 1e-3, 3e-3),
     "sgd": (0.01, 0.03, 0.1, 0.3),
     "sign_sgd": (1e-5, 3e-5, 1e-4, 3e-4),
 }
-"""At the paper's sizes: around those of the authors' scripts."""
+"""Grid of the learning rate at the paper's sizes, around the rates of the authors' scripts."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row.
+    """One row of a table.
 
     Attributes:
-      kind: uncompressed accumulation, Flora, LoRA (its factors and all that it does not patch are
+      kind: Uncompressed accumulation, Flora, LoRA (its factors and all that it does not patch are
         trained), or GaLore (over Adam).
-      rank: of what has one.
-      preset: of Flora: the paper's settings or the advised ones.
-      momentum: `β`; None for none.
-      kappa: boundaries that share a projection; by default the preset's.
-      base: the optimizer that sees whole gradients.
-      whole: of Flora: whether embeddings and heads are left whole, as LoRA leaves them, and as the
+      rank: Rank of Flora, LoRA or GaLore.
+      preset: Flora's settings: the paper's or the advised ones.
+      momentum: Decay `β` of the momentum; None for none.
+      kappa: Number of optimizer steps that share a projection of Flora; by default the preset's.
+      base: The optimizer that is given gradients of full shape.
+      uncompressed_embeddings: Whether Flora leaves embeddings and heads uncompressed, as LoRA does, and as the
         authors' code does with matrices of an aspect ratio above 16.
     """
 
@@ -51,7 +51,7 @@ class Method:
     momentum: float | None = None
     kappa: int | None = None
     base: Base = "adafactor"
-    whole: bool = False
+    uncompressed_embeddings: bool = False
 
     def __str__(self) -> str:
         names = {"uncompressed": "uncompressed", "flora": "Flora", "lora": "LoRA"}
@@ -66,23 +66,24 @@ class Method:
             words.append(f"κ={self.kappa}")
         if self.base != "adafactor":
             words.append(f"over {self.base}")
-        if self.whole:
-            words.append("whole embeddings")
+        if self.uncompressed_embeddings:
+            words.append("uncompressed embeddings")
         return " ".join(words)
 
 
 def build(
-    method: Method, peak: Any, *, accumulation: int, boundaries: int, factored: int = 128
+    method: Method, peak: Any, *, accumulation: int, optimizer_steps: int, factored: int = 128
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
-    """The transformation of a method, and Flora's projection.
+    """Gives the transformation of a method, and Flora's projection or None.
 
     Args:
-      peak: of the learning rate, a number or an array (it may be traced); a cosine goes to zero.
-      accumulation: micro-steps to a boundary.
-      boundaries: of the run.
-      factored: smallest side that Adafactor factors, and that Flora compresses.
+      method: The method.
+      peak: Peak of the learning rate, a number or an array (it may be traced); a cosine goes to zero.
+      accumulation: Number of micro-steps in an optimizer step.
+      optimizer_steps: Number of optimizer steps in the run.
+      factored: The smallest side that Adafactor factors, and that Flora compresses.
     """
-    rate = cosine(peak, boundaries)
+    rate = cosine(peak, optimizer_steps)
     if method.kind == "galore":
         inner = galore(rate, rank=method.rank)
         return optax.MultiSteps(inner, accumulation).gradient_transformation(), None
@@ -98,8 +99,8 @@ def build(
         distribution="srht" if advised else "gaussian",
         resample_every=accumulation * kappa,
         min_dim=factored,
-        embedding="whole" if method.whole else "output",
-        head="whole" if method.whole else "input",
+        embedding="whole" if method.uncompressed_embeddings else "output",
+        head="whole" if method.uncompressed_embeddings else "input",
     )
     tx = flora_jax.flora(
         peak,
@@ -113,18 +114,19 @@ def build(
 
 
 def base_optimizer(base: Base, rate: optax.Schedule, factored: int) -> optax.GradientTransformation:
+    """Gives the base optimizer."""
     if base == "adafactor":
         return optax.adafactor(rate, min_dim_size_to_factor=factored)
     return {"adam": optax.adam, "sgd": optax.sgd, "sign_sgd": optax.sign_sgd}[base](rate)
 
 
 def unit(method: Method) -> str:
-    """Which grid of learning rates is the method's."""
+    """Gives the name of the method's grid of learning rates."""
     return "adam" if method.kind == "galore" else method.base
 
 
 def from_cycle(opt_state: Any, first: int) -> Any:
-    """A fresh state of Flora whose cycles count from `first`, so that it draws other projections."""
+    """Gives a fresh state of Flora whose cycles count from `first`, so that it samples other projections."""
     names = ("cycle",)
 
     def put(path, leaf):

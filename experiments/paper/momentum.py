@@ -1,4 +1,4 @@
-"""Table 2, momentum: rank against metric and memory, T5 from random weights.
+"""Table 2 shows metric and memory of momentum by rank.
 
 python -m experiments.paper.momentum
 python -m experiments.paper.momentum --size full --data paper
@@ -18,15 +18,15 @@ TABLE = Table(
             Method("flora", 8, momentum=0.9),
             Method("flora", 32, momentum=0.9),
             Method("flora", 32, "advised", momentum=0.9),
-            Method("flora", 32, momentum=0.9, whole=True),
-            Method("flora", 32, "advised", momentum=0.9, whole=True),
+            Method("flora", 32, momentum=0.9, uncompressed_embeddings=True),
+            Method("flora", 32, "advised", momentum=0.9, uncompressed_embeddings=True),
         ),
         "full": (
             Method("uncompressed", momentum=0.9),
             *(Method("lora", rank, momentum=0.9) for rank in (8, 32, 128, 256)),
             *(Method("flora", rank, momentum=0.9) for rank in (8, 32, 128, 256)),
             Method("flora", 256, "advised", momentum=0.9),
-            Method("flora", 256, momentum=0.9, whole=True),
+            Method("flora", 256, momentum=0.9, uncompressed_embeddings=True),
         ),
     },
     model={"full": "T5-small"},

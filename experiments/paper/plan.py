@@ -1,4 +1,4 @@
-"""Before a table starts: bytes of each row, chips that they take, and the time."""
+"""The plan of a table says before it starts how many bytes and chips each row takes, and how much time."""
 
 import importlib.util
 import time
@@ -15,10 +15,11 @@ from experiments.paper.methods import Method
 from experiments.paper.problem import Sizes, Task
 
 PEAK, PART = 197e12, 0.4
-"""bfloat16 FLOPs a second of a TPU v5e chip, and the part of them that the estimate takes."""
+"""FLOPs per second of a TPU v5e chip in bfloat16, and the part of them that the estimate takes."""
 CHIPS = (1, 2, 4, 8, 16)
+"""Numbers of chips that are tried."""
 TRIED = 3
-"""Boundaries that the estimate for a CPU runs."""
+"""Number of optimizer steps that the estimate for a CPU runs."""
 
 
 def show(
@@ -51,17 +52,18 @@ def show(
         basis = f"at {PART:.0%} of {most} TPU v5e chip(s), without evaluation"
     else:
         seconds = measured(given, rows[0], sizes)
-        basis = f"from {TRIED} boundaries of the first row on this machine, without evaluation"
+        basis = f"from {TRIED} optimizer steps of the first row on this machine, without evaluation"
     console.print(
-        f"{runs} runs of {sizes.boundaries} boundaries: some {_time(seconds)} each, "
+        f"{runs} runs of {sizes.optimizer_steps} optimizer steps: some {_time(seconds)} each, "
         f"{_time(runs * seconds)} in all, {basis}."
     )
 
 
 def needed(parts: loop.Program) -> int | None:
-    """The fewest of `CHIPS` TPU v5e chips that hold it, weights cut over them, as compiled.
+    """Gives the fewest of `CHIPS` TPU v5e chips that hold the compiled program, with weights sharded over them.
 
-    0 where all are too few; None without the package `libtpu`.
+    Returns:
+      The number of chips: 0 where all are too few, None without the package `libtpu`.
     """
     if importlib.util.find_spec("libtpu") is None:
         return None
@@ -73,12 +75,14 @@ def needed(parts: loop.Program) -> int | None:
     for chips in CHIPS:
         mesh = topology.mesh("v5e", (chips,))
 
-        def cut(tree, mesh=mesh, chips=chips):
+        def sharded(tree, mesh=mesh, chips=chips):
             return jax.tree.map(lambda x: NamedSharding(mesh, largest_axis(x.shape, chips)), tree)
 
-        whole = partial(jax.tree.map, lambda _, mesh=mesh: NamedSharding(mesh, PartitionSpec()))
+        replicated = partial(
+            jax.tree.map, lambda _, mesh=mesh: NamedSharding(mesh, PartitionSpec())
+        )
         params, state, batch, rate = parts.shapes
-        places = (cut(params), cut(state), whole(batch), whole(rate))
+        places = (sharded(params), sharded(state), replicated(batch), replicated(rate))
         shapes = [topology.placed(*pair) for pair in zip(parts.shapes, places, strict=True)]
         compiled = topology.compile_(parts.cycle.lower(*shapes))
         if compiled is not None and compiled.fits:
@@ -87,7 +91,7 @@ def needed(parts: loop.Program) -> int | None:
 
 
 def flops(given: problem.Problem, sizes: Sizes) -> float:
-    """Of the products with weights in one run: 6 a parameter and token, 8 with checkpointing."""
+    """Counts FLOPs of products with weights in one run: 6 for a parameter and token, 8 with checkpointing."""
     params = jax.eval_shape(partial(given.init, given.model, 0))
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
     source, length = sizes.lengths
@@ -95,11 +99,11 @@ def flops(given: problem.Problem, sizes: Sizes) -> float:
     if not tokens:
         tokens = (given.model.shape.image // given.model.shape.patch) ** 2 + 1
     per = 8 if sizes.remat else 6
-    return per * float(count) * tokens * sizes.batch * sizes.accumulation * sizes.boundaries
+    return per * float(count) * tokens * sizes.batch * sizes.accumulation * sizes.optimizer_steps
 
 
 def measured(given: problem.Problem, row: Method, sizes: Sizes) -> float:
-    """Seconds of a run on this machine."""
+    """Gives the seconds of a run on this machine, from a few optimizer steps."""
     trial = loop.prepare(given, row, sizes)
     params, state = trial.start(0)
     many = {name: np.stack([x] * sizes.accumulation) for name, x in given.train.items()}
@@ -109,7 +113,7 @@ def measured(given: problem.Problem, row: Method, sizes: Sizes) -> float:
     for _ in range(TRIED):
         params, state, losses = trial.cycle(params, state, many, rate)
     losses.block_until_ready()
-    return (time.perf_counter() - start) / TRIED * sizes.boundaries
+    return (time.perf_counter() - start) / TRIED * sizes.optimizer_steps
 
 
 def _time(seconds: float) -> str:

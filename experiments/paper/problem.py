@@ -1,4 +1,4 @@
-"""A problem: a model, a task's arrays, its loss and its score."""
+"""A problem has a model, the arrays of a task, its loss and its score."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,32 +27,32 @@ METRIC = {
     "language": "perplexity",
     "images": "accuracy",
 }
-"""The one that a table is about; of perplexity less is better."""
+"""The metric that a table is about; a perplexity is better where it is less."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model and a run.
+    """Sizes of a model and a run.
 
     Attributes:
-      model: a name in `MODELS`.
-      lengths: tokens of source and target; of language modelling the second is the window.
-      batch: examples in a micro-step.
-      accumulation: micro-steps to a boundary.
-      boundaries: parameter updates.
-      held_out: examples, at most, for validation and for test.
-      beams: of the search; 1 for greedy.
-      remat: activation checkpointing.
-      checkpoint_every: boundaries between saved states of a run; 0 for none.
-      warm: boundaries of uncompressed training on another task of the same text, from which all methods
-        begin, where no checkpoint is given; 0 to begin from random params.
+      model: A name in `MODELS`.
+      lengths: Numbers of tokens of source and target; in language modelling the second is the window.
+      batch: Number of examples in a micro-step.
+      accumulation: Number of micro-steps in an optimizer step.
+      optimizer_steps: Number of optimizer steps in a run.
+      held_out: The largest number of examples for validation, and for test.
+      beams: Number of beams of the search; 1 is greedy.
+      remat: Whether activations are checkpointed.
+      checkpoint_every: Number of optimizer steps between saved states of a run; 0 for none.
+      warm: Number of optimizer steps of uncompressed training on another task of the same text, from which all
+        methods begin where no checkpoint is given; 0 to begin from random params.
     """
 
     model: str
     lengths: tuple[int, int]
     batch: int
     accumulation: int
-    boundaries: int
+    optimizer_steps: int
     held_out: int = 256
     beams: int = 1
     remat: bool = False
@@ -61,18 +61,18 @@ class Sizes:
 
 
 class Problem(NamedTuple):
-    """What a method is tried on.
+    """A problem that methods are tried on.
 
     Attributes:
-      model: in Flax.
-      params: to begin with, or None for random ones.
+      model: The Flax model.
+      params: Params to begin with, or None for random ones.
       loss: `(model, params, batch) -> scalar`.
-      train: arrays with the examples along their first axis.
-      validation: the same.
+      train: Training arrays, with the examples along their first axis.
+      validation: Validation arrays, likewise.
       score: `(model, params) -> figures` on the test side.
-      about: the card and the sizes, as Markdown.
-      digest: of the examples.
-      words: the tokeniser, where there is one.
+      about: The card of the data and the sizes, as Markdown.
+      digest: A digest of the examples.
+      words: The tokeniser, where there is one.
     """
 
     model: Any
@@ -86,7 +86,7 @@ class Problem(NamedTuple):
     words: tokens.Words | None = None
 
     def init(self, model: Any, seed: int) -> Any:
-        """Random params."""
+        """Gives random params."""
         batch = {name: x[:1] for name, x in self.train.items()}
         names = {t5.T5: ("source", "target"), vit.Vit: ("images",)}.get(type(model), ("tokens",))
         given = [jnp.asarray(batch[name]) for name in names]
@@ -101,13 +101,15 @@ def make(
     changes: dict[str, Any] | None = None,
     other: bool = False,
 ) -> Problem:
-    """The problem of a task at these sizes.
+    """Gives the problem of a task at these sizes.
 
     Args:
-      source: data that come with packages, or the paper's.
-      checkpoint: a folder with weights and a tokeniser to begin with.
-      changes: of fields of the model's shape.
-      other: in place of the task, to go on with its sources: see `continuations`.
+      task: The task.
+      sizes: Sizes of the model and the run.
+      source: The data that come with packages, or the paper's.
+      checkpoint: A folder with weights and a tokeniser to begin with.
+      changes: Changes to fields of the model's shape.
+      other: Whether the task is replaced by continuing its sources, see `continuations`.
     """
     family, shape = MODELS[sizes.model]
     params, words = None, None
@@ -134,7 +136,7 @@ def make(
 
 
 def outline(task: Task, sizes: Sizes, changes: dict[str, Any] | None = None) -> Problem:
-    """The problem without its data: for shapes and programs alone."""
+    """Gives the problem without its data, for shapes and programs alone."""
     family, shape = MODELS[sizes.model]
     shape = dataclasses.replace(shape, remat=sizes.remat, **(changes or {}))
     source, length = sizes.lengths
@@ -160,7 +162,7 @@ def outline(task: Task, sizes: Sizes, changes: dict[str, Any] | None = None) -> 
 
 
 def load(task: Task, source: Data) -> data.Sides:
-    """The examples of a task."""
+    """Loads the examples of a task."""
     offline = {
         "summarisation": docstrings.load,
         "translation": catalogues.load,
@@ -171,9 +173,9 @@ def load(task: Task, source: Data) -> data.Sides:
 
 
 def continuations(sides: data.Sides) -> data.Sides:
-    """From the first half of a source its second half: real text too, of the same sides."""
+    """Gives another task on the same sides: from the first half of a source its second half, which is real text too."""
 
-    def cut(pairs: Sequence[Any]) -> list[tuple[str, str]]:
+    def halved(pairs: Sequence[Any]) -> list[tuple[str, str]]:
         halves = []
         for source, _ in pairs:
             words = source.split()
@@ -181,11 +183,11 @@ def continuations(sides: data.Sides) -> data.Sides:
         return halves
 
     card = dataclasses.replace(sides.card, name=f"{sides.card.name}, continued")
-    return data.Sides(card, *(cut(side) for side in sides[1:]))
+    return data.Sides(card, *(halved(side) for side in sides[1:]))
 
 
 def _source_code() -> data.Sides:
-    """The standard library's source: `text`'s own split, its validation side cut in two."""
+    """Gives the standard library's source by the split of `text`, whose validation side is divided in two."""
     corpus = text.load()
     card = data.Card(
         "Standard library",
@@ -202,7 +204,7 @@ def _source_code() -> data.Sides:
 
 
 def _fit(shape: vit.Shape, source: Data) -> vit.Shape:
-    """ViT for CIFAR-100 takes its own pixels (32, in patches of 4) and classes."""
+    """Gives the shape of ViT for the data: CIFAR-100 has 32 pixels, in patches of 4, and 100 classes."""
     if source == "offline":
         return shape
     return dataclasses.replace(shape, image=32, patch=4, channels=3, classes=100)
@@ -308,7 +310,7 @@ def _pairs(
 
 
 def _spread(examples: Sequence[Any], count: int) -> list[Any]:
-    """At most so many, from the whole length."""
+    """Gives at most so many examples, evenly spaced."""
     return list(examples)[:: max(1, -(-len(examples) // count))]
 
 

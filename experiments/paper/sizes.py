@@ -1,4 +1,4 @@
-"""Sizes of the runs: some minutes a table on two CPU cores, and the paper's."""
+"""The sizes of the runs: some minutes for a table on two CPU cores, and the paper's."""
 
 from typing import Literal
 
@@ -25,4 +25,5 @@ SIZES: dict[Size, dict[Task, Sizes]] = {
         "images": Sizes("ViT-B", (0, 0), 32, 4, 7_000, 10_000, remat=True, checkpoint_every=250),
     },
 }
-"""One pass of XSum and of IWSLT17 with 16 examples a boundary; 1.3 G tokens of C4; 20 of CIFAR-100."""
+"""At full size a run is one pass of XSum or IWSLT17, with 16 examples in an optimizer step, 1.3 G tokens of C4, or 20
+passes of CIFAR-100."""

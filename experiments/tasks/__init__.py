@@ -1,1 +1,1 @@
-"""Tasks: real data that comes with Python packages, or the paper's; tokens, batches, scores."""
+"""Tasks have real data, which come with Python packages or are the paper's, tokens, batches and scores."""

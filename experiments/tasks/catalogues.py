@@ -1,6 +1,6 @@
-"""Translation from German to English: message catalogues that come with packages, split by catalogue.
+"""Translation from German to English is learnt from message catalogues that come with packages, split by catalogue.
 
-What the paper uses, IWSLT17, is in `hub`.
+The paper's data, IWSLT17, are in `hub`.
 """
 
 import gettext
@@ -15,13 +15,13 @@ PACKAGES = (
     "djangorestframework",
 )  # fmt: skip
 WORD_LISTS = ("pycountry",)
-"""Names of countries and languages, not sentences: to train on alone."""
+"""Packages whose messages are names of countries and languages, not sentences; they are only trained on."""
 LONGEST = 400
-"""Characters of a text."""
+"""The largest number of characters of a pair."""
 
 
 def load(packages: Iterable[str] = PACKAGES) -> Sides:
-    """Pairs `(German, English)` of the packages that are installed."""
+    """Loads pairs `(German, English)` of the packages that are installed."""
     names = installed(packages)
     key = " ".join(f"{name}={importlib.metadata.version(name)}" for name in names)
     pairs = kept("catalogues-1", key, lambda: list(_of_packages(names)))

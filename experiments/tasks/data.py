@@ -1,4 +1,4 @@
-"""What a task's data is: three sides of examples, and a card that says where they come from."""
+"""The data of a task are three sides of examples, and a card that says where they come from."""
 
 import hashlib
 import importlib.metadata
@@ -14,13 +14,13 @@ CACHE = Path("runs/data")
 
 @dataclass(frozen=True)
 class Card:
-    """Where data come from.
+    """A card that says where data come from.
 
     Attributes:
-      name: of the data.
-      source: what they were made of, and how.
-      licence: of the sources.
-      split: the rule by which an example is on one side.
+      name: Name of the data.
+      source: What they were made of, and how.
+      licence: Licence of the sources.
+      split: The rule by which an example is on one side.
     """
 
     name: str
@@ -30,13 +30,13 @@ class Card:
 
 
 class Sides(NamedTuple):
-    """Examples of each side.
+    """The examples of each side.
 
     Attributes:
-      card: of the data.
-      train: to learn from, the tokeniser too.
-      validation: to choose the learning rate by.
-      test: for the figures of a table.
+      card: The card of the data.
+      train: Examples that the model and the tokeniser learn from.
+      validation: Examples that choose the learning rate.
+      test: Examples that give the figures of a table.
     """
 
     card: Card
@@ -45,7 +45,7 @@ class Sides(NamedTuple):
     test: Sequence[Any]
 
     def describe(self) -> str:
-        """The card and the sizes, as Markdown."""
+        """Gives the card and the sizes, as Markdown."""
         card = self.card
         sizes = ", ".join(f"{len(getattr(self, side)):,} {side}" for side in self._fields[1:])
         return (
@@ -54,13 +54,13 @@ class Sides(NamedTuple):
         )
 
     def digest(self) -> str:
-        """Tells these examples from those of other versions."""
+        """Gives a digest that tells these examples from those of other versions."""
         text = json.dumps([list(map(str, side)) for side in self[1:]])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def by_hash(names: Iterable[str]) -> dict[str, str]:
-    """The side of each name: in the order of their hashes, of each six one for test, one to validate."""
+    """Gives each name its side: in the order of hashes, of each six one is for test and one to validate."""
     ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     return {
         name: {0: "test", 1: "validation"}.get(i % 6, "train") for i, name in enumerate(ordered)
@@ -68,13 +68,13 @@ def by_hash(names: Iterable[str]) -> dict[str, str]:
 
 
 def apart(card: Card, examples: Iterable[tuple[str, tuple[str, str]]]) -> Sides:
-    """Sides of pairs of texts, each given with the name of its side; what leaks is left out.
+    """Gives the sides of pairs of texts, each given with the name of its side, without pairs that leak.
 
     Of equal pairs one stays. A pair of which either text is in the test side is left out of the others,
     and one of which either text is in the validation side is left out of the train side.
 
     Raises:
-      ValueError: a side is empty.
+      ValueError: A side is empty.
     """
     sides: dict[str, dict[tuple[str, str], None]] = {"train": {}, "validation": {}, "test": {}}
     for side, pair in examples:
@@ -90,7 +90,7 @@ def apart(card: Card, examples: Iterable[tuple[str, tuple[str, str]]]) -> Sides:
 
 
 def licences(packages: Iterable[str]) -> str:
-    """`package version (licence)` of each, as its metadata say."""
+    """Gives `package version (licence)` of each package, by its metadata."""
     parts = []
     for name in packages:
         meta: Any = importlib.metadata.metadata(name)
@@ -104,7 +104,7 @@ def licences(packages: Iterable[str]) -> str:
 
 
 def installed(packages: Iterable[str]) -> list[str]:
-    """Those of the packages that are installed."""
+    """Gives those of the packages that are installed."""
     found = []
     for name in packages:
         try:
@@ -116,7 +116,7 @@ def installed(packages: Iterable[str]) -> list[str]:
 
 
 def kept(name: str, key: str, make: Callable[[], Any], folder: Path | None = None) -> Any:
-    """What `make` gives, as JSON; read from `folder` where it was made before with the same key."""
+    """Gives what `make` gives, as JSON; it is read from `folder` where it was made before with the same key."""
     folder = CACHE if folder is None else folder
     digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
     file = folder / f"{name}-{digest}.json"

@@ -1,6 +1,6 @@
-"""Image classification: handwritten digits of 8 x 8 pixels, from scikit-learn.
+"""Image classification is learnt from scikit-learn's handwritten digits of 8 x 8 pixels.
 
-What the paper uses, CIFAR-100, is in `hub`.
+The paper's data, CIFAR-100, are in `hub`.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from experiments.tasks.data import Card, Sides
 
 
 def load() -> Sides:
-    """Pairs of an image, float32 `(8, 8, 1)` in [0, 1], and its class."""
+    """Loads pairs of an image, float32 `(8, 8, 1)` in [0, 1], and its class."""
     found: Any = load_digits()
     images = (found.images / 16.0).astype(np.float32)[..., None]
     pairs = list(zip(images, found.target.tolist(), strict=True))

@@ -1,6 +1,6 @@
-"""Summarisation: from the body of a docstring its first line, over packages that come with this one.
+"""Summarisation gives a docstring's first line from its body, over packages that come with this one.
 
-Real text with a real summary each, split by package. What the paper uses, XSum, is in `hub`.
+Each is a real text with a real summary; the split is by package. The paper's data, XSum, are in `hub`.
 """
 
 import ast
@@ -19,9 +19,9 @@ PACKAGES = (
 VALIDATION = ("nltk", "joblib")
 TEST = ("scikit-learn",)
 WORDS = range(3, 21)
-"""Of a first line."""
+"""Allowed numbers of words in a first line."""
 SHORTEST = 80
-"""Characters of a body."""
+"""The smallest number of characters of a body."""
 
 
 def load(
@@ -29,7 +29,7 @@ def load(
     validation: Iterable[str] = VALIDATION,
     test: Iterable[str] = TEST,
 ) -> Sides:
-    """Pairs `(body, first line)` of the packages that are installed."""
+    """Loads pairs `(body, first line)` of the packages that are installed."""
     sides = {"train": packages, "validation": validation, "test": test}
     found = {side: installed(names) for side, names in sides.items()}
     names = [name for side in found.values() for name in side]

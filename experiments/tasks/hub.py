@@ -1,6 +1,6 @@
-"""The paper's data, through Hugging Face `datasets`; needs a network.
+"""The paper's data are read through Hugging Face `datasets`, which needs a network.
 
-XSum for summarisation, IWSLT17 De-En for translation, C4 for language modelling, CIFAR-100 for
+They are XSum for summarisation, IWSLT17 De-En for translation, C4 for language modelling, and CIFAR-100 for
 images. Their licences are those of their own cards on the hub.
 """
 
@@ -13,12 +13,13 @@ import numpy as np
 from experiments.tasks.data import Card, Sides
 
 PARQUET = "refs/convert/parquet"
-"""The hub's own conversion of data sets that are scripts, which `datasets` 4 does not run."""
+"""The revision of the hub's own conversion of data sets that are scripts, which `datasets` 4 does not run."""
 C4_TEXTS = 400_000
-"""Of the train side, read as a stream."""
+"""Number of texts on the train side, which are read as a stream."""
 
 
 def summarisation() -> Sides:
+    """Loads XSum: pairs of a document and its summary."""
     card = Card("XSum", "EdinburghNLP/xsum.", "see the data set's card", "the data set's own.")
     return _sides(
         card, _load("EdinburghNLP/xsum", revision=PARQUET), lambda x: (x["document"], x["summary"])
@@ -26,6 +27,7 @@ def summarisation() -> Sides:
 
 
 def translation() -> Sides:
+    """Loads IWSLT17: pairs `(German, English)`."""
     card = Card("IWSLT17 De-En", "IWSLT/iwslt2017.", "CC BY-NC-ND 4.0", "the data set's own.")
 
     def pair(example):
@@ -36,7 +38,9 @@ def translation() -> Sides:
 
 
 def language() -> Sides:
-    card = Card("C4", "allenai/c4, en.", "ODC-BY 1.0", "the data set's own; validation cut in two.")
+    """Loads C4: texts."""
+    split = "the data set's own; validation is divided in two."
+    card = Card("C4", "allenai/c4, en.", "ODC-BY 1.0", split)
     streams = _load("allenai/c4", "en", streaming=True)
     train = [x["text"] for x in islice(streams["train"], C4_TEXTS)]
     held_out = [x["text"] for x in islice(streams["validation"], 8000)]
@@ -44,6 +48,7 @@ def language() -> Sides:
 
 
 def images() -> Sides:
+    """Loads CIFAR-100: pairs of an image, float32 `(32, 32, 3)` in [0, 1], and its class."""
     source = "uoft-cs/cifar100, fine labels."
     split = "the data set's own; the last 5,000 of the train side are for validation."
     card = Card("CIFAR-100", source, "see the data set's card", split)

@@ -1,4 +1,4 @@
-"""Tokens: a byte-level BPE learnt from the train side, and texts as arrays of one length.
+"""A byte-level BPE is learnt from the train side, and texts become arrays of one length.
 
 In the shape descriptions `N` is the number of examples, `S` and `T` the lengths of source and target.
 """
@@ -23,11 +23,12 @@ class Words(NamedTuple):
     separator: int = 2
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Gives the tokens of each text."""
         found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [one.ids for one in found]
 
     def decode(self, rows: Any) -> list[str]:
-        """Texts of generated tokens, each up to its end."""
+        """Gives the texts of generated tokens, each up to its end."""
         texts = []
         for row in np.asarray(rows).tolist():
             row = row[: row.index(self.end)] if self.end in row else row
@@ -36,9 +37,12 @@ class Words(NamedTuple):
 
 
 def train(texts: Iterable[str], vocabulary: int) -> Words:
-    """A byte-level BPE of so many tokens (with the fewest, 259, bytes alone).
+    """Learns a byte-level BPE of so many tokens (with the fewest, 259, it has bytes alone).
 
-    Deterministic; no text is out of its reach.
+    It is deterministic, and can encode any text.
+
+    Raises:
+      ValueError: The vocabulary has no room for all bytes and the special tokens.
     """
     if vocabulary < 256 + len(SPECIAL):
         raise ValueError(
@@ -59,12 +63,12 @@ def train(texts: Iterable[str], vocabulary: int) -> Words:
 
 
 def of_checkpoint(folder: Path) -> Words:
-    """The tokeniser that lies beside the weights, as `tokenizer.json`.
+    """Reads the tokeniser that lies beside the weights, `tokenizer.json`.
 
     Where it has no token to lie between two texts, the end does.
 
     Raises:
-      ValueError: there is none.
+      ValueError: There is no tokeniser.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -79,7 +83,7 @@ def of_checkpoint(folder: Path) -> Words:
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, pad: int, left: bool = False):
-    """int32 `(N, length)`, cut at `length`, with padding after, or before; and bools, where it is not."""
+    """Gives int32 `(N, length)`, truncated and padded after or before, and bools `(N, length)`, False at padding."""
     result = np.full((len(rows), length), pad, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
@@ -93,7 +97,7 @@ def padded(rows: Sequence[Sequence[int]], length: int, pad: int, left: bool = Fa
 def for_encoder_decoder(
     words: Words, pairs: Sequence[tuple[str, str]], lengths: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """`source`, `mask` `(N, S)`; `target`, `labels`, `weights` `(N, T)`.
+    """Gives `source`, `mask` `(N, S)`, and `target`, `labels`, `weights` `(N, T)`.
 
     The labels end with the end token; the target is the labels, shifted behind the first token (0).
     """
@@ -117,33 +121,37 @@ def for_encoder_decoder(
 def for_decoder(
     words: Words, pairs: Sequence[tuple[str, str]], lengths: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """Source, separator, target in one row: `tokens`, `targets`, `weights` `(N, S + T - 1)`.
+    """Gives rows of source, separator and target: `tokens`, `targets`, `weights` `(N, S + T - 1)`.
 
-    The target's tokens alone have a weight.
+    Only the target's tokens have a weight.
     """
     rows = prompts(words, [source for source, _ in pairs], lengths[0])
     targets = words.encode([target for _, target in pairs])
-    wholes = [
+    joined = [
         [*row, *target[: lengths[1] - 1], words.end]
         for row, target in zip(rows, targets, strict=True)
     ]
-    whole, mask = padded(wholes, sum(lengths), words.pad)
+    row, mask = padded(joined, sum(lengths), words.pad)
     starts = np.array([len(row) for row in rows])[:, None]
-    weights = mask[:, 1:] & (np.arange(1, whole.shape[1]) >= starts)
+    weights = mask[:, 1:] & (np.arange(1, row.shape[1]) >= starts)
     return {
-        "tokens": whole[:, :-1],
-        "targets": whole[:, 1:],
+        "tokens": row[:, :-1],
+        "targets": row[:, 1:],
         "weights": weights.astype(np.float32),
     }
 
 
 def prompts(words: Words, sources: Sequence[str], length: int) -> list[list[int]]:
-    """Sources, each cut to leave room for the separator at its end."""
+    """Gives the tokens of sources, each truncated to leave room for the separator at its end."""
     return [[*row[: length - 1], words.separator] for row in words.encode(sources)]
 
 
 def windows(words: Words, texts: Iterable[str], length: int) -> dict[str, np.ndarray]:
-    """All texts in one row, each with its end, cut into `tokens` and `targets` `(N, length)`."""
+    """Gives all texts in one row, each with its end, divided into `tokens` and `targets` `(N, length)`.
+
+    Raises:
+      ValueError: The texts have too few tokens for one window.
+    """
     rows = words.encode(list(texts))
     stream = np.array([token for row in rows for token in (*row, words.end)], np.int32)
     count = (len(stream) - 1) // length

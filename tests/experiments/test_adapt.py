@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import adapt
+from experiments.adapt import __main__ as adapt
+from experiments.adapt import language, method
+from experiments.adapt.config import METHODS, Config
+from experiments.adapt.task import Task
 from experiments.models import decoder
-from experiments.paper import table
+from experiments.paper import start
 from experiments.paper.problem import Sizes
 from experiments.paper.sizes import SIZES
 from flora_jax.chain.plan import tree_bytes
@@ -28,7 +31,7 @@ SMALL = dict(
 
 
 def run(folder, **changes):
-    config = adapt.Config(**{**SMALL, "base": folder / "base.safetensors", **changes})
+    config = Config(**{**SMALL, "base": folder / "base.safetensors", **changes})
     console = Console(file=io.StringIO(), width=140)
     before, rows = adapt.compare(config, console)
     adapt.show(config, before, rows, console)
@@ -56,19 +59,17 @@ def small_task(config):
     windows = jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
     params = model.init(jax.random.key(0), windows)["params"]
     loss = partial(decoder.loss, model)
-    return adapt.Task(
+    return Task(
         params, loss, lambda step: windows, partial(loss, batch=windows), lambda params: {}, 64, 2, 2, None, ""
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "method", sorted(set(adapt.METHODS) - {"full", "flora", "lora", "xgb-lora"})
-)
-def test_a_step_of_each_other_method(method):
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"full", "flora", "lora", "xgb-lora"}))
+def test_a_step_of_each_other_method(name):
     """It lowers the loss of the batch that it saw."""
-    config = adapt.Config(**SMALL)
+    config = Config(**SMALL)
     task = small_task(config)
-    run = adapt.build(config, task, method, 4, 0.002)
+    run = method.build(config, task, name, 4, 0.002)
     step = jax.jit(run.step)
     state = run.state
     losses = []
@@ -80,24 +81,24 @@ def test_a_step_of_each_other_method(method):
 
 def test_the_largest_rank_of_a_budget():
     """One rank more does not fit."""
-    config = adapt.Config(**{**SMALL, "budget": 0.15})
+    config = Config(**{**SMALL, "budget": 0.15})
     task = small_task(config)
-    rank = adapt.largest_rank(config, task, "lora")
+    rank = method.largest_rank(config, task, "lora")
 
     def extra(rank):
-        return adapt.build(config, task, "lora", rank, 0.1).extra
+        return method.build(config, task, "lora", rank, 0.1).extra
 
     assert extra(rank) <= 0.15 * 2**20 < extra(rank + 1)
     assert tree_bytes(task.params) > 0.15 * 2**20
     with pytest.raises(ValueError, match=r"budget must be at least .* MiB for lora, found 0.001"):
-        adapt.largest_rank(adapt.Config(**{**SMALL, "budget": 0.001}), task, "lora")
+        method.largest_rank(Config(**{**SMALL, "budget": 0.001}), task, "lora")
 
 
 @pytest.mark.slow
 def test_methods_summarise(tmp_path, monkeypatch):
     small = Sizes("T5-test", (16, 8), 2, 2, 2, held_out=4, warm=2)
     monkeypatch.setitem(SIZES["cpu"], "summarisation", small)
-    monkeypatch.setattr(table, "STARTS", tmp_path / "starts")
+    monkeypatch.setattr(start, "STARTS", tmp_path / "starts")
     methods = ("full", "flora", "deep-lora", "lorta", "xgb-lora")  # that look at names and shapes
     before, rows, shown = run(tmp_path, task="summarisation", methods=methods, budget=3.0)
     assert tuple(row["method"] for row in rows) == methods
@@ -109,16 +110,16 @@ def test_methods_summarise(tmp_path, monkeypatch):
 
 
 def test_a_model_of_another_shape(tmp_path):
-    config = adapt.Config(**SMALL, base=tmp_path / "base.safetensors")
+    config = Config(**SMALL, base=tmp_path / "base.safetensors")
     console = Console(file=io.StringIO())
-    adapt.base(config, console)
-    other = adapt.Config(
+    language.base(config, console)
+    other = Config(
         **{**SMALL, "model": decoder.Shape(width=32, layers=1, heads=2)}, base=config.base
     )
     with pytest.raises(ValueError, match=r"must be of shape \(\d+, 32\), found \(\d+, 64\)"):
-        adapt.base(other, console)
+        language.base(other, console)
 
 
 def test_a_number_that_is_too_small():
     with pytest.raises(ValueError, match="steps must be at least 1, found 0"):
-        adapt.Config(steps=0)
+        Config(steps=0)

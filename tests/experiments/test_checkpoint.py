@@ -1,4 +1,4 @@
-"""No state is picked up that is not whole, and none is lost that is."""
+"""No incomplete state is read, and no complete one is lost."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -36,9 +36,9 @@ def test_loss_is_the_mean_surprise(params):
 
 def test_sample_keeps_the_prompt_and_goes_on(params):
     prompt = jnp.arange(8)[None]
-    drawn = decoder.sample(decoder.Decoder(SHAPE), params, prompt, 5, jax.random.key(0), 1.0)
-    assert drawn.shape == (1, 13)
-    np.testing.assert_array_equal(drawn[:, :8], prompt)
+    sampled = decoder.sample(decoder.Decoder(SHAPE), params, prompt, 5, jax.random.key(0), 1.0)
+    assert sampled.shape == (1, 13)
+    np.testing.assert_array_equal(sampled[:, :8], prompt)
 
 
 def test_width_must_fit_the_heads():

@@ -1,4 +1,4 @@
-"""Searches with a cache against naive ones, which run the whole model again for each token."""
+"""Searches with a cache are compared with naive ones, which run the model again for each token."""
 
 import functools
 

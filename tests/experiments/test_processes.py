@@ -13,7 +13,7 @@ from tests.test_processes import free_port
 
 RUN = {
     **soak.SMALL,
-    "boundaries": 4,
+    "optimizer-steps": 4,
     "accumulation": 2,
     "batch": 8,
     "length": 16,
@@ -34,7 +34,7 @@ def start(out, *flags):
 def restored(out):
     """The newest step and its params."""
     config = train.Config(
-        rank=16, boundaries=4, accumulation=2, model=train.decoder.Shape(128 * 2, 128, 1, 2)
+        rank=16, optimizer_steps=4, accumulation=2, model=train.decoder.Shape(128 * 2, 128, 1, 2)
     )
     mesh = layout.make_mesh("")
     state = dict(
@@ -68,7 +68,7 @@ def texts_of(processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_notice_to_one_process_stops_both_at_the_same_micro_step(tmp_path, number):
-    together = start_two(tmp_path, "--boundaries", "100000")
+    together = start_two(tmp_path, "--optimizer-steps", "100000")
     deadline = time.monotonic() + 120
     while not any(tmp_path.glob("seals/*.json")) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -21,10 +21,10 @@ def test_bytes_that_slices_share_are_those_of_the_shapes():
     found = scaling.shared_bytes(config)
     matrices = 8 * (4 * 512 * 512 + 3 * 512 * 1376)
     norms = (2 * 8 + 1) * 512
-    whole = matrices + 2 * 32000 * 512 + norms
-    assert found["MultiSteps + Adafactor"] == 2 * whole / 4
+    numbers = matrices + 2 * 32000 * 512 + norms
+    assert found["MultiSteps + Adafactor"] == 2 * numbers / 4
     sketches = 64 * (8 * 7 * 512 + 2 * 32000)  # embedding and head keep the words
-    assert found["Flora, born compressed"] == 4 * (sketches + norms) / 4
+    assert found["Flora, fused"] == 4 * (sketches + norms) / 4
 
 
 def test_weights_are_those_of_the_shapes():

@@ -34,11 +34,11 @@ def test_a_sum_over_devices_in_a_loop_counts_as_often_as_the_loop_runs():
 def test_gathering_a_weight_counts_what_the_others_send():
     program = compiled(lambda x: x * 2.0, ((64, 32), PartitionSpec("data")), out=PartitionSpec())
     (found,) = traffic.collectives(program.as_text(), 8)
-    assert (found.kind, found.nbytes, found.boundary) == ("all-gather", 64 * 32 * 4, False)
+    assert (found.kind, found.nbytes, found.optimizer_step) == ("all-gather", 64 * 32 * 4, False)
     assert found.sent == pytest.approx(7 / 8 * 64 * 32 * 4)
 
 
-def test_what_is_inside_a_cond_belongs_to_the_boundary():
+def test_what_is_inside_a_cond_belongs_to_the_optimizer_step():
     def function(x, flag):
         return jax.lax.cond(flag.sum() > 0, lambda x: jnp.tile(x.sum(0), (8, 1)), lambda x: x, x)
 
@@ -49,7 +49,7 @@ def test_what_is_inside_a_cond_belongs_to_the_boundary():
         out=PartitionSpec("data"),
     )
     found = traffic.collectives(program.as_text(), 8)
-    assert any(one.boundary and one.kind == "all-reduce" for one in found)
+    assert any(one.optimizer_step and one.kind == "all-reduce" for one in found)
 
 
 SYNTHETIC = """HloModule m

@@ -14,7 +14,7 @@ from tests.helpers import assert_tree_close, assert_tree_equal
 
 SMALL = train.Config(
     rank=16,
-    boundaries=6,
+    optimizer_steps=6,
     accumulation=2,
     batch=2,
     length=16,
@@ -27,8 +27,8 @@ SMALL = train.Config(
 @pytest.fixture(autouse=True)
 def small_text(monkeypatch):
     """A megabyte of the real text, so that reading it takes no time."""
-    whole = text.load()
-    part = text.Corpus(whole.train[:900_000], whole.validation[:100_000], whole.files)
+    full = text.load()
+    part = text.Corpus(full.train[:900_000], full.validation[:100_000], full.files)
     monkeypatch.setattr(text, "load", lambda: part)
 
 
@@ -64,21 +64,21 @@ def die():
     raise KeyboardInterrupt
 
 
-def cut_off(config, after, monkeypatch):
+def interrupt(config, after, monkeypatch):
     """A run that dies after so many micro-steps of its own."""
     with before_batch(after, die, monkeypatch), pytest.raises(KeyboardInterrupt):
         run(config)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_off_ends_bit_equal(tmp_path, monkeypatch):
-    whole = dataclasses.replace(SMALL, out=tmp_path / "whole")
-    cut = dataclasses.replace(SMALL, out=tmp_path / "cut")
-    figures, _ = run(whole)
-    cut_off(cut, 11, monkeypatch)
-    resumed, output = run(cut)
+def test_a_run_that_was_interrupted_ends_bit_equal(tmp_path, monkeypatch):
+    undisturbed = dataclasses.replace(SMALL, out=tmp_path / "undisturbed")
+    interrupted = dataclasses.replace(SMALL, out=tmp_path / "interrupted")
+    figures, _ = run(undisturbed)
+    interrupt(interrupted, 11, monkeypatch)
+    resumed, output = run(interrupted)
     assert "Going on from micro-step 9." in output  # in the middle of a cycle
-    left, right = final_state(whole.out, 12), final_state(cut.out, 12)
+    left, right = final_state(undisturbed.out, 12), final_state(interrupted.out, 12)
     assert_tree_equal(left, right)
     assert resumed["final"] == figures["final"]
     pairs = [tuple(pair) for pair in resumed["history"]["train"]]
@@ -100,7 +100,7 @@ def test_a_run_goes_on_in_other_layouts(tmp_path, monkeypatch):
             devices = jax.devices()[:count]
             patch.setattr(layout, "make_mesh", lambda text, d=devices: make_mesh(text, d))
             if count < 8:
-                cut_off(config, 4, monkeypatch)
+                interrupt(config, 4, monkeypatch)
             else:
                 resumed, output = run(config)
                 assert f"Going on from micro-step {3 * i}." in output

@@ -63,10 +63,10 @@ def by_hand(
         own = optax.apply_updates(own, updates)
         return own if held is None else merged(held, own), state, value
 
-    for i in range(SIZES.boundaries * SIZES.accumulation):
+    for i in range(SIZES.optimizer_steps * SIZES.accumulation):
         params, state, value = step(params, state, order[i])
         losses.append(float(value))
-    return params, np.reshape(losses, (SIZES.boundaries, -1)).mean(1)
+    return params, np.reshape(losses, (SIZES.optimizer_steps, -1)).mean(1)
 
 
 def assert_close_but_for_noise(found, expected):
@@ -145,7 +145,7 @@ def test_lora_trains_its_factors_and_what_it_does_not_patch():
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_another_seed_draws_other_projections(momentum):
     method = Method("flora", 16, momentum=momentum, kappa=2)
-    tx, projection = methods.build(method, 0.1, accumulation=2, boundaries=3)
+    tx, projection = methods.build(method, 0.1, accumulation=2, optimizer_steps=3)
     params = {"w": jnp.asarray(normal(0, (128, 128)))}
     state = methods.from_cycle(tx.init(params), 7)
     assert int(flora_jax.cycle(state)) == 7
@@ -159,16 +159,16 @@ def test_another_seed_draws_other_projections(momentum):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_off_goes_on_bit_equal(tmp_path):
+def test_a_run_that_was_interrupted_goes_on_bit_equal(tmp_path):
     given, method = make(), Method("flora", 16)
     sizes = dataclasses.replace(SIZES, checkpoint_every=1)
     ends = []
     given = given._replace(score=lambda _, p: ends.append(jax.tree.map(np.asarray, p)) or {})
     trial = loop.prepare(given, method, sizes)
-    whole = loop.run(given, trial, sizes, RATE, 0)
+    undisturbed = loop.run(given, trial, sizes, RATE, 0)
 
-    def stop(boundary, figures):
-        if boundary == 2:
+    def stop(optimizer_step, figures):
+        if optimizer_step == 2:
             raise KeyboardInterrupt
 
     folder = tmp_path / "states"
@@ -180,7 +180,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_equal(tmp_path):
         settings={"a": 1},
     )  # fmt: skip
     assert seen[0] > 0
-    assert again["losses"] == whole["losses"]
+    assert again["losses"] == undisturbed["losses"]
     assert_tree_equal(ends[1], ends[0])
 
 
@@ -202,7 +202,7 @@ def test_galore_is_what_optax_has_over_accumulation():
     state, order = tx.init(params), batches.source(arrays, SIZES.batch, 1)
     update = jax.jit(tx.update)
     gradient = jax.jit(jax.grad(lambda params, batch: of_batch(model, params, batch)))
-    for i in range(SIZES.boundaries * SIZES.accumulation):
+    for i in range(SIZES.optimizer_steps * SIZES.accumulation):
         updates, state = update(gradient(params, order[i]), state, params)
         params = optax.apply_updates(params, updates)
     assert_tree_close(found, params, 1e-2)  # Adam divides what is near to zero by itself

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from experiments.models import gpt2, llama, pretrained, t5, vit
-from experiments.paper import problem, table
+from experiments.paper import loop, problem, start
 from experiments.paper.methods import Method
 from experiments.tasks import data
 
@@ -78,13 +78,13 @@ def test_a_source_is_cut_into_halves_on_its_own_side():
 
 @pytest.mark.slow
 def test_a_start_is_trained_once_and_all_begin_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "STARTS", tmp_path)
+    monkeypatch.setattr(start, "STARTS", tmp_path)
     small = problem.Sizes("translation", (7, 5), 3, 2, 2, held_out=4, warm=3)
     console = Console(file=io.StringIO())
-    folder = table.warm_start("translation", small, "offline", {}, console)
+    folder = start.warm_start("translation", small, "offline", {}, console)
     assert "validation loss is" in console.file.getvalue()
     again = Console(file=io.StringIO())
-    assert table.warm_start("translation", small, "offline", {}, again) == folder
+    assert start.warm_start("translation", small, "offline", {}, again) == folder
     assert not again.file.getvalue()
     _, params = pretrained.load(folder)
     given = problem.make("translation", small, checkpoint=folder)
@@ -93,7 +93,7 @@ def test_a_start_is_trained_once_and_all_begin_from_it(tmp_path, monkeypatch):
     assert given.train["tokens"][0, : len(row)].tolist() == row
     assert given.words.separator == 2
     for method in (Method("uncompressed"), Method("lora", 2)):
-        begun, _ = table.loop.program(given, method, small).start(5)
+        begun, _ = loop.program(given, method, small).start(5)
         np.testing.assert_array_equal(begun["wte"]["embedding"], params["wte"]["embedding"])
 
 

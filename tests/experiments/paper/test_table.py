@@ -10,11 +10,13 @@ from experiments.paper import (
     accumulation,
     against_galore,
     base,
+    files,
     images,
     kappa,
     loop,
     momentum,
     problem,
+    rows,
     table,
 )
 from experiments.paper.methods import FULL_RATES, RATES, Method, unit
@@ -51,7 +53,7 @@ GRID = {PLAIN: (0.05, 0.1, 0.2), FLORA: (0.05, 0.1, 0.2), LORA: (0.05, 0.1, 0.2)
 
 
 def test_the_rate_is_chosen_by_validation_and_the_scores_are_over_seeds():
-    plain, flora, lora = table.summarise(RESULTS, GRID, (0, 1), "accuracy")
+    plain, flora, lora = rows.summarise(RESULTS, GRID, (0, 1), "accuracy")
     assert (plain.rate, plain.edge, plain.figures["accuracy"]) == (0.1, False, [80.0, 84.0])
     assert (flora.rate, flora.edge, flora.figures["accuracy"]) == (0.2, True, [79.0, 85.0])
     assert lora.rate == 0.1  # not the one that gave NaN
@@ -87,12 +89,12 @@ def test_the_grid_grows_while_its_edge_is_the_best(losses, more, best):
     assert asked(losses) == [*GRID_RUN, *((0, rate) for rate in more), (1, best)]
 
 
-def test_a_grid_that_was_cut_off_while_it_grew_goes_on_as_it_would_have():
-    whole = asked(lambda rate: -rate)
-    for cut in range(len(whole)):
-        before = [line(PLAIN, rate, seed, -rate, 0.0) for seed, rate in whole[:cut]]
+def test_a_grid_that_was_interrupted_while_it_grew_goes_on_as_it_would_have():
+    runs = asked(lambda rate: -rate)
+    for count in range(len(runs)):
+        before = [line(PLAIN, rate, seed, -rate, 0.0) for seed, rate in runs[:count]]
         after = asked(lambda rate: -rate, results=before)
-        assert [x for x in whole[:cut] if x[0] == 0] + after == whole
+        assert [x for x in runs[:count] if x[0] == 0] + after == runs
 
 
 def test_rates_that_a_user_names_are_all_that_is_tried():
@@ -106,7 +108,7 @@ def test_every_row_runs_at_the_rate_of_the_uncompressed_one_too():
 
 
 def test_table_in_markdown_says_who_wins():
-    text = table.markdown(table.summarise(RESULTS, GRID, (0, 1), "accuracy"), "accuracy")
+    text = rows.markdown(rows.summarise(RESULTS, GRID, (0, 1), "accuracy"), "accuracy")
     row = next(x for x in text.splitlines() if x.startswith("| Flora"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[:4] == ["Flora r=32", "0.2 (edge)", "82.00 ± 4.24", "1.100 ± 0.000"]
@@ -120,7 +122,7 @@ def test_table_in_markdown_says_who_loses():
         line(FLORA, 0.2, 0, 0.5, 50.0), line(FLORA, 0.2, 1, 0.5, 50.5), line(LORA, 0.1, 2, 1, 61.0)
     ]  # fmt: skip
     results = [x for x in RESULTS if x["method"] != dataclasses.asdict(FLORA)] + worse
-    (sentence,) = table.verdicts(table.summarise(results, GRID, (0, 1), "accuracy"), "accuracy")
+    (sentence,) = rows.verdicts(rows.summarise(results, GRID, (0, 1), "accuracy"), "accuracy")
     assert "38.7 % worse than uncompressed in accuracy, not within 2 %" in sentence
     assert "worse than LoRA r=2, which" in sentence
 
@@ -128,35 +130,34 @@ def test_table_in_markdown_says_who_loses():
 def test_table_in_markdown_says_what_diverged():
     lost = [line(FLORA, rate, 0, math.nan, 0.0) for rate in (0.1, 0.2)]
     results = [x for x in RESULTS if x["method"] != dataclasses.asdict(FLORA)] + lost
-    rows = table.summarise(results, GRID, (0, 1), "accuracy")
-    (sentence,) = table.verdicts(rows, "accuracy")
+    (sentence,) = rows.verdicts(rows.summarise(results, GRID, (0, 1), "accuracy"), "accuracy")
     assert sentence == "- Flora r=32: diverged, at every learning rate of the grid."
 
 
 def test_of_perplexity_less_is_better():
-    assert table.worse_by("perplexity", 11.0, 10.0) == pytest.approx(0.1)
-    assert table.worse_by("bleu", 11.0, 10.0) == pytest.approx(-0.1)
+    assert rows.worse_by("perplexity", 11.0, 10.0) == pytest.approx(0.1)
+    assert rows.worse_by("bleu", 11.0, 10.0) == pytest.approx(-0.1)
 
 
-def test_a_line_that_was_cut_off_is_passed_over_and_spoils_no_other(tmp_path):
+def test_a_line_that_was_interrupted_is_passed_over_and_spoils_no_other(tmp_path):
     file = tmp_path / "results.jsonl"
-    table.append(file, {"a": 1})
+    files.append(file, {"a": 1})
     with file.open("a") as stream:
         stream.write('{"a": 2, "b"')
-    table.append(file, {"a": 3})
-    assert table.read(file) == [{"a": 1}, {"a": 3}]
+    files.append(file, {"a": 3})
+    assert files.read(file) == [{"a": 1}, {"a": 3}]
 
 
 @pytest.mark.parametrize("one", TABLES, ids=lambda one: one.name)
 @pytest.mark.parametrize("size", ["cpu", "full"])
 def test_every_table_is_complete(one, size):
-    rows = one.rows[size]
-    assert len({str(row) for row in rows}) == len(rows) == len(set(rows))
+    chosen = one.rows[size]
+    assert len({str(row) for row in chosen}) == len(chosen) == len(set(chosen))
     sizes = table.sizes_of(one, Options(size=size))
     _, shape = problem.MODELS[sizes.model]
     dataclasses.replace(shape, **one.changes)
-    for row in rows:
-        assert table.plain(row) in rows
+    for row in chosen:
+        assert rows.plain(row) in chosen
         assert RATES[unit(row)] and FULL_RATES[unit(row)]
         assert row.rank < shape.width
 
@@ -166,7 +167,7 @@ def test_a_model_that_is_not_known():
         table.sizes_of(TABLES[0], Options(model="BERT"))
 
 
-SMALL = Table("small", "Small", "images", {"cpu": (PLAIN,), "full": ()}, boundaries=2)
+SMALL = Table("small", "Small", "images", {"cpu": (PLAIN,), "full": ()}, optimizer_steps=2)
 
 
 def make(tmp_path, **options):
@@ -176,12 +177,12 @@ def make(tmp_path, **options):
 
 
 @pytest.mark.slow
-def test_a_table_that_was_cut_off_goes_on(tmp_path, monkeypatch):
-    whole, text = make(tmp_path / "whole")
-    assert len(whole) == 2 and "Digits of scikit-learn" in text
+def test_a_table_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    undisturbed, text = make(tmp_path / "undisturbed")
+    assert len(undisturbed) == 2 and "Digits of scikit-learn" in text
     for name in ("table.md", "table.csv", "plot.png", "plot.svg", "results.jsonl"):
-        assert (tmp_path / "whole" / name).stat().st_size > 0
-    assert list((tmp_path / "whole" / "tensorboard").rglob("events*"))
+        assert (tmp_path / "undisturbed" / name).stat().st_size > 0
+    assert list((tmp_path / "undisturbed" / "tensorboard").rglob("events*"))
     run, seen = loop.run, []
 
     def dying(*args, **options):
@@ -192,13 +193,13 @@ def test_a_table_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "run", dying)
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "cut", tracker="none")
-    assert len(table.read(tmp_path / "cut" / "results.jsonl")) == 1
-    again, _ = make(tmp_path / "cut", tracker="none")
-    assert len(seen) == 3  # the one that was cut off, and no other
-    figures = [[(x["figures"], x["losses"]) for x in results] for results in (whole, again)]
+        make(tmp_path / "interrupted", tracker="none")
+    assert len(files.read(tmp_path / "interrupted" / "results.jsonl")) == 1
+    again, _ = make(tmp_path / "interrupted", tracker="none")
+    assert len(seen) == 3  # the one that was interrupted, and no other
+    figures = [[(x["figures"], x["losses"]) for x in results] for results in (undisturbed, again)]
     assert figures[0] == figures[1]
-    assert json.dumps(again[-1]) in (tmp_path / "cut" / "results.jsonl").read_text()
+    assert json.dumps(again[-1]) in (tmp_path / "interrupted" / "results.jsonl").read_text()
 
 
 @pytest.mark.slow
@@ -206,7 +207,7 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path):
     results, text = make(tmp_path / "dry", dry_run=True)
     assert not results and not (tmp_path / "dry").exists()
     assert "uncompressed" in text and "MiB" in text
-    assert "2 runs of 2 boundaries: some" in text
+    assert "2 runs of 2 optimizer steps: some" in text
 
 
 def test_sizes_of_the_paper():

@@ -40,7 +40,7 @@ def test_arrays_of_an_encoder_and_decoder(words):
     end = words.end
     assert arrays["source"][0].tolist() == [*source, end, *[0] * (5 - len(source))]
     assert arrays["mask"][0].tolist() == [True] * (len(source) + 1) + [False] * (5 - len(source))
-    assert arrays["mask"][1].all() and arrays["source"][1, -1] == end  # cut, and ended
+    assert arrays["mask"][1].all() and arrays["source"][1, -1] == end  # truncated, and ended
     labels = [*target, end]
     assert arrays["labels"][0].tolist() == labels + [0] * (5 - len(labels))
     assert arrays["target"][0].tolist() == [0, *labels, *[0] * 5][:5]
@@ -50,10 +50,10 @@ def test_arrays_of_an_encoder_and_decoder(words):
 def test_arrays_of_a_decoder(words):
     arrays = tokens.for_decoder(words, [("the cat", "sat")], (6, 5))
     (source,), (target,) = words.encode(["the cat"]), words.encode(["sat"])
-    whole = [*source, words.separator, *target, words.end]
+    joined = [*source, words.separator, *target, words.end]
     length = 10
-    assert arrays["tokens"][0].tolist() == (whole + [0] * length)[:length]
-    assert arrays["targets"][0].tolist() == (whole[1:] + [0] * length)[:length]
+    assert arrays["tokens"][0].tolist() == (joined + [0] * length)[:length]
+    assert arrays["targets"][0].tolist() == (joined[1:] + [0] * length)[:length]
     weighted = arrays["targets"][0][arrays["weights"][0] > 0]
     assert weighted.tolist() == [*target, words.end]
 

@@ -1,4 +1,4 @@
-"""The methods that run in JAX: one compiled step for all rates."""
+"""The methods that run in JAX. Each has one compiled step for all learning rates."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from optax import contrib
 import flora_jax
 from experiments import optimizers
 from experiments.bench import setting
-from experiments.bench.peers.methods import PROJECTION_GAP, Size
+from experiments.bench.baselines.methods import PROJECTION_GAP, Size
 from experiments.models import llama, pretrained
 from flora_jax.chain import products
 from flora_jax.chain.leaf_plan import leaf_plans
@@ -21,11 +21,11 @@ from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory.compiled import compiled_bytes
 
 LONG = 10**6
-"""Boundaries of a schedule that does not end."""
+"""Number of optimizer steps of a schedule that does not end within a measurement."""
 
 
 def matrices(params: Any, numbers: Any) -> Any:
-    """`numbers` for each matrix inside the layers, None for all else."""
+    """Gives `numbers` for each matrix inside the layers, and None for all else."""
 
     def of(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path)
@@ -35,7 +35,7 @@ def matrices(params: Any, numbers: Any) -> Any:
 
 
 def galore(rate: Any, rank: int) -> optax.GradientTransformation:
-    """On the matrices of the layers; Adam for the rest."""
+    """GaLore acts on the matrices of the layers, and Adam on the rest."""
     return contrib.galore(
         rate,
         rank=rank,
@@ -47,7 +47,7 @@ def galore(rate: Any, rank: int) -> optax.GradientTransformation:
 
 
 def muon(rate: Any) -> optax.GradientTransformation:
-    """On the matrices of the layers, stacked or not; AdamW for the rest, at the same rate.
+    """Muon acts on the matrices of the layers, stacked or not, and AdamW on the rest, at the same rate.
 
     Updates have the root mean square of Adam's, 0.2 (Liu et al., arXiv 2502.16982).
     """
@@ -60,10 +60,10 @@ def muon(rate: Any) -> optax.GradientTransformation:
 
 
 def build(
-    key: str, size: Size, peak: Any, boundaries: int
+    key: str, size: Size, peak: Any, optimizer_steps: int
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
-    """The transformation of a method, and Flora's projection."""
-    rate = optimizers.cosine(peak, boundaries)
+    """Gives the transformation of a method, and Flora's projection or None."""
+    rate = optimizers.cosine(peak, optimizer_steps)
     if key in ("flora", "flora-input"):
         return optimizers.build(
             "flora",
@@ -88,14 +88,14 @@ def build(
 
 
 def outline(size: Size) -> tuple[llama.Llama, Any]:
-    """A model with each layer on its own, and the shapes of its params."""
+    """Gives a model with each layer on its own, and the shapes of its params."""
     model = setting.small(size.width, size.layers, dtype=jnp.float32, scan=False, remat=False)
     tokens = jnp.zeros((1, 8), jnp.int32)
     return model, jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
 
 
 def save(folder: Path, size: Size) -> None:
-    """Writes the weights that all begin from, unless they are there."""
+    """Writes the weights that all methods begin from, unless the folder exists."""
     if folder.exists():
         return
     model = setting.small(size.width, size.layers, dtype=jnp.float32)
@@ -104,7 +104,7 @@ def save(folder: Path, size: Size) -> None:
 
 
 def load(folder: Path) -> Any:
-    """The weights of `save`, each layer on its own, as numpy arrays."""
+    """Reads the weights that `save` wrote, each layer on its own, as numpy arrays."""
     model, params = pretrained.load(folder)
     stacked = params.pop("layers")
     for i in range(model.shape.layers):
@@ -112,13 +112,13 @@ def load(folder: Path) -> Any:
     return params
 
 
-def step_of(key: str, size: Size, model: llama.Llama, boundaries: int = LONG) -> Any:
-    """`(params, state, windows, peak) -> (params, state, loss)`, compiled."""
+def step_of(key: str, size: Size, model: llama.Llama, optimizer_steps: int = LONG) -> Any:
+    """Gives the step `(params, state, windows, peak) -> (params, state, loss)`, under `jit`."""
     loss = partial(llama.loss, model)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, windows, peak):
-        tx, projection = build(key, size, peak, boundaries)
+        tx, projection = build(key, size, peak, optimizer_steps)
         if projection is None or key == "flora-paper":
             value, grads = jax.value_and_grad(loss)(params, windows)
             updates, state = tx.update(grads, state, params)
@@ -131,26 +131,26 @@ def step_of(key: str, size: Size, model: llama.Llama, boundaries: int = LONG) ->
 
 
 class Run:
-    """A method at work, on weights `first`."""
+    """A method that trains, from the weights `first`."""
 
-    def __init__(self, key: str, size: Size, first: Any, boundaries: int = LONG):
+    def __init__(self, key: str, size: Size, first: Any, optimizer_steps: int = LONG):
         model, self.shapes = outline(size)
-        self.key, self.size, self.first, self.boundaries = key, size, first, boundaries
-        self.tx, self.projection = build(key, size, 0.0, boundaries)
-        self._step = step_of(key, size, model, boundaries)
+        self.key, self.size, self.first, self.optimizer_steps = key, size, first, optimizer_steps
+        self.tx, self.projection = build(key, size, 0.0, optimizer_steps)
+        self._step = step_of(key, size, model, optimizer_steps)
         self._loss = jax.jit(partial(llama.loss, model))
-        self._draw = jax.jit(self._projections)
+        self._sample = jax.jit(self._projections)
         self._compiled: Any = None
         self.reset(1e-3)
 
     def reset(self, rate: float) -> None:
-        """To the first weights, with this peak learning rate."""
+        """Goes back to the first weights, with this peak learning rate."""
         self.params = jax.tree.map(jnp.array, self.first)
         self.state = jax.jit(self.tx.init)(self.params)
         self.rate = jnp.float32(rate)
 
     def compiled(self, windows: np.ndarray) -> Any:
-        """The step's program for such windows, made on the first call."""
+        """Gives the step's program for such windows, which the first call compiles."""
         if self._compiled is None:
             arguments = (self.params, self.state, windows, self.rate)
             self._compiled = self._step.lower(*arguments).compile()
@@ -165,18 +165,18 @@ class Run:
         return float(self._loss(self.params, windows))
 
     def state_bytes(self) -> int:
-        """Of all that is kept between micro-steps beside the params."""
+        """Counts the bytes of all that is kept between micro-steps beside the params."""
         return tree_bytes(self.state)
 
     def peak_bytes(self, windows: np.ndarray) -> int:
-        """Of the compiled step, which has the boundary in it: arguments, results, temporaries."""
+        """Counts arguments, results and temporaries of the compiled step, which includes the optimizer step."""
         return compiled_bytes(self.compiled(windows))
 
-    def draw(self) -> bool:
-        """Draws every `A` once; False where the method has none."""
+    def sample(self) -> bool:
+        """Samples every `A` once; gives False where the method has none."""
         if self.projection is None:
             return False
-        jax.block_until_ready(self._draw(jnp.int32(0)))
+        jax.block_until_ready(self._sample(jnp.int32(0)))
         return True
 
     def _projections(self, cycle: jax.Array) -> list[jax.Array]:

@@ -1,15 +1,16 @@
-"""Flora beside its peers, interleaved in one run on this CPU; memory on a TPU from its compiler.
+"""This command compares Flora with its baselines, interleaved in one run on this CPU.
 
-    python -m experiments.bench.peers --out runs/peers            # some half an hour on two cores
-    python -m experiments.bench.peers --only multisteps flora muon
-    python -m experiments.bench.peers --write                     # also into README.md and docs/
+    python -m experiments.bench.baselines --out runs/baselines   # some half an hour on two cores
+    python -m experiments.bench.baselines --only multisteps flora muon
+    python -m experiments.bench.baselines --write                # also into README.md and docs/
 
-Three parts, each finished piece a line of `results.jsonl`, so that the same command goes on where it
-stopped. *Time*: one micro-step of each method in turn, a process each; ratios to MultiSteps over
-Adafactor of the same round. Bytes between micro-steps are those of the arrays; at the worst moment XLA's count
-of the compiled step, or what torch's allocator held. *Loss*: the same weights, batches and tokens; for
-each method the best of a grid of learning rates, which grows by factors of two while the best one lies
-at its edge. *TPU*: compiled where `libtpu` is installed. What is not installed is a sentence in its row.
+There are three parts. Each finished piece is a line of `results.jsonl`, so that the same command goes on where it
+stopped. *Time*: each method has a process of its own, and the methods take one micro-step in turn; ratios are to
+MultiSteps over Adafactor in the same round. Bytes between micro-steps are counted from the arrays; the peak is XLA's
+count for the compiled step, or what torch's allocator held. *Loss*: all methods have the same weights, batches and
+tokens; for each method the table has the best of a grid of learning rates, which grows by factors of two while the
+best one lies at its edge. *TPU*: the step is compiled where `libtpu` is installed. A method whose package is not
+installed has a sentence that says so in its row.
 """
 
 import dataclasses
@@ -26,36 +27,41 @@ import tyro
 from rich.console import Console
 
 from experiments import rates
-from experiments.bench.peers import hbm, in_jax, page
-from experiments.bench.peers.methods import BASE, METHODS, Size
-from experiments.bench.peers.worker import Failed, Worker, missing
+from experiments.bench import records
+from experiments.bench.baselines import hbm, in_jax, page
+from experiments.bench.baselines.methods import BASE, METHODS, Size
+from experiments.bench.baselines.worker import Failed, Worker, missing
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """The settings of the comparison."""
 
-    out: Path = Path("runs/peers")
+    out: Path = Path("runs/baselines")
+    """The folder of the results."""
     only: tuple[str, ...] = tuple(METHODS)
-    """Methods by their short names; MultiSteps + Adafactor is always there."""
+    """Short names of the methods to compare; MultiSteps + Adafactor is always among them."""
     time: Size = dataclasses.field(default_factory=lambda: Size(512, 2, 4, 128, 64))
+    """Sizes of the model and the micro-step that are timed."""
     loss: Size = dataclasses.field(default_factory=lambda: Size(128, 2, 4, 64, 32))
+    """Sizes of the model and the micro-step of the training runs."""
     rounds: int = 7
-    """Of the timed cycles, after one that compiles."""
-    boundaries: int = 250
-    """Of a training run."""
+    """Number of timed cycles, after one that compiles."""
+    optimizer_steps: int = 250
+    """Number of optimizer steps in a training run."""
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Peak learning rates, as multiples of each method's own."""
     wider: int = 3
     """How often a grid may grow."""
     tpu: hbm.Config = dataclasses.field(default_factory=hbm.Config)
+    """What is compiled for a TPU."""
     cores: int = 0
-    """Of each process; 0: all. Where others work on the machine 1 is fair: torch's threads wait for each
-    other at barriers, and so for cores that others have."""
+    """Number of cores that each process may use; 0 means all. Where others work on the machine, 1 is fair: torch's
+    threads wait for each other at barriers, and so for cores that others have."""
     note: str = ""
-    """What else the machine did, for the record."""
+    """A sentence for the record on what else the machine did."""
     write: bool = False
-    """Keep the record in docs/peers.json, and write the table and pictures of README and docs."""
+    """Keep the record in docs/baselines.json, and write the table and pictures of README and docs."""
 
     def __post_init__(self):
         for key in self.only:
@@ -64,7 +70,7 @@ class Config:
         if not 0 <= self.cores <= len(os.sched_getaffinity(0)):
             most = len(os.sched_getaffinity(0))
             raise ValueError(f"cores must be from 0 to {most}, found {self.cores}")
-        for name in ("rounds", "boundaries"):
+        for name in ("rounds", "optimizer_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.rates or min(self.rates) <= 0:
@@ -75,14 +81,14 @@ class Config:
 
 
 class Log:
-    """Lines of JSON, each with the part and the setting that it belongs to."""
+    """A file of JSON lines, each with the part and the setting that it belongs to."""
 
     def __init__(self, file: Path):
         self.file = file
         lines = file.read_text().splitlines() if file.exists() else []
         self.lines = [json.loads(line) for line in lines]
         self.failed: dict[str, str] = {}
-        """A sentence for each method that could not run; not kept, it may do so next time."""
+        """A sentence for each method that could not run. It is not kept, since the method may run next time."""
 
     def find(self, part: str, setting: dict[str, Any]) -> list[dict[str, Any]]:
         return [x for x in self.lines if (x["part"], x["setting"]) == (part, setting)]
@@ -95,7 +101,7 @@ class Log:
 
 
 def measure_time(config: Config, log: Log, console: Console) -> list[dict[str, Any]]:
-    """Seconds and bytes of every method, in one interleaved run."""
+    """Measures seconds and bytes of every method in one interleaved run."""
     setting = {**dataclasses.asdict(config.time), "rounds": config.rounds, "cores": config.cores}
     found = {x["method"]: x for x in log.find("time", setting)}
     if all(key in found for key in config.chosen() if not missing(key)):
@@ -115,7 +121,7 @@ def measure_time(config: Config, log: Log, console: Console) -> list[dict[str, A
             workers.pop(key).close()
 
     def ask(*command: Any) -> dict[str, Any]:
-        """The answers of all, one after the other; who fails is left out from here on."""
+        """Asks all methods, one after the other; a method that fails is left out from here on."""
         answers = {}
         for key in list(workers):
             try:
@@ -138,7 +144,7 @@ def measure_time(config: Config, log: Log, console: Console) -> list[dict[str, A
                 step += 1
                 if round_ == 1 and place == 0:  # between micro-steps, all of the state there
                     state = ask("state_bytes")
-            rounds.append((steps, ask("draw")))
+            rounds.append((steps, ask("sample")))
             console.print(f"round {round_} of {config.rounds}", highlight=False)
         peaks = ask("peak_bytes")
 
@@ -146,10 +152,10 @@ def measure_time(config: Config, log: Log, console: Console) -> list[dict[str, A
             return [
                 {
                     "micro": [one[key] for one in steps[:-1]],
-                    "boundary": steps[-1][key],
-                    "draw": draw[key],
+                    "optimizer_step": steps[-1][key],
+                    "sample": sampling[key],
                 }
-                for steps, draw in rounds
+                for steps, sampling in rounds
             ]
 
         for key, peak in peaks.items():
@@ -163,13 +169,13 @@ def measure_time(config: Config, log: Log, console: Console) -> list[dict[str, A
 
 
 def figures(rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds after the first, and of their ratios to `base` in the same round."""
+    """Gives medians over the rounds after the first, and medians of the ratios to `base` in the same round."""
 
     def one(what: str, round_: dict[str, Any]) -> float:
         return median(round_["micro"]) if what == "micro" else round_[what]
 
-    result: dict[str, Any] = {"first_boundary": rounds[0]["boundary"]}
-    for what in ("micro", "boundary"):
+    result: dict[str, Any] = {"first_optimizer_step": rounds[0]["optimizer_step"]}
+    for what in ("micro", "optimizer_step"):
         ratios = [
             one(what, mine) / one(what, other)
             for mine, other in zip(rounds[1:], base[1:], strict=True)
@@ -177,17 +183,17 @@ def figures(rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[st
         result[what] = median(one(what, round_) for round_ in rounds[1:])
         result[f"{what}_ratio"] = median(ratios)
         result[f"{what}_range"] = [min(ratios), max(ratios)]
-    if rounds[0]["draw"] is not None:
-        result["draw"] = median(round_["draw"] for round_ in rounds[1:])
-        result["draw_share"] = median(
-            round_["draw"] / one("micro", round_) for round_ in rounds[1:]
+    if rounds[0]["sample"] is not None:
+        result["sample"] = median(round_["sample"] for round_ in rounds[1:])
+        result["sample_share"] = median(
+            round_["sample"] / one("micro", round_) for round_ in rounds[1:]
         )
     return result
 
 
 def measure_loss(config: Config, log: Log, console: Console) -> list[dict[str, Any]]:
-    """Validation losses of every method and learning rate."""
-    setting = {**dataclasses.asdict(config.loss), "boundaries": config.boundaries}
+    """Trains every method at every learning rate of its grid, and gives the validation losses."""
+    setting = {**dataclasses.asdict(config.loss), "optimizer_steps": config.optimizer_steps}
     size = config.loss
     folder = config.out / f"weights-{size.width}-{size.layers}"
     in_jax.save(folder, size)
@@ -201,7 +207,7 @@ def measure_loss(config: Config, log: Log, console: Console) -> list[dict[str, A
         worker = None
         try:
             while (rate := next_rate(middle, config.rates, losses, config.wider)) is not None:
-                worker = worker or Worker(key, size, folder, config.cores, config.boundaries)
+                worker = worker or Worker(key, size, folder, config.cores, config.optimizer_steps)
                 loss = worker.ask("train", rate)
                 losses[rate] = loss if math.isfinite(loss) else math.inf
                 kept = loss if math.isfinite(loss) else None
@@ -218,7 +224,7 @@ def measure_loss(config: Config, log: Log, console: Console) -> list[dict[str, A
 def next_rate(
     middle: float, multiples: tuple[float, ...], losses: dict[float, float], wider: int
 ) -> float | None:
-    """The grid's first rate without a loss; then twice or half the best one while that is at an edge."""
+    """Gives the grid's first rate without a loss; then twice or half the best one while that is at an edge."""
     grid = [float(f"{middle * multiple:.6g}") for multiple in multiples]
 
     def beyond(edge: float, beside: float) -> float:
@@ -228,7 +234,7 @@ def next_rate(
 
 
 def measure_tpu(config: Config, log: Log, console: Console) -> list[dict[str, Any]]:
-    """GiB of every JAX method, compiled for a TPU."""
+    """Gives the GiB that the step of every JAX method takes, compiled for a TPU."""
     if not config.tpu.model:
         return []
     if sentence := hbm.absent():
@@ -266,14 +272,14 @@ def main(config: Config) -> None:
         "loss": page.settled(parts["loss"]),
         "tpu": page.settled(parts["tpu"]),
     }
-    page.keep(record, config.out / "peers.json")
-    (config.out / "peers.md").write_text(page.full(record))
-    page.picture(record, config.out / "peers")
+    records.keep(record, config.out / "baselines.json")
+    (config.out / "baselines.md").write_text(page.full(record))
+    page.picture(record, config.out / "baselines")
     console.print(page.full(record), markup=False, highlight=False)
     if config.write:
-        page.keep(record, page.RECORD)
+        records.keep(record, page.RECORD)
         page.write()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

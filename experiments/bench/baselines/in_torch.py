@@ -1,7 +1,7 @@
-"""The methods that run in torch, called as their own pages say; nothing here is imported without need.
+"""The methods that run in torch, called as their own pages say; their packages are imported only where they are used.
 
-LLaMA is that of `transformers`, from the checkpoint that JAX's processes read. GaLore and APOLLO take
-the matrices inside the layers, as in their examples, and Adam the rest; they keep whole gradients
+LLaMA is the one of `transformers`, from the checkpoint that JAX's processes read. GaLore and APOLLO act on
+the matrices inside the layers, as in their examples, and Adam on the rest; they keep uncompressed gradients
 between micro-steps, since they have nothing else to accumulate in. flora-opt's accelerator compresses
 each matrix, embeddings too, and steps inside the backward pass.
 """
@@ -17,18 +17,18 @@ import jax
 import numpy as np
 
 from experiments import optimizers
-from experiments.bench.peers.methods import PROJECTION_GAP, Size
+from experiments.bench.baselines.methods import PROJECTION_GAP, Size
 
 LONG = 10**4
 
 
-def schedule(boundaries: int) -> np.ndarray:
-    """Of a peak of 1: optax's, at each boundary."""
-    return np.asarray(jax.vmap(optimizers.cosine(1.0, boundaries))(np.arange(boundaries)))
+def schedule(optimizer_steps: int) -> np.ndarray:
+    """Gives optax's schedule with a peak of 1, at each optimizer step."""
+    return np.asarray(jax.vmap(optimizers.cosine(1.0, optimizer_steps))(np.arange(optimizer_steps)))
 
 
 def groups(model: Any, rank: int, **others: Any) -> list[dict[str, Any]]:
-    """The matrices inside the layers with a rank, and all else."""
+    """Gives two groups of parameters: all others, and the matrices inside the layers, which have a rank."""
     named = dict(model.named_parameters())
     inner = {name for name, p in named.items() if ".layers." in name and p.dim() == 2}
     low = {"rank": rank, "update_proj_gap": PROJECTION_GAP, "proj_type": "std", **others}
@@ -39,16 +39,16 @@ def groups(model: Any, rank: int, **others: Any) -> list[dict[str, Any]]:
 
 
 class Run:
-    """A method at work, on the weights of the checkpoint in `folder`."""
+    """A method that trains, from the weights of the checkpoint in `folder`."""
 
-    def __init__(self, key: str, size: Size, folder: Path, boundaries: int = LONG):
+    def __init__(self, key: str, size: Size, folder: Path, optimizer_steps: int = LONG):
         self.torch = importlib.import_module("torch")
         self.key, self.size, self.folder = key, size, folder
-        self.schedule = schedule(boundaries)
+        self.schedule = schedule(optimizer_steps)
         self.reset(1e-3)
 
     def reset(self, rate: float) -> None:
-        """To the first weights, with this peak learning rate."""
+        """Goes back to the first weights, with this peak learning rate."""
         transformers = importlib.import_module("transformers")
         transformers.logging.disable_progress_bar()
         model = transformers.LlamaForCausalLM.from_pretrained(
@@ -96,10 +96,10 @@ class Run:
         return self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def step(self, windows: np.ndarray) -> float:
-        boundary, place = divmod(self.count, self.size.accumulation)
+        update, place = divmod(self.count, self.size.accumulation)
         self.count += 1
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * float(self.schedule[boundary])
+            group["lr"] = self.rate * float(self.schedule[update])
         if self.accelerator is not None:
             with self.accelerator.accumulate(self.model):
                 loss = self._loss(windows)
@@ -119,16 +119,17 @@ class Run:
             return self._loss(windows).item()
 
     def state_bytes(self) -> int:
-        """Of the tensors kept beside the params: the optimizer's, gradients, flora-opt's sketches."""
+        """Counts the bytes of what is kept beside the params: optimizer state, gradients, flora-opt's sketches."""
         kept = [self.optimizer.state, [p.grad for p in self.model.parameters()]]
         if self.accelerator is not None:
             kept.append(self.accelerator.packs)
         return self._bytes(kept)
 
     def peak_bytes(self, windows: np.ndarray) -> int:
-        """What torch's allocator held at the worst moment of a cycle, by its profiler.
+        """Gives the bytes that torch's allocator held at the worst moment of a cycle, by its profiler.
 
-        Params and state at its start, and the largest sum of what was allocated less what was freed.
+        This is the sum of params and state at the start of the cycle, and of the largest excess of what was allocated
+        over what was freed.
         """
         held = self.state_bytes() + self._bytes(list(self.model.parameters()))
         profiler = self.torch.profiler
@@ -143,8 +144,8 @@ class Run:
             events = json.loads(file.read_text())["traceEvents"]
         return held + largest_sum(events)
 
-    def draw(self) -> bool:
-        """Draws every `A` of flora-opt once; False for the others."""
+    def sample(self) -> bool:
+        """Samples every `A` of flora-opt once; gives False for the other methods."""
         if self.accelerator is None:
             return False
         randn = importlib.import_module("flora_opt.optimizers.torch.flora").stable_randn
@@ -163,7 +164,7 @@ class Run:
 
 
 def largest_sum(events: list[dict[str, Any]]) -> int:
-    """Most bytes at a time, of a trace's allocations (positive) and releases (negative) in order."""
+    """Gives the most bytes at a time, from a trace's allocations (positive) and releases (negative) in order."""
     changes = sorted(
         (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
     )

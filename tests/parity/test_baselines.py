@@ -1,22 +1,22 @@
-"""What the comparison with peers rests on: JAX's and torch's processes train the same model on the same data."""
+"""The comparison with baselines rests on this: JAX's and torch's processes train the same model on the same data."""
 
 import numpy as np
 import pytest
 
 from experiments import text
-from experiments.bench.peers import in_jax, in_torch, methods
+from experiments.bench.baselines import in_jax, in_torch, methods
 
 SIZE = methods.Size(width=128, layers=2, batch=2, length=16, rank=8, accumulation=2)
 
 
 @pytest.mark.slow
 def test_the_same_training_in_both(tmp_path):
-    """Adafactor over accumulated gradients: losses of four boundaries, and of validation after them."""
+    """Adafactor over accumulated gradients has the same losses for four optimizer steps, and after them."""
     folder, corpus = tmp_path / "weights", text.load()
     in_jax.save(folder, SIZE)
     runs = [
-        in_jax.Run("multisteps", SIZE, in_jax.load(folder), boundaries=4),
-        in_torch.Run("torch", SIZE, folder, boundaries=4),
+        in_jax.Run("multisteps", SIZE, in_jax.load(folder), optimizer_steps=4),
+        in_torch.Run("torch", SIZE, folder, optimizer_steps=4),
     ]
     losses = []
     for run in runs:
@@ -28,10 +28,10 @@ def test_the_same_training_in_both(tmp_path):
 
 
 def test_bytes_of_torch(tmp_path):
-    """Between micro-steps, whole gradients and Adafactor's factors; at the worst, params and more."""
+    """Between micro-steps there are gradients and Adafactor's factors; at the worst moment, params and more."""
     folder, corpus = tmp_path / "weights", text.load()
     in_jax.save(folder, SIZE)
-    run = in_torch.Run("torch", SIZE, folder, boundaries=4)
+    run = in_torch.Run("torch", SIZE, folder, optimizer_steps=4)
     for i in range(3):
         run.step(SIZE.windows(corpus, i))
     params = sum(4 * p.numel() for p in run.model.parameters())
@@ -41,4 +41,4 @@ def test_bytes_of_torch(tmp_path):
     run.step(SIZE.windows(corpus, 3))
     windows = SIZE.windows(corpus, 4)
     assert run.peak_bytes(windows) > 2 * params + factors
-    assert not run.draw()
+    assert not run.sample()

@@ -1,4 +1,4 @@
-"""One method in a process of its own, which works only when asked: frameworks do not meet.
+"""Each method runs in a process of its own, so that frameworks do not meet, and works only when it is asked.
 
 The process that asks does so with one method at a time, so that what is timed has the machine to
 itself as far as this command goes.
@@ -16,54 +16,54 @@ from typing import Any
 import numpy as np
 
 from experiments import text
-from experiments.bench.peers.methods import METHODS, Size
+from experiments.bench.baselines.methods import METHODS, Size
 
 
 class Failed(Exception):
-    """A method that cannot run here; the message is one sentence for its row."""
+    """A method cannot run here; the message is one sentence for its row."""
 
 
 def missing(key: str) -> str | None:
-    """A sentence on the package that a method lacks, or None."""
+    """Gives a sentence on the package that a method lacks, or None."""
     for package in METHODS[key].packages:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            return f"{package} is not installed (extra `peers`)"
+            return f"{package} is not installed (extra `baselines`)"
     return None
 
 
-def open_run(key: str, size: Size, folder: Path, boundaries: int | None = None) -> Any:
-    """The method at work, of either framework, on the weights in `folder`."""
-    limit = {} if boundaries is None else {"boundaries": boundaries}
+def open_run(key: str, size: Size, folder: Path, optimizer_steps: int | None = None) -> Any:
+    """Opens the method, of either framework, on the weights in `folder`."""
+    limit = {} if optimizer_steps is None else {"optimizer_steps": optimizer_steps}
     if METHODS[key].framework == "torch":
-        from experiments.bench.peers import in_torch
+        from experiments.bench.baselines import in_torch
 
         return in_torch.Run(key, size, folder, **limit)
-    from experiments.bench.peers import in_jax
+    from experiments.bench.baselines import in_jax
 
     return in_jax.Run(key, size, in_jax.load(folder), **limit)
 
 
-def train(run: Any, size: Size, corpus: text.Corpus, rate: float, boundaries: int) -> float:
-    """Validation loss, nats per byte, after so many boundaries at this peak learning rate."""
+def train(run: Any, size: Size, corpus: text.Corpus, rate: float, optimizer_steps: int) -> float:
+    """Trains for so many optimizer steps at this peak learning rate, and gives the validation loss, nats per byte."""
     run.reset(rate)
-    for i in range(boundaries * size.accumulation):
+    for i in range(optimizer_steps * size.accumulation):
         run.step(size.windows(corpus, i))
     return float(np.mean([run.evaluate(windows) for windows in size.held_out(corpus)]))
 
 
 class Worker:
-    """A child process with one open run, on so many cores (0: all); a context manager."""
+    """A context manager: a child process with one open run, on so many cores (0 means all)."""
 
     def __init__(
-        self, key: str, size: Size, folder: Path, cores: int = 0, boundaries: int | None = None
+        self, key: str, size: Size, folder: Path, cores: int = 0, optimizer_steps: int | None = None
     ):
         if sentence := missing(key):
             raise Failed(sentence)
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, key, size, folder, cores, boundaries)
+        arguments = (theirs, key, size, folder, cores, optimizer_steps)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -74,7 +74,7 @@ class Worker:
             raise
 
     def ask(self, command: str, *arguments: Any) -> Any:
-        """The child's answer to `step`, `draw`, `state_bytes`, `peak_bytes` or `train`."""
+        """Gives the child's answer to `step`, `sample`, `state_bytes`, `peak_bytes` or `train`."""
         self.connection.send((command, *arguments))
         return self._answer()
 
@@ -101,7 +101,12 @@ class Worker:
 
 
 def _serve(
-    connection: Connection, key: str, size: Size, folder: Path, cores: int, boundaries: int | None
+    connection: Connection,
+    key: str,
+    size: Size,
+    folder: Path,
+    cores: int,
+    optimizer_steps: int | None,
 ) -> None:
     if cores:  # before a framework counts them
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
@@ -114,17 +119,17 @@ def _serve(
         try:
             match command:
                 case ("open",):
-                    run, answer = open_run(key, size, folder, boundaries), None
+                    run, answer = open_run(key, size, folder, optimizer_steps), None
                 case ("step", step):
                     windows, start = size.windows(corpus, step), time.perf_counter()
                     run.step(windows)
                     answer = time.perf_counter() - start
-                case ("draw",):
+                case ("sample",):
                     start = time.perf_counter()
-                    drawn = run.draw()
-                    answer = time.perf_counter() - start if drawn else None
+                    sampled = run.sample()
+                    answer = time.perf_counter() - start if sampled else None
                 case ("train", rate):
-                    answer = train(run, size, corpus, rate, boundaries or 1)
+                    answer = train(run, size, corpus, rate, optimizer_steps or 1)
                 case ("state_bytes",):
                     answer = run.state_bytes()
                 case ("peak_bytes",):

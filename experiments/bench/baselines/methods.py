@@ -1,8 +1,8 @@
-"""Who is compared, and sizes: what a process of JAX and one of torch must agree on.
+"""The methods that are compared, and the sizes: what a process of JAX and one of torch must agree on.
 
-A micro-step is one forward and one backward pass; each `accumulation` of them, at a boundary, the
+A micro-step is one forward and one backward pass; on every `accumulation`-th one, the optimizer step, the
 parameters change. Every method begins from the same weights, a LLaMA in float32 on bytes, sees the same
-batches, and has the same schedule: ten boundaries of warm-up, then a cosine to zero.
+batches, and has the same schedule: ten optimizer steps of warm-up, then a cosine to zero.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ import numpy as np
 from experiments import text
 
 BASE = "multisteps"
-"""What ratios are taken against."""
+"""The method that ratios are taken against."""
 OURS = "flora"
 
 
 class Method(NamedTuple):
-    """One row.
+    """One row of the tables.
 
     Attributes:
-      name: in tables.
-      framework: whose process runs it.
-      rate: the middle of its grid of peak learning rates.
-      packages: what must be installed for it, as pip calls it.
+      name: The name in tables.
+      framework: The framework whose process runs it.
+      rate: The middle of its grid of peak learning rates.
+      packages: Packages that must be installed for it, as pip calls them.
     """
 
     name: str
@@ -36,8 +36,8 @@ class Method(NamedTuple):
 TORCH = ("torch", "transformers")
 METHODS = {
     BASE: Method("MultiSteps + Adafactor (optax)", "jax", 0.03),
-    OURS: Method("Flora, born compressed, advised", "jax", 0.06),
-    "flora-input": Method("Flora, born compressed, advised, input side", "jax", 0.06),
+    OURS: Method("Flora, fused, advised", "jax", 0.06),
+    "flora-input": Method("Flora, fused, advised, input side", "jax", 0.06),
     "flora-paper": Method("Flora, the paper's, ordinary gradients", "jax", 0.03),
     "galore": Method("MultiSteps + GaLore (optax.contrib)", "jax", 0.01),
     "muon": Method("MultiSteps + Muon (optax.contrib)", "jax", 0.01),
@@ -53,21 +53,25 @@ METHODS = {
     ),
 }
 PROJECTION_GAP = 200
-"""Boundaries between two subspaces, of GaLore and APOLLO: their own default."""
+"""Number of optimizer steps between two subspaces of GaLore and APOLLO, which is their own default."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model and of a micro-step."""
+    """Sizes of the model and of a micro-step."""
 
     width: int = 256
-    """A multiple of 16, at least 128, below which nothing is compressed."""
+    """Width of the model: a multiple of 16 and at least 128, since nothing narrower is compressed."""
     layers: int = 2
+    """Number of layers."""
     batch: int = 4
+    """Number of windows in a micro-step."""
     length: int = 128
+    """Number of bytes in a window."""
     rank: int = 64
+    """Rank of the projections."""
     accumulation: int = 4
-    """Micro-steps to a boundary."""
+    """Number of micro-steps in an optimizer step."""
 
     def __post_init__(self):
         least = {"width": 128, "accumulation": 2}
@@ -80,9 +84,9 @@ class Size:
             raise ValueError(f"rank must be at most the width {self.width}, found {self.rank}")
 
     def windows(self, corpus: text.Corpus, step: int) -> np.ndarray:
-        """Of micro-step `step`, int32 `(batch, length + 1)`."""
+        """Gives the windows of micro-step `step`, int32 `(batch, length + 1)`."""
         return text.batch(corpus.train, 0, step, self.batch, self.length)
 
     def held_out(self, corpus: text.Corpus) -> list[np.ndarray]:
-        """The same for every run."""
+        """Gives the validation windows, which are the same for every run."""
         return [text.batch(corpus.validation, 1, i, 64, self.length) for i in range(8)]

@@ -1,7 +1,7 @@
-"""Bytes of HBM that the step of each JAX method takes on a TPU v5e chip, from its compiler.
+"""The compiler says how many bytes of HBM the step of each JAX method takes on a TPU v5e chip.
 
-bfloat16, layers under `scan` with remat, micro-step and boundary in one program, as in
-`experiments.bench.memory`, which says how GaLore is compiled.
+Parameters are bfloat16, the layers are under `scan` with remat, and one program does the micro-step and the optimizer
+step, as in `experiments.bench.memory`, which says how GaLore is compiled.
 """
 
 import dataclasses
@@ -14,23 +14,24 @@ from typing import Any
 import flora_jax
 from experiments import optimizers
 from experiments.bench import memory
-from experiments.bench.peers import in_jax
-from experiments.bench.peers.methods import Size
+from experiments.bench.baselines import in_jax
+from experiments.bench.baselines.methods import Size
 
 RANK = 128
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is compiled."""
+    """The model and the micro-step that are compiled."""
 
     model: str = "LLaMA-350M"
-    """A name that `experiments.bench.memory` knows; empty: nothing is compiled."""
+    """The name of a model that `experiments.bench.memory` knows; where it is empty nothing is compiled."""
     length: int = 1024
+    """Number of tokens in a window."""
 
 
 def _flora(key: str, model: Any, loss_of: Callable):
-    """As on the CPU, at rank 128."""
+    """Gives the transformation that runs on the CPU, at rank 128, and a function that lowers its step."""
     size = Size(rank=RANK, accumulation=memory.STEPS)
     tx, projection = in_jax.build(key, size, 1e-3, in_jax.LONG)
     assert projection is not None
@@ -50,12 +51,12 @@ METHODS = {
 
 
 def absent() -> str | None:
-    """A sentence where nothing can be compiled, or None."""
+    """Gives a sentence that says why nothing can be compiled, or None."""
     return None if importlib.util.find_spec("libtpu") else "libtpu is not installed (extra `bench`)"
 
 
 def gib(config: Config, key: str) -> float | None:
-    """At the worst moment; None where a v5p chip, of 95 GiB, does not hold it."""
+    """Gives the GiB of HBM at the worst moment, or None where a v5p chip, which has 95 GiB, does not hold the step."""
     given = memory.Config(model=config.model, length=config.length)
     for chip in ("v5e", "v5p"):
         if program := memory.measure(given, METHODS[key], chip):

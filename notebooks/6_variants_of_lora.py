@@ -9,10 +9,10 @@
 # ---
 
 # %% [markdown]
-# # LoRA and its relatives, side by side
+# # LoRA and its variants, side by side
 #
 # A small vision transformer learns scikit-learn's handwritten digits (UCI, CC BY 4.0), and is then fine-tuned to the same
-# digits turned by 90°: in full, by Flora, by LoRA and by seven of its relatives. Each is an `Adapter`, a description of
+# digits turned by 90°: in full, by Flora, by LoRA and by seven of its variants. Each is an `Adapter`, a description of
 # what is trained beside the weights, that any JAX function is run with.
 
 # %%
@@ -140,10 +140,10 @@ def flora(rate):
     projection = flora_jax.Projection(RANK, side="input", min_dim=64, resample_every=50)
     inner = optax.adafactor(schedule(rate), min_dim_size_to_factor=32)
     tx = flora_jax.flora(rate, projection=projection, momentum=0.9, optimizer=inner)
-    born = flora_jax.value_and_grad(loss, projection)
+    fused = flora_jax.value_and_grad(loss, projection)
 
     def gradient(own, state, i, batch):
-        return born(own, *batch, cycle=flora_jax.cycle(state))
+        return fused(own, *batch, cycle=flora_jax.cycle(state))
 
     return by_gradient(gradient, tx, base, lambda own: own)
 
@@ -157,7 +157,7 @@ def with_lora_pro(rate):  # gradients adjusted, then any optimizer
     return of_adapter(adapter, optax.chain(lora_pro(adapter, base), optax.adam(schedule(rate))))
 
 
-def with_flat_lora(rate):  # noise on the whole weight, a new key in each step
+def with_flat_lora(rate):  # noise on the merged weight, a new key in each step
     strength = growing(0.05, STEPS)
 
     def noisy(adapter, i):

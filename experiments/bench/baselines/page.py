@@ -1,6 +1,6 @@
-"""The table, the sentences and the pictures, made from a kept record; nothing in them is typed.
+"""The table, the sentences and the pictures are made from a kept record; nothing in them is typed.
 
-python -m experiments.bench.peers.page    # README.md, docs/peers.md and docs/peers.svg again
+python -m experiments.bench.baselines.page    # writes README.md, docs/baselines.md and docs/baselines.svg again
 """
 
 import importlib.metadata
@@ -14,30 +14,33 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.bench.peers.methods import BASE, METHODS, OURS
+from experiments.bench import exponents, records
+from experiments.bench.baselines.methods import BASE, METHODS, OURS
 from experiments.environment import ROOT
 
-RECORD = ROOT / "docs" / "peers.json"
+RECORD = ROOT / "docs" / "baselines.json"
 GROWTH = ROOT / "docs" / "growth.json"
 README = ROOT / "README.md"
-PAGE = ROOT / "docs" / "peers.md"
-BEGIN, END = "<!-- peers: generated -->", "<!-- peers: end -->"
+PAGE = ROOT / "docs" / "baselines.md"
+BEGIN, END = "<!-- baselines: generated -->", "<!-- baselines: end -->"
 MEASURES = {
     "micro": "time in a micro-step",
-    "boundary": "time at a boundary",
+    "optimizer_step": "time in an optimizer step",
     "state": "state",
     "peak": "peak memory on the CPU",
     "tpu": "HBM of a TPU",
     "loss": "loss",
 }
-HEADS = dict(zip(MEASURES, ("micro-step", "boundary", "state", "peak", "HBM", "loss"), strict=True))
+HEADS = dict(
+    zip(MEASURES, ("micro-step", "optimizer step", "state", "peak", "HBM", "loss"), strict=True)
+)
 OUR_ROWS = (OURS, "flora-input")
 NOISE = 0.02
-"""Ratios nearer to 1 than this are called equal, of times and losses; bytes are exact."""
+"""Ratios of times and of losses that are nearer to 1 than this are called equal; bytes are exact."""
 
 
 def versions() -> dict[str, str]:
-    """Of what took part."""
+    """Gives the versions of the packages that took part."""
     names = {"jax", "optax", *(name for method in METHODS.values() for name in method.packages)}
     found = {}
     for name in sorted(names):
@@ -49,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def settled(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The setting, and the figures by method; of rates and their losses, all."""
+    """Gives the setting, and the figures by method, with the loss of every learning rate."""
     methods: dict[str, Any] = {}
     for line in lines:
         own = {k: v for k, v in line.items() if k not in ("part", "setting", "method")}
@@ -60,19 +63,12 @@ def settled(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {"setting": lines[0]["setting"] if lines else {}, "methods": methods}
 
 
-def keep(record: Any, file: Path) -> None:
-    """Writes the record, whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(file)
-
-
 def figures(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By method and measure; ratios to the base, but of the loss, which is as it is."""
+    """Gives figures by method and measure: ratios to the base, except the loss, which stays in nats."""
     result: dict[str, dict[str, float]] = {key: {} for key in METHODS}
     timed = record["time"]["methods"]
     for key, own in timed.items():
-        result[key] |= {"micro": own["micro_ratio"], "boundary": own["boundary_ratio"]}
+        result[key] |= {"micro": own["micro_ratio"], "optimizer_step": own["optimizer_step_ratio"]}
         result[key] |= {name: own[name] / timed[BASE][name] for name in ("state", "peak")}
     compiled = record["tpu"]["methods"]
     for key, own in compiled.items():
@@ -85,12 +81,12 @@ def figures(record: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def best(losses: dict[str, float | None]) -> tuple[float, str]:
-    """The least loss and its rate; a run that was not finite counts as infinite."""
+    """Gives the least loss and its rate; a run that was not finite counts as infinite."""
     return min((math.inf if loss is None else loss, rate) for rate, loss in losses.items())
 
 
 def name_of(key: str, record: dict[str, Any]) -> str:
-    """With its version, of a package that is not JAX's."""
+    """Gives the name of a method, with the version of its package where that is not JAX's."""
     method = METHODS[key]
     package = method.packages[len(("torch", "transformers")) :][:1]
     version = record["machine"]["versions"].get(package[0]) if package else None
@@ -98,7 +94,7 @@ def name_of(key: str, record: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown: ratios to MultiSteps + Adafactor, and the loss with its learning rate."""
+    """Gives a Markdown table of ratios to MultiSteps + Adafactor, and of the loss with its learning rate."""
     found = figures(record)
     heads = ["method", *HEADS.values()]
     heads[-1] += " (learning rate)"
@@ -121,15 +117,15 @@ def table(record: dict[str, Any]) -> str:
 
 
 def verdict(record: dict[str, Any]) -> str:
-    """Sentences: at equal loss, and where a peer is better than Flora, measure by measure."""
+    """Gives sentences that say, at equal loss and measure by measure, where a baseline is better than Flora."""
     found = figures(record)
     ours = found[OURS]
-    peers = {key: own for key, own in found.items() if not key.startswith(OURS) and own}
+    baselines = {key: own for key, own in found.items() if not key.startswith(OURS) and own}
     names = {key: name_of(key, record) for key in found}
     lines = []
     for row in (key for key in OUR_ROWS if "loss" in found[key]):
         most = (1 + NOISE) * found[row]["loss"]
-        equal = {key: own for key, own in peers.items() if own.get("loss", math.inf) <= most}
+        equal = {key: own for key, own in baselines.items() if own.get("loss", math.inf) <= most}
         better = {
             key: [MEASURES[what] for what in list(MEASURES)[:-1] if _less(what, own, found[row])]
             for key, own in equal.items()
@@ -137,45 +133,49 @@ def verdict(record: dict[str, Any]) -> str:
         clauses = [f"{names[key]} ({', '.join(less)})" for key, less in better.items() if less]
         told = "; ".join(clauses) or "none"
         lines.append(
-            f"*{names[row]}*: {len(equal)} of {len(peers)} peers have at most its loss (to {NOISE:.0%}). "
+            f"*{names[row]}*: {len(equal)} of {len(baselines)} baselines have at most its loss (to {NOISE:.0%}). "
             f"Of these faster or smaller in something: {told}."
         )
     for what, name in MEASURES.items():
         less = sorted(
-            (own[what] / ours[what], key) for key, own in peers.items() if _less(what, own, ours)
+            (own[what] / ours[what], key)
+            for key, own in baselines.items()
+            if _less(what, own, ours)
         )
         if less:
             told = _join([f"{names[key]} {ratio:.2f}" for ratio, key in less])
             lines.append(f"Less {name} than *{names[OURS]}*, as a share of its own: {told}.")
         elif what in ours:
-            lines.append(f"No peer has less {name} than *{names[OURS]}*.")
+            lines.append(f"No baseline has less {name} than *{names[OURS]}*.")
     return "".join(f"- {line}\n" for line in lines)
 
 
 def conditions(record: dict[str, Any]) -> str:
-    """What was measured, on what."""
+    """Gives the sentences on what was measured, and on which machine."""
     time, loss, tpu = (record[part]["setting"] for part in ("time", "loss", "tpu"))
     parts = []
     if time:
         parts.append(
-            f"Times (medians of {time['rounds']} interleaved rounds), state and peak: LLaMA of width "
-            f"{time['width']}, {time['layers']} layers, float32, {time['batch']} x {time['length']} "
-            f"bytes, rank {time['rank']}, {time['accumulation']} micro-steps to a boundary"
+            f"Times (medians of {time['rounds']} interleaved rounds), state and peak are those of a LLaMA of width "
+            f"{time['width']} with {time['layers']} layers, in float32, on {time['batch']} x {time['length']} "
+            f"bytes, at rank {time['rank']}, with {time['accumulation']} micro-steps in an optimizer step"
         )
     if tpu:
         parts.append(
-            f"HBM: {tpu['model']}, bfloat16, remat, 1 x {tpu['length']} tokens, rank {tpu['rank']}, "
-            f"{tpu['accumulation']} micro-steps, compiled for TPU v5e (GaLore without its SVD, so at least)"
+            f"HBM is that of {tpu['model']} in bfloat16 with remat, on 1 x {tpu['length']} tokens, at rank "
+            f"{tpu['rank']}, with {tpu['accumulation']} micro-steps, compiled for TPU v5e (GaLore without its SVD, "
+            "so its figure is a lower bound)"
         )
     if loss:
-        tokens = loss["boundaries"] * loss["accumulation"] * loss["batch"] * loss["length"]
+        tokens = loss["optimizer_steps"] * loss["accumulation"] * loss["batch"] * loss["length"]
         parts.append(
-            f"Loss: validation, nats per byte, after {tokens:,} bytes of the standard library, width "
-            f"{loss['width']}, {loss['layers']} layers, rank {loss['rank']}, the best learning rate of each, one seed"
+            f"Loss is the validation loss, in nats per byte, after {tokens:,} bytes of the standard library, at width "
+            f"{loss['width']}, {loss['layers']} layers and rank {loss['rank']}, with the best learning rate of each "
+            "method and one seed"
         )
     machine = record["machine"]
     note = f"; {machine['note']}" if machine["note"] else ""
-    cores = f"{machine['cores']} cores"
+    cores = f"The machine had {machine['cores']} cores"
     if time.get("cores"):
         cores += f", {time['cores']} for each process"
     parts.append(f"{cores}{note}")
@@ -183,26 +183,26 @@ def conditions(record: dict[str, Any]) -> str:
 
 
 def short(record: dict[str, Any]) -> str:
-    """The part of the README between its marks."""
-    image = "![Time, memory and loss beside peers](docs/peers.svg)\n"
+    """Gives the part of the README between its marks."""
+    image = "![Time, memory and loss of Flora and its baselines](docs/baselines.svg)\n"
     return f"{conditions(record)}\n{table(record)}\n{image}\n{verdict(record)}"
 
 
 def full(record: dict[str, Any], growth: str = "") -> str:
-    """The page of the docs."""
+    """Gives the page of the docs."""
     told = ", ".join(f"{name} {version}" for name, version in record["machine"]["versions"].items())
     parts = [
-        "# Beside its peers\n",
-        "Made by `python -m experiments.bench.peers --write`; figures are ratios to optax's MultiSteps over "
-        "Adafactor of the same run, unless they say otherwise.\n",
+        "# Baselines\n",
+        "This page is made by `python -m experiments.bench.baselines --write`. Figures are ratios to optax's MultiSteps "
+        "over Adafactor in the same run, unless they say otherwise.\n",
         conditions(record),
         f"Versions: {told}.\n",
-        "![Time, memory and loss beside peers](peers.svg)\n",
+        "![Time, memory and loss of Flora and its baselines](baselines.svg)\n",
         table(record),
-        "## Where a peer is better\n",
+        "## Where a baseline is better\n",
         verdict(record),
         *_measured(record),
-        *_drawing(record),
+        *_sampling(record),
         *_rates(record),
         growth,
     ]
@@ -211,48 +211,54 @@ def full(record: dict[str, Any], growth: str = "") -> str:
 
 def _measured(record: dict[str, Any]) -> list[str]:
     heads = [
-        *("method", "micro-step, ms", "ratio, least to most", "boundary, ms"),
-        *("ratio, least to most", "first boundary, ms", "state, MiB", "peak, MiB", "HBM, GiB"),
+        *("method", "micro-step, ms", "ratio, least to most", "optimizer step, ms"),
+        *(
+            "ratio, least to most",
+            "first optimizer step, ms",
+            "state, MiB",
+            "peak, MiB",
+            "HBM, GiB",
+        ),
     ]
     rows = []
     for key, own in _in_order(record["time"]["methods"]):
-        micro, boundary = (
+        micro, optimizer_step = (
             (f"{1e3 * own[what]:.0f}", "{:.2f} to {:.2f}".format(*own[f"{what}_range"]))
-            for what in ("micro", "boundary")
+            for what in ("micro", "optimizer_step")
         )
-        first = f"{1e3 * own['first_boundary']:.0f}"
+        first = f"{1e3 * own['first_optimizer_step']:.0f}"
         sizes = [f"{own[what] / 2**20:.2f}" for what in ("state", "peak")]
         gib = record["tpu"]["methods"].get(key, {}).get("gib")
         sizes.append(f"{gib:.2f}" if gib else "–")
-        rows.append([name_of(key, record), *micro, *boundary, first, *sizes])
+        rows.append([name_of(key, record), *micro, *optimizer_step, first, *sizes])
     if not rows:
         return []
     return [
         "## As measured\n",
-        "State: what is kept between micro-steps beside the params, exact, from the arrays. Peak: of XLA's "
-        "compiled step, arguments, results and temporaries; of torch, what its allocator held, by its "
-        "profiler. Neither has the code of the framework in it. The first boundary has GaLore's "
-        "singular value decompositions, which come again each 200th. `optax.MultiSteps` computes an update "
-        "in each micro-step and drops all but the last, so that Muon's iterations are in each.\n",
+        "The state is what is kept between micro-steps beside the params, counted exactly from the arrays. The peak is "
+        "the sum of arguments, results and temporaries of XLA's compiled step, or what torch's allocator held, by its "
+        "profiler; neither includes the code of the framework. The first optimizer step includes GaLore's singular "
+        "value decompositions, which are computed again on every 200th. `optax.MultiSteps` computes an update in each "
+        "micro-step and drops all but the last, so Muon's iterations are in each.\n",
         _markdown(heads, rows),
     ]
 
 
-def _drawing(record: dict[str, Any]) -> list[str]:
+def _sampling(record: dict[str, Any]) -> list[str]:
     heads = ["method", "all `A` once, ms", "share of a micro-step", "share of a cycle"]
     rows = []
     for key, own in _in_order(record["time"]["methods"]):
-        if "draw" in own:
+        if "sample" in own:
             steps = record["time"]["setting"]["accumulation"]
-            cycle = (steps - 1) * own["micro"] + own["boundary"]
-            shares = own["draw_share"], (steps + 1) * own["draw"] / cycle
-            name, draw = name_of(key, record), f"{1e3 * own['draw']:.2f}"
-            rows.append([name, draw, *(f"{share:.3f}" for share in shares)])
+            cycle = (steps - 1) * own["micro"] + own["optimizer_step"]
+            shares = own["sample_share"], (steps + 1) * own["sample"] / cycle
+            name, sample = name_of(key, record), f"{1e3 * own['sample']:.2f}"
+            rows.append([name, sample, *(f"{share:.3f}" for share in shares)])
     if not rows:
         return []
     return [
-        "## Drawing `A`\n",
-        "Each `A` is drawn once in a micro-step, and once more at the boundary; timed alone, in the "
+        "## Sampling `A`\n",
+        "Each `A` is sampled once in a micro-step, and once more in an optimizer step. Sampling is timed alone, in the "
         "same rounds.\n",
         _markdown(heads, rows),
     ]
@@ -281,7 +287,7 @@ def _markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def picture(record: dict[str, Any], stem: Path) -> None:
-    """Bars of each measure for each method; PNG and SVG."""
+    """Saves bars of each measure for each method, as PNG and SVG."""
     found = figures(record)
     keys = [key for key in METHODS if found[key]][::-1]
     shown = [what for what in MEASURES if any(what in found[key] for key in keys)]
@@ -308,19 +314,11 @@ def picture(record: dict[str, Any], stem: Path) -> None:
         if what != "loss":
             axes.axvline(1, color="#555555", lw=0.8, ls=":", zorder=0)
     figure.suptitle("Ratios to MultiSteps + Adafactor; loss in nats per byte", fontsize=9)
-    save_figure(figure, stem)
-
-
-def save_figure(figure: Any, stem: Path) -> None:
-    """As PNG and SVG, the SVG the same each time."""
-    with plt.rc_context({"svg.hashsalt": "flora_jax", "svg.fonttype": "path"}):
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(stem.with_suffix(".png"), dpi=150)
-    plt.close(figure)
+    records.save_figure(figure, stem)
 
 
 def between(text: str, new: str) -> str:
-    """`text` with what lies between the marks replaced."""
+    """Gives `text` with what lies between the marks replaced by `new`."""
     head, found, rest = text.partition(BEGIN)
     _, ended, tail = rest.partition(END)
     if not (found and ended):
@@ -331,7 +329,7 @@ def between(text: str, new: str) -> str:
 
 
 def write() -> None:
-    """README.md, docs/peers.md and docs/peers.svg, from the kept records."""
+    """Writes README.md, docs/baselines.md and docs/baselines.svg from the kept records."""
     record = json.loads(RECORD.read_text())
     README.write_text(between(README.read_text(), short(record)))
     PAGE.write_text(full(record, growth_text()))
@@ -340,12 +338,8 @@ def write() -> None:
 
 
 def growth_text() -> str:
-    """The page's part on growth; empty without a record of it."""
-    if not GROWTH.exists():
-        return ""
-    from experiments.bench import growth
-
-    return growth.text(json.loads(GROWTH.read_text()))
+    """Gives the page's part on growth, which is empty without a record of it."""
+    return exponents.text(json.loads(GROWTH.read_text())) if GROWTH.exists() else ""
 
 
 def _number(value: float | None) -> str:

@@ -1,6 +1,6 @@
-"""The comparison with peers: its grid, ratios, sentences, and that README and docs are made from its record.
+"""The comparison with baselines has its grid, ratios and sentences; README and docs are made from its record.
 
-Nothing is timed, no peer of torch and no libtpu is needed.
+Nothing is timed, no baseline of torch and no libtpu is needed.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from experiments import text
-from experiments.bench import growth, setting
-from experiments.bench.peers import in_jax, in_torch, methods, page, worker
-from experiments.bench.peers.__main__ import Config, Log, figures, next_rate
+from experiments.bench import exponents, growth, setting
+from experiments.bench.baselines import in_jax, in_torch, methods, page, worker
+from experiments.bench.baselines.__main__ import Config, Log, figures, next_rate
 from experiments.models import llama
 from flora_jax.chain.plan import tree_bytes
 
@@ -24,26 +24,26 @@ SIZE = methods.Size(width=128, layers=1, batch=2, length=16, rank=8, accumulatio
 
 
 def record():
-    """MultiSteps, Flora, a peer that is worse in all, one that is better in state and loss, one absent."""
+    """MultiSteps, Flora, a baseline that is worse in all, one that is better in state and loss, one absent."""
 
-    def timed(micro, boundary, state, peak):
+    def timed(micro, optimizer_step, state, peak):
         return {
             "micro_ratio": micro,
-            "boundary_ratio": boundary,
+            "optimizer_step_ratio": optimizer_step,
             "micro_range": [micro, micro],
-            "boundary_range": [boundary, boundary],
-            **{"micro": micro, "boundary": boundary, "first_boundary": 1.0},
+            "optimizer_step_range": [optimizer_step, optimizer_step],
+            **{"micro": micro, "optimizer_step": optimizer_step, "first_optimizer_step": 1.0},
             **{"state": state, "peak": peak},
         }
 
     return {
         "machine": {"cores": 2, "note": "", "versions": {"galore-torch": "1.0"}},
-        "absent": {"torch-apollo": "apollo-torch is not installed (extra `peers`)"},
+        "absent": {"torch-apollo": "apollo-torch is not installed (extra `baselines`)"},
         "time": {
             "setting": {**dataclasses.asdict(methods.Size()), "rounds": 5, "cores": 1},
             "methods": {
                 "multisteps": timed(1.0, 1.0, 1000, 2000),
-                "flora": {**timed(0.5, 0.8, 100, 1000), "draw": 0.1, "draw_share": 0.2},
+                "flora": {**timed(0.5, 0.8, 100, 1000), "sample": 0.1, "sample_share": 0.2},
                 "galore": timed(1.2, 1.5, 1500, 2500),
                 "torch-galore": timed(2.0, 3.0, 50, 1500),
             },
@@ -67,38 +67,38 @@ def test_the_table():
     lines = page.table(record()).splitlines()[2:]
     assert lines == [
         "| MultiSteps + Adafactor (optax) | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | – |",
-        "| **Flora, born compressed, advised** | 0.500 | 0.800 | 0.100 | 0.500 | 0.250 | 1.900 (0.06) |",
+        "| **Flora, fused, advised** | 0.500 | 0.800 | 0.100 | 0.500 | 0.250 | 1.900 (0.06) |",
         "| MultiSteps + GaLore (optax.contrib) | 1.20 | 1.50 | 1.50 | 1.25 | – | 2.500 (0.01) |",
         "| torch: galore-torch 1.0 | 2.00 | 3.00 | 0.050 | 0.750 | – | 1.500 (0.01) |",
-        "| torch: apollo-torch | apollo-torch is not installed (extra `peers`) |  |  |  |  |  |",
+        "| torch: apollo-torch | apollo-torch is not installed (extra `baselines`) |  |  |  |  |  |",
     ]
 
 
-def test_a_peer_that_is_better_is_named():
-    ours = "*Flora, born compressed, advised*"
+def test_a_baseline_that_is_better_is_named():
+    ours = "*Flora, fused, advised*"
     assert page.verdict(record()).splitlines() == [
-        f"- {ours}: 1 of 3 peers have at most its loss (to 2%). Of these faster or smaller in "
+        f"- {ours}: 1 of 3 baselines have at most its loss (to 2%). Of these faster or smaller in "
         "something: torch: galore-torch 1.0 (state).",
-        f"- No peer has less time in a micro-step than {ours}.",
-        f"- No peer has less time at a boundary than {ours}.",
+        f"- No baseline has less time in a micro-step than {ours}.",
+        f"- No baseline has less time in an optimizer step than {ours}.",
         f"- Less state than {ours}, as a share of its own: torch: galore-torch 1.0 0.50.",
-        f"- No peer has less peak memory on the CPU than {ours}.",
-        f"- No peer has less HBM of a TPU than {ours}.",
+        f"- No baseline has less peak memory on the CPU than {ours}.",
+        f"- No baseline has less HBM of a TPU than {ours}.",
         f"- Less loss than {ours}, as a share of its own: torch: galore-torch 1.0 0.79.",
     ]
 
 
-def test_a_peer_of_equal_loss_that_is_worse_is_not():
+def test_a_baseline_of_equal_loss_that_is_worse_is_not():
     changed = record()
     changed["time"]["methods"]["torch-galore"]["state"] = 101
     assert page.verdict(changed).splitlines()[0].endswith("smaller in something: none.")
 
 
-def test_the_page_has_every_rate_and_the_share_of_drawing():
+def test_the_page_has_every_rate_and_the_share_of_sampling():
     found = page.full(record())
     assert "| MultiSteps + GaLore (optax.contrib) | 0.01: 2.500, 0.02: not finite |" in found
-    # four micro-steps and a boundary draw five times in 3 * 0.5 + 0.8 seconds
-    assert "| Flora, born compressed, advised | 100.00 | 0.200 | 0.217 |" in found
+    # four micro-steps, the last an optimizer step, sample five times in 3 * 0.5 + 0.8 seconds
+    assert "| Flora, fused, advised | 100.00 | 0.200 | 0.217 |" in found
     assert "medians of 5 interleaved rounds" in found and "2 cores, 1 for each process" in found
 
 
@@ -111,9 +111,9 @@ def test_readme_and_docs_are_made_from_the_record():
 
 
 def test_pictures(tmp_path):
-    page.picture(record(), tmp_path / "peers")
-    assert "<svg" in (tmp_path / "peers.svg").read_text()
-    assert (tmp_path / "peers.png").stat().st_size > 1000
+    page.picture(record(), tmp_path / "baselines")
+    assert "<svg" in (tmp_path / "baselines.svg").read_text()
+    assert (tmp_path / "baselines.png").stat().st_size > 1000
 
 
 def test_a_readme_without_marks():
@@ -124,18 +124,22 @@ def test_a_readme_without_marks():
 def test_ratios_are_of_the_same_round():
     """The machine is three times slower in the last round; the first one compiles."""
 
-    def rounds(micro, boundary, draw=None):
+    def rounds(micro, optimizer_step, sample=None):
         factors = (50, 1, 1, 3)
         return [
-            {"micro": [micro * f, micro * f], "boundary": boundary * f, "draw": draw and draw * f}
+            {
+                "micro": [micro * f, micro * f],
+                "optimizer_step": optimizer_step * f,
+                "sample": sample and sample * f,
+            }
             for f in factors
         ]
 
     found = figures(rounds(2.0, 6.0, 0.5), rounds(4.0, 4.0))
     assert found["micro_ratio"] == 0.5 and found["micro_range"] == [0.5, 0.5]
-    assert found["boundary_ratio"] == 1.5 and found["micro"] == 2.0
-    assert found["draw_share"] == 0.25 and found["first_boundary"] == 300.0
-    assert "draw" not in figures(rounds(1.0, 1.0), rounds(1.0, 1.0))
+    assert found["optimizer_step_ratio"] == 1.5 and found["micro"] == 2.0
+    assert found["sample_share"] == 0.25 and found["first_optimizer_step"] == 300.0
+    assert "sample" not in figures(rounds(1.0, 1.0), rounds(1.0, 1.0))
 
 
 def tried(losses, wider=2):
@@ -226,7 +230,7 @@ def test_state_bytes():
     wide, square, ends, norms = 3 * 128 * 512, 4 * 128 * 128, 2 * 256 * 128, 3 * 128
     factors = 3 * (128 + 512) + 4 * (128 + 128) + 2 * (256 + 128)
     numbers = wide + square + ends + norms
-    # of a factored weight a scalar stands where its whole moment would be, and of others two for its factors
+    # of a factored weight a scalar stands where its uncompressed moment would be, and of others two for its factors
     scalars = 9 + 2 * 3
     counts = {"multisteps": 0, "flora": 0}
     for key in counts:
@@ -235,14 +239,14 @@ def test_state_bytes():
     expected = 4 * (numbers + factors + norms + scalars)
     assert 0 <= counts["multisteps"] - expected <= 32  # and counts of steps
     sketches = 8 * (3 * 128 + 4 * 128) + 8 * 256  # of each the smaller side; of the head its words
-    whole = 256 * 128 + norms  # the embedding
-    expected = 4 * (sketches + whole + factors + norms + scalars)
+    uncompressed = 256 * 128 + norms  # the embedding
+    expected = 4 * (sketches + uncompressed + factors + norms + scalars)
     assert 0 <= counts["flora"] - expected <= 64
 
 
 @pytest.mark.slow
 def test_flops_of_a_gradient():
-    """Born compressed: for each weight and token two of the three products, and thin ones."""
+    """A fused gradient has for each weight and token two of the three products, and thin ones."""
     tokens = SIZE.batch * SIZE.length
     inner = 3 * 128 * 512 + 4 * 128 * 128 + 256 * 128
     assert 4 * inner * tokens < growth.gradient_flops(SIZE) < 0.9 * 6 * inner * tokens
@@ -250,7 +254,7 @@ def test_flops_of_a_gradient():
 
 def test_exponents():
     xs = [1, 2, 4, 8]
-    assert growth.exponent(xs, [3 * x**1.5 for x in xs]) == pytest.approx(1.5)
+    assert exponents.exponent(xs, [3 * x**1.5 for x in xs]) == pytest.approx(1.5)
     middle = {"middle": dataclasses.asdict(SIZE)}
     lines = [
         {
@@ -260,7 +264,7 @@ def test_exponents():
         for x in xs
         for key, power in (("multisteps", 2), ("flora", 1))
     ]
-    found = growth.text(lines)
+    found = exponents.text(lines)
     assert "| width | state, bytes | 2.00 | 1.00 | – | – |" in found
     assert "| width | FLOPs of a cycle | 0.00 | 0.00 | – | – |" in found
     assert "sent" not in found and "around width 128, 1 layers, rank 8" in found
