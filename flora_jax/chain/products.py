@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from flora_jax import dtypes
 from flora_jax.chain import distributions, keys
 from flora_jax.chain.blocks import MOST_RUNS, Block, over_blocks, runs
 from flora_jax.chain.sketch import Spec
@@ -75,7 +76,8 @@ def project(
     """
 
     def one(axes, key, matrix):
-        accumulator = jnp.promote_types(matrix.dtype, jnp.float32)
+        accumulator = dtypes.sums(matrix.dtype)
+        matrix = matrix.astype(dtypes.operands(matrix.dtype))
 
         def add(block, data):
             columns = axes.columns(key, block, repeat=False).astype(matrix.dtype)

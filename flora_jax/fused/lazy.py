@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax import dtypes
 from flora_jax.sharding import manual
 
 BLOCK = 2**22
@@ -138,7 +139,7 @@ def _by_slabs(lazy: Lazy, x: jax.Array, labels: tuple[str, str, str], step: int,
     """
     of_x, of_value, of_y = labels
     label, total = of_value[lazy.axis], lazy.shape[lazy.axis]
-    sums = jnp.promote_types(outcome.dtype, jnp.float32)
+    sums = dtypes.sums(outcome.dtype)
     equation = f"{of_x},{of_value}->{of_y}"
 
     def slab_of(start):

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax import dtypes
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.plan import Plan
 from flora_jax.chain.plan import plan as make_plan
@@ -270,7 +271,7 @@ def _zero_up(plan: LeafPlan, leaf: Any) -> jax.Array | None:
     if plan.spec is None:
         return None
     spec = plan.spec
-    zeros = jnp.zeros(spec.part_data_shape, jnp.promote_types(spec.dtype, jnp.float32))
+    zeros = jnp.zeros(spec.part_data_shape, dtypes.sums(spec.dtype))
     zeros = manual.vary(zeros, manual.varying(leaf) - set(spec.summed))
     return explicit.put(zeros, of_sketch(plan.spec, explicit.sharding_of(leaf)))
 

@@ -19,7 +19,6 @@ Source: arXiv 2402.03293, Section 2 and Algorithm 1.
 """
 
 import dataclasses
-import functools
 import math
 import string
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from flora_jax import dtypes
 from flora_jax.chain import distributions, products
 from flora_jax.chain.blocks import Block, over_blocks
 from flora_jax.chain.sketch import Spec
@@ -196,11 +196,11 @@ def merged(weight: Weight) -> jax.Array:
     """Returns the weight with its adapter added. The factors' product is summed in float32 at least."""
     labels = string.ascii_lowercase[: weight.value.ndim]
     down, up = both_factors(weight)
-    sums = jnp.promote_types(jnp.promote_types(down.dtype, up.dtype), jnp.float32)
     equation = f"{down_labels(weight, labels)},{_up_labels(weight, labels)}->{labels}"
-    change = jnp.einsum(equation, down, up, preferred_element_type=sums)
+    change = dtypes.einsum(equation, down, up)
     value = materialized(weight.value)
-    return (value + change).astype(value.dtype)
+    total = dtypes.sums(value.dtype, change.dtype)
+    return (value.astype(total) + change.astype(total)).astype(value.dtype)
 
 
 def both_factors(weight: Weight) -> tuple[jax.Array, jax.Array]:
@@ -209,7 +209,13 @@ def both_factors(weight: Weight) -> tuple[jax.Array, jax.Array]:
     return down, jnp.squeeze(weight.up, weight.axes("projected")[1:])
 
 
-def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
+def multiply(
+    weight: Weight,
+    x: jax.Array,
+    bind: Callable,
+    labels: tuple[str, str, str],
+    precision: Any = None,
+):
     """Contracts `x` with a weight, summing over all projected axes or over none of them.
 
     Where the projected axes are summed over, `x Aᵀ` is saved for the backward pass, and not `x`.
@@ -219,6 +225,7 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
       x: The other factor.
       bind: The contraction itself, a function `(x, value) -> y` that is linear in each.
       labels: The einsum labels of `x`, of the weight and of `y`.
+      precision: As in `jax.lax.dot_general`, for the products of the sketch.
 
     Returns:
       The result `y`, or None where some of the projected axes are summed over and others are not.
@@ -226,19 +233,22 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
     of_x, of_weight, of_y = labels
     projected = {of_weight[axis] for axis in weight.axes("projected")}
     if weight.adapter:
-        return _multiply_adapted(weight, x, bind, labels)
+        return _multiply_adapted(weight, x, bind, labels, precision)
+    dtype = dtypes.operands(x.dtype, weight.value.dtype)
     if projected <= set(of_x) - set(of_y):
         of_saved = contracted_labels(weight, of_x, of_weight)
 
         def save(source, x):
-            saved = contract(weight, source, x, of_x, of_weight).astype(x.dtype)
+            x = x.astype(dtype)
+            saved = contract(weight, source, x, of_x, of_weight, precision)
+            saved = saved.astype(dtypes.operands(dtype, *_dtypes(weight.factors)))
             return partition.constrain(
                 saved, partition.last_axis_replicated(weight.sharding, saved.ndim)
             )
 
         def back(saved, source, delta):
             del source
-            return outer(weight, saved, of_saved, delta, of_y, of_weight)
+            return outer(weight, saved, of_saved, delta, of_y, of_weight, precision)
 
         def saved_sharding(source, x):
             del source
@@ -249,8 +259,10 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
         of_delta = contracted_labels(weight, of_y, of_weight)
 
         def back_output(saved, source, delta):
-            delta = contract(weight, source, delta, of_y, of_weight).astype(delta.dtype)
-            return outer(weight, saved, of_x, delta, of_delta, of_weight)
+            delta = delta.astype(dtypes.operands(delta.dtype, dtype))
+            narrow = dtypes.operands(delta.dtype, *_dtypes(weight.factors))
+            delta = contract(weight, source, delta, of_y, of_weight, precision).astype(narrow)
+            return outer(weight, saved, of_x, delta, of_delta, of_weight, precision)
 
         return use(
             weight,
@@ -263,7 +275,13 @@ def multiply(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, st
     return None
 
 
-def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tuple[str, str, str]):
+def _multiply_adapted(
+    weight: Weight,
+    x: jax.Array,
+    bind: Callable,
+    labels: tuple[str, str, str],
+    precision: Any,
+):
     """Computes `x W + (x F) G` with an adapter's factors, without forming `W + F G`."""
     of_x, of_weight, of_y = labels
     projected = {of_weight[axis] for axis in weight.axes("projected")}
@@ -283,16 +301,18 @@ def _multiply_adapted(weight: Weight, x: jax.Array, bind: Callable, labels: tupl
     else:
         y = bind(x, weight.value)
     (first, of_first), (second, of_second) = pair
-    sums = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = dtypes.operands(x.dtype, weight.value.dtype, *_dtypes(down), *_dtypes(up))
 
     def low_rank(x, first, second):
-        first, second = first.astype(x.dtype), second.astype(x.dtype)
-        einsum = functools.partial(jnp.einsum, preferred_element_type=sums)
-        middle = einsum(f"{of_x},{of_first}->{of_middle}", x, first).astype(x.dtype)
-        return einsum(f"{of_middle},{of_second}->{of_y}", middle, second)
+        x, first, second = (array.astype(dtype) for array in (x, first, second))
+        middle = dtypes.einsum(f"{of_x},{of_first}->{of_middle}", x, first, precision)
+        return dtypes.einsum(
+            f"{of_middle},{of_second}->{of_y}", middle.astype(dtype), second, precision
+        )
 
     change = explicit.call(low_rank, explicit.sharding_of(y), x, first, second)
-    return y + change.astype(y.dtype)
+    total = dtypes.sums(y.dtype, change.dtype)
+    return (y.astype(total) + change.astype(total)).astype(y.dtype)
 
 
 def _multiply_matrices(weight: Weight, x: jax.Array, bind: Callable, labels, pair) -> jax.Array:
@@ -309,11 +329,12 @@ def _multiply_matrices(weight: Weight, x: jax.Array, bind: Callable, labels, pai
         array = jnp.einsum(f"{of_array}->{rows}{columns}", array)
         return array.reshape(math.prod(array.shape[: len(rows)]), -1)
 
+    dtype = dtypes.operands(x.dtype, weight.value.dtype)
     y = weight.order(
-        matrix(x, of_x, free, summed),
-        matrix(weight.value, of_weight, summed, results),
-        matrix(first, of_first, summed, "Z").astype(x.dtype),
-        matrix(second, of_second, "Z", results).astype(x.dtype),
+        matrix(x, of_x, free, summed).astype(dtype),
+        matrix(weight.value, of_weight, summed, results).astype(dtype),
+        matrix(first, of_first, summed, "Z").astype(dtype),
+        matrix(second, of_second, "Z", results).astype(dtype),
     )
     lengths = [outcome.shape[of_y.index(label)] for label in free + results]
     y = jnp.einsum(f"{free}{results}->{of_y}", y.reshape(lengths))
@@ -370,15 +391,23 @@ def use(
     return run(*manual.alike((inputs, weight.value, weight.up, source)))
 
 
-def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weight: str):
+def contract(
+    weight: Weight,
+    source: Any,
+    array: jax.Array,
+    labels: str,
+    of_weight: str,
+    precision: Any = None,
+):
     """Contracts an array with `Aᵀ` over the projected axes, in blocks of `spec.block` entries of `A`.
 
     Args:
       weight: The `Weight`, of which only the static parts are used.
       source: The tuple `(keys, columns, factors)`.
-      array: The array. The factors are in its dtype, and the sums in float32 at least.
+      array: The array, which is multiplied and summed as `flora_jax.dtypes` says.
       labels: The einsum labels of `array`.
       of_weight: The einsum labels of the weight.
+      precision: As in `jax.lax.dot_general`.
 
     Returns:
       The result, with the labels that `contracted_labels` gives.
@@ -388,15 +417,17 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
     projected = "".join(of_weight[axis] for axis in weight.axes("projected"))
     batch = "".join(of_weight[axis] for axis in weight.axes("batch"))
     result = contracted_labels(weight, labels, of_weight)
-    sums = jnp.promote_types(array.dtype, jnp.float32)
+    dtype = dtypes.operands(array.dtype, *_dtypes(factors))
+    array = array.astype(dtype)
+    sums = dtypes.sums(dtype)
     if columns is None:
         columns = weight.indices()
     scale = distributions.scale(spec.distribution, spec.rank, spec.size)
     most = max(1, spec.block // (spec.rank * math.prod(keys.shape[:-1])))
     if most >= columns.size or not distributions.is_columnwise(spec.distribution):
-        sampled = _sample(spec, keys, columns, factors).astype(array.dtype)
+        sampled = _sample(spec, keys, columns, factors).astype(dtype)
         equation = f"{labels},{batch}{projected}Z->{result}"
-        return jnp.einsum(equation, array, sampled, preferred_element_type=sums) * scale
+        return dtypes.einsum(equation, array, sampled, precision) * scale
     total = columns.size
     flat = [None if x is None else x.reshape(-1) for x in (columns, factors)]
     order = "".join(label for label in labels if label not in projected)
@@ -408,17 +439,17 @@ def contract(weight: Weight, source: Any, array: jax.Array, labels: str, of_weig
     def add(block, sketch):
         part = [None if x is None else block.take(x, 0) for x in flat]
         slab = jnp.where(block.fresh(), block.take(array, array.ndim - 1), 0)
-        sampled = _sample(spec, keys, *part).astype(array.dtype)
-        return sketch + jnp.einsum(equation, slab, sampled, preferred_element_type=sums)
+        sampled = _sample(spec, keys, *part).astype(dtype)
+        return sketch + dtypes.einsum(equation, slab, sampled, precision)
 
     shape = jax.eval_shape(lambda: add(Block(total, 1, 0, total, 0), jnp.zeros([], sums))).shape
     return over_blocks(total, most, add, jnp.zeros(shape, sums)) * scale
 
 
-def sample(weight: Weight, source: Any) -> jax.Array:
-    """Samples all of the weight's `Aᵀ`, scaled, of shape `(*B, *P, r)`.
+def sample(weight: Weight, source: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """Samples all of the weight's `Aᵀ`, scaled, of shape `(*B, *P, r)` and in this dtype.
 
-    For an adapter it returns the down factor. `source` is the tuple `(keys, columns, factors)`.
+    For an adapter it returns the down factor as it is. `source` is the tuple `(keys, columns, factors)`.
     """
     keys, columns, factors = source
     if weight.adapter:
@@ -426,7 +457,8 @@ def sample(weight: Weight, source: Any) -> jax.Array:
     columns = weight.indices() if columns is None else columns
     spec = weight.spec
     scale = distributions.scale(spec.distribution, spec.rank, spec.size)
-    return _sample(spec, keys, columns, factors) * scale
+    sampled = _sample(spec, keys, columns, factors)
+    return (sampled.astype(jnp.promote_types(sampled.dtype, dtype)) * scale).astype(dtype)
 
 
 def _adapter_down(weight: Weight, flat, columns, factors) -> jax.Array:
@@ -436,7 +468,9 @@ def _adapter_down(weight: Weight, flat, columns, factors) -> jax.Array:
         down = flat.reshape(*batch, *lengths, rank)
     else:
         down = jnp.take(flat.reshape(*batch, -1, rank), columns, axis=len(batch))
-    return down if factors is None else down * factors[..., None].astype(down.dtype)
+    if factors is None:
+        return down
+    return down * factors[..., None].astype(dtypes.operands(down.dtype, *_dtypes(factors)))
 
 
 def _sample(spec: Spec, keys, columns, factors) -> jax.Array:
@@ -467,6 +501,13 @@ def contracted_labels(weight: Weight, labels: str, of_weight: str) -> str:
     return left + "".join(label for label in batch if label not in left) + "Z"
 
 
+def _dtypes(factors: Any) -> list[Any]:
+    """The dtype of complex factors, which no product may lose; real ones are cast."""
+    if factors is None or not jnp.issubdtype(factors.dtype, jnp.complexfloating):
+        return []
+    return [factors.dtype]
+
+
 def _relabelled(array: jax.Array, labels: str, result: str) -> NamedSharding | None:
     """Returns the sharding of an array after a contraction, on a mesh with explicit axes."""
     found = explicit.sharding_of(array)
@@ -476,11 +517,18 @@ def _relabelled(array: jax.Array, labels: str, result: str) -> NamedSharding | N
     return NamedSharding(found.mesh, partition.spec_of([names.get(label, ()) for label in result]))
 
 
-def outer(weight: Weight, left, of_left: str, right, of_right: str, of_weight: str) -> jax.Array:
+def outer(
+    weight: Weight,
+    left: jax.Array,
+    of_left: str,
+    right: jax.Array,
+    of_right: str,
+    of_weight: str,
+    precision: Any = None,
+) -> jax.Array:
     """Multiplies two arrays, one of which has the rank, to a cotangent of the up factor."""
     goal = _up_labels(weight, of_weight)
-    sums = jnp.promote_types(jnp.promote_types(left.dtype, right.dtype), jnp.float32)
-    result = jnp.einsum(f"{of_left},{of_right}->{goal}", left, right, preferred_element_type=sums)
+    result = dtypes.einsum(f"{of_left},{of_right}->{goal}", left, right, precision)
     return _to_up(weight, result, goal, of_weight)
 
 

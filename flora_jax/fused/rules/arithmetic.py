@@ -4,11 +4,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flora_jax import dtypes
 from flora_jax.fused.interpreter import Traced, Walk, apply, is_inexact
 from flora_jax.fused.lazy import Lazy
 from flora_jax.fused.rules.common import handed_on, is_adapted, plain
 from flora_jax.fused.weight import Weight
 from flora_jax.sharding import explicit
+
+
+def _complex_up(up: jax.Array, value: jax.Array) -> jax.Array:
+    """Returns the up factor, complex where the value has become so; JAX takes the real part on the way back."""
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        return up.astype(jnp.promote_types(up.dtype, jnp.complex64))
+    return up
 
 
 def _mul(walk: Walk, eqn, ins):
@@ -36,12 +44,13 @@ def _scaled(weight: Weight, other: Traced, inverse: bool) -> Weight | None:
             shape[dim] = length
         numbers = jnp.asarray(operand).reshape(shape)
     numbers = numbers.reshape((1,) * (ndim - numbers.ndim) + numbers.shape)
-    numbers = numbers.astype(jnp.promote_types(numbers.dtype, jnp.float32))
+    numbers = numbers.astype(dtypes.sums(numbers.dtype))
     if inverse:
         numbers = 1 / numbers
     projected = weight.axes("projected")
     if all(numbers.shape[axis] == 1 for axis in projected):
-        return weight.replace(up=weight.up * numbers.astype(weight.up.dtype))
+        up = _complex_up(weight.up, weight.value)
+        return weight.replace(up=up * numbers.astype(up.dtype))
     if any(numbers.shape[axis] != 1 for axis in range(ndim) if axis not in projected):
         return None
     lengths = [weight.value.shape[axis] for axis in projected]
@@ -88,7 +97,12 @@ def _same(walk: Walk, eqn, ins):
         if not isinstance(traced.value, Weight):
             outs.append(Traced(value, traced.active))
         elif is_inexact(value):
-            outs.append(Traced(traced.value.replace(value=value), True))
+            up = _complex_up(traced.value.up, value)
+            outs.append(
+                Traced(
+                    traced.value.replace(value=value, up=up, sharding=traced.value.sharding), True
+                )
+            )
         else:
             outs.append(Traced(value, False))
     return outs

@@ -3,17 +3,22 @@
 The axes of a kernel are its input channels, its output channels, and the spatial axes of its window.
 """
 
+import dataclasses
 import functools
 import itertools
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from flora_jax import dtypes
 from flora_jax.fused import weight as weights
 from flora_jax.fused.interpreter import Traced, Walk, apply
 from flora_jax.fused.weight import Weight
+
+_Rule = tuple[Callable, Callable]
 
 
 def _conv_general_dilated(walk: Walk, eqn, ins):
@@ -25,7 +30,7 @@ def _conv_general_dilated(walk: Walk, eqn, ins):
     """
     if not isinstance(ins[1].value, Weight) or isinstance(ins[0].value, Weight):
         return None
-    if eqn.params["feature_group_count"] != 1 or eqn.params["batch_group_count"] != 1:
+    if eqn.params["batch_group_count"] != 1:
         return None
     x, weight = ins[0].value, ins[1].value
     numbers = eqn.params["dimension_numbers"]
@@ -33,21 +38,30 @@ def _conv_general_dilated(walk: Walk, eqn, ins):
     projected, batch = set(weight.axes("projected")), set(weight.axes("batch"))
     if weight.adapter:
         return _adapted_convolution(walk, eqn, ins)
+    dtype = dtypes.operands(x.dtype, weight.value.dtype)
     if projected == {channels, *window} and not batch:
-        save, back = _by_patch(eqn, weight)
+        rule = functools.partial(_by_patch, eqn, dtype)
     elif projected in ({channels}, {output}) and batch in (set(), set(window)):
-        save, back = _by_channel(eqn, weight)
+        rule = functools.partial(_by_channel, eqn, dtype)
     else:
         return None
+    count = eqn.params["feature_group_count"]
+    save, back = rule(weight) if count == 1 else _in_groups(eqn, rule, weight, count)
     walk.note(eqn, ins, whole=False)
     y = weights.use(weight, (x,), lambda x, value: apply(eqn, x, value), save, back)
     return [Traced(y, True)]
 
 
+def _convolve(eqn, dtype: Any, x: jax.Array, kernel: jax.Array, **changes: Any) -> jax.Array:
+    """The equation's convolution in this dtype, of one group of channels."""
+    changes = {"feature_group_count": 1, "preferred_element_type": None, **changes}
+    return apply(eqn, x.astype(dtype), kernel.astype(dtype), **changes)
+
+
 def _adapted_convolution(walk: Walk, eqn, ins):
     """Convolves with an adapter's two factors one after the other.
 
-    This is not possible where the axes of the window are batch axes.
+    This is not possible where the axes of the window are batch axes, nor for groups of channels.
     """
     x, weight = ins[0].value, ins[1].value
     numbers = eqn.params["dimension_numbers"]
@@ -55,18 +69,21 @@ def _adapted_convolution(walk: Walk, eqn, ins):
     projected = set(weight.axes("projected"))
     if weight.axes("batch") or projected not in ({channels, *window}, {channels}, {output}):
         return None
-    down, up = (factor.astype(x.dtype) for factor in weights.both_factors(weight))
+    if eqn.params["feature_group_count"] != 1:
+        return None
+    dtype = dtypes.operands(x.dtype, weight.value.dtype)
+    down, up = (factor.astype(dtype) for factor in weights.both_factors(weight))
     in_channel, out_channel = numbers.lhs_spec[1], numbers.out_spec[1]
     if projected == {channels}:
-        x_down = jnp.moveaxis(jnp.tensordot(x, down, ((in_channel,), (0,))), -1, in_channel)
-        low_rank = apply(eqn, x_down, up)
+        x_down = jnp.tensordot(x.astype(dtype), down, ((in_channel,), (0,)))
+        low_rank = _convolve(eqn, dtype, jnp.moveaxis(x_down, -1, in_channel), up)
     else:
         if projected == {output}:
             kernel, last = up, down.T
         else:
             kernel, last = jnp.moveaxis(down, -1, output), up
             last = last if weight.slot < output else last.T
-        middle = apply(eqn, x, kernel)
+        middle = _convolve(eqn, dtype, x, kernel)
         low_rank = jnp.tensordot(middle, last, ((out_channel,), (0,)))
         low_rank = jnp.moveaxis(low_rank, -1, out_channel)
     walk.note(eqn, ins, whole=False)
@@ -74,14 +91,14 @@ def _adapted_convolution(walk: Walk, eqn, ins):
     return [Traced(y + low_rank.astype(y.dtype), True)]
 
 
-def _by_patch(eqn, weight: Weight):
+def _by_patch(eqn, dtype: Any, weight: Weight) -> _Rule:
     """The rule for a projected window and input channels: `A` itself is a kernel with `r` output channels."""
     numbers = eqn.params["dimension_numbers"]
     output, out_channel = numbers.rhs_spec[0], numbers.out_spec[1]
 
     def save(source, x):
-        kernel = jnp.moveaxis(weights.sample(weight, source), -1, output)
-        return apply(eqn, x, kernel.astype(x.dtype))
+        kernel = jnp.moveaxis(weights.sample(weight, source, dtype), -1, output)
+        return _convolve(eqn, dtype, x, kernel)
 
     def back(saved, source, delta):
         del source
@@ -89,14 +106,12 @@ def _by_patch(eqn, weight: Weight):
         channel = labels[out_channel]
         goal = f"Z{channel}" if weight.slot < output else f"{channel}Z"
         equation = f"{labels.replace(channel, 'Z')},{labels}->{goal}"
-        sums = jnp.promote_types(delta.dtype, jnp.float32)
-        product = jnp.einsum(equation, saved, delta, preferred_element_type=sums)
-        return product.reshape(weight.up.shape)
+        return dtypes.einsum(equation, saved, delta).reshape(weight.up.shape)
 
     return save, back
 
 
-def _by_channel(eqn, weight: Weight):
+def _by_channel(eqn, dtype: Any, weight: Weight) -> _Rule:
     """The rule where channels are projected: a transposed convolution with `r` channels in their place."""
     numbers = eqn.params["dimension_numbers"]
     _, channels, *window = numbers.rhs_spec
@@ -106,16 +121,17 @@ def _by_channel(eqn, weight: Weight):
     kinds = tuple("kept" if kind == "batch" else kind for kind in weight.kinds)
     each = weight.replace(kinds=kinds)
     # tuples of (place in the kernel, place in the keys, the convolution by that part of it)
-    parts = [((), (), functools.partial(apply, eqn))]
+    parts = [((), (), functools.partial(_convolve, eqn, dtype))]
     if weight.axes("batch"):
         order = sorted(range(len(window)), key=lambda i: window[i])
         parts = [
-            (place, tuple(place[i] for i in order), _at_position(eqn, lengths, place))
+            (place, tuple(place[i] for i in order), _at_position(eqn, dtype, lengths, place))
             for place in itertools.product(*map(range, lengths))
         ]
 
     def channels_of(array, source):
         keys, columns, factors = source
+        array = array.astype(dtypes.operands(array.dtype, dtype))
         return [_channels(each, (keys[at], columns, factors), array, axis) for _, at, _ in parts]
 
     def save(source, x):
@@ -127,8 +143,8 @@ def _by_channel(eqn, weight: Weight):
         shape = [1 if i in window and parts[0][0] else n for i, n in enumerate(weight.up.shape)]
         result = jnp.zeros(weight.up.shape, weight.up.dtype)
         for (place, _, conv), x, d in zip(parts, inputs, deltas, strict=True):
-            kernel = jax.ShapeDtypeStruct(shape, x.dtype)
-            (part,) = jax.linear_transpose(functools.partial(conv, x), kernel)(d)
+            kernel = jax.ShapeDtypeStruct(shape, dtype)
+            (part,) = jax.linear_transpose(functools.partial(conv, x), kernel)(d.astype(dtype))
             start = [0] * result.ndim
             for dim, i in zip(window, place, strict=False):
                 start[dim] = i
@@ -138,7 +154,55 @@ def _by_channel(eqn, weight: Weight):
     return save, back
 
 
-def _at_position(eqn, lengths: Sequence[int], place: Sequence[int]):
+def _in_groups(eqn, rule: Callable[[Weight], _Rule], weight: Weight, count: int) -> _Rule:
+    """The rule of one group of channels, mapped over all of them.
+
+    The groups share the input side of the kernel, and so its projection; each has its own part of the
+    output side.
+    """
+    numbers = eqn.params["dimension_numbers"]
+    output, in_channel, out_channel = numbers.rhs_spec[0], numbers.lhs_spec[1], numbers.out_spec[1]
+    of_output = output in weight.axes("projected")
+
+    def divided(shape):
+        return tuple(n // count if axis == output and n > 1 else n for axis, n in enumerate(shape))
+
+    def shaped(array, shape):
+        return jax.ShapeDtypeStruct(shape, array.dtype)
+
+    one = dataclasses.replace(
+        weight,
+        value=shaped(weight.value, divided(weight.value.shape)),
+        up=shaped(weight.up, weight.up.shape if of_output else divided(weight.up.shape)),
+        sharding=None,
+    )
+    save_one, back_one = rule(one)
+
+    def apart(array, axis):
+        shape = (*array.shape[:axis], count, -1, *array.shape[axis + 1 :])
+        return jnp.moveaxis(array.reshape(shape), axis, 0)
+
+    def save(source, x):
+        return jax.vmap(functools.partial(save_one, source))(apart(x, in_channel))
+
+    def back(saved, source, delta):
+        deltas = apart(delta, out_channel)
+        if not of_output:
+            parts = jax.vmap(lambda saved, delta: back_one(saved, source, delta))(saved, deltas)
+            return jnp.moveaxis(parts, 0, output).reshape(weight.up.shape)
+        keys, _, factors = source
+        columns = weight.indices().reshape(count, -1)
+        factors = None if factors is None else factors.reshape(count, -1)
+
+        def group(saved, columns, factors, delta):
+            return back_one(saved, (keys, columns, factors), delta)
+
+        return jax.vmap(group)(saved, columns, factors, deltas).sum(0)
+
+    return save, back
+
+
+def _at_position(eqn, dtype: Any, lengths: Sequence[int], place: Sequence[int]):
     """Returns the convolution with one position of the window, `(x, kernel of spatial size 1) -> y`."""
     params = eqn.params
     padding = [(0, 0, 0)] * (len(lengths) + 2)
@@ -152,7 +216,8 @@ def _at_position(eqn, lengths: Sequence[int], place: Sequence[int]):
 
     def conv(x, kernel):
         # padded separately: with negative padding XLA's convolution on the CPU reads beyond its input
-        return apply(eqn, jax.lax.pad(x, jnp.zeros([], x.dtype), padding), kernel, **none)
+        x = jax.lax.pad(x, jnp.zeros([], x.dtype), padding)
+        return _convolve(eqn, dtype, x, kernel, **none)
 
     return conv
 
@@ -165,7 +230,7 @@ def _channels(weight: Weight, source, array, axis: int):
         for i, kind in enumerate(weight.kinds)
     )
     result = weights.contract(weight, source, array, labels, of_weight)
-    return jnp.moveaxis(result, -1, axis).astype(array.dtype)
+    return jnp.moveaxis(result, -1, axis).astype(dtypes.operands(array.dtype))
 
 
 RULES = {

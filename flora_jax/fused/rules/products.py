@@ -34,7 +34,12 @@ def _dot_general(walk: Walk, eqn, ins):
     def product(x, value):
         return apply(eqn, *((value, x) if place == 0 else (x, value)))
 
-    y = weights.multiply(weight, x, product, (labels[1 - place], labels[place], of_y))
+    precision = eqn.params["precision"]
+    if isinstance(
+        precision, tuple
+    ):  # of the left and the right factor; the sketch takes the higher
+        precision = max(precision, key=lambda one: getattr(one, "value", 0) or 0)
+    y = weights.multiply(weight, x, product, (labels[1 - place], labels[place], of_y), precision)
     if y is None:
         return None
     walk.note(eqn, ins, whole=False)

@@ -1,0 +1,50 @@
+"""Dtypes: in which dtype the products of a sketch are computed and summed.
+
+A sketch is as accurate as the gradient it is of. So integers, booleans and floats of 8 bits are computed in
+float32, as is float16, in which `x Aᵀ` overflows where `x` does not; bfloat16 stays, with sums in float32.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def sums(*dtypes: Any) -> Any:
+    """Returns the dtype that products of arrays of these dtypes are summed in: float32 at least."""
+    return jnp.promote_types(operands(*dtypes), jnp.float32)
+
+
+def operands(*dtypes: Any) -> Any:
+    """Returns the dtype that arrays of these dtypes are multiplied in."""
+    found = None
+    for dtype in map(jnp.dtype, dtypes):
+        exact = dtype == jnp.bfloat16 or (
+            jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+        )
+        dtype = dtype if exact else jnp.dtype(jnp.float32)
+        found = dtype if found is None else jnp.promote_types(found, dtype)
+    return found
+
+
+def einsum(equation: str, left: jax.Array, right: jax.Array, precision: Any = None) -> jax.Array:
+    """Contracts two arrays in `operands` of their dtypes; the result is in `sums` of them.
+
+    XLA's CPU backend has no products of bfloat16 with sums in float32 for all layouts; there the factors are
+    widened first, when the program is lowered for it.
+    """
+    dtype = operands(left.dtype, right.dtype)
+    total = sums(dtype)
+    if precision is not None and {left.dtype, right.dtype} != {dtype}:
+        precision = None  # it was chosen for other dtypes
+
+    def contract(left, right):
+        return jnp.einsum(equation, left, right, precision=precision, preferred_element_type=total)
+
+    def widened(left, right):
+        return contract(left.astype(total), right.astype(total))
+
+    left, right = left.astype(dtype), right.astype(dtype)
+    if dtype == total:
+        return contract(left, right)
+    return jax.lax.platform_dependent(left, right, cpu=widened, default=contract)
