@@ -24,12 +24,14 @@ class Use(NamedTuple):
       place: The file and line of the caller, where known.
       whole: Whether the weight's full gradient is materialized there, because the fused route has no
         rule for this use.
+      reason: Why there is no such rule; empty where there is one.
     """
 
     path: str
     primitive: str
     place: str
     whole: bool
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Plan:
             totals.append((name, f"{size:,}", f"{size / full:.3f}" if full else "-"))
         tables = [rows, totals]
         if self.whole_uses:
-            uses = [(use.path, use.primitive, use.place) for use in self.whole_uses]
-            tables.append([("full gradient of", "since there is no rule for", "at"), *uses])
+            uses = [(use.path, use.primitive, use.place, use.reason) for use in self.whole_uses]
+            tables.append([("full gradient of", "at operation", "in", "because"), *uses])
         return "\n\n".join(map(_table, tables))
 
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from flora_jax.chain.plan import Use
-from flora_jax.fused.lazy import Lazy
-from flora_jax.fused.weight import Joined, Weight, expose
+from flora_jax.fused.lazy import Lazy, materialized
+from flora_jax.fused.weight import Joined, Weight, expose, merged
 
 
 class Traced(NamedTuple):
@@ -51,10 +51,27 @@ class Walk:
             value = traced.value
             for part in value.parts if isinstance(value, Joined) else (value,):
                 if isinstance(part, Weight) and not part.looked_up:
-                    self.uses.setdefault(Use(part.spec.path, eqn.primitive.name, place, whole))
+                    reason = reason_of(eqn.primitive.name) if whole else ""
+                    self.uses.setdefault(
+                        Use(part.spec.path, eqn.primitive.name, place, whole, reason)
+                    )
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Traced]) -> list[Traced]:
-        """Evaluates an open jaxpr. Its `consts` are not differentiated."""
+    def run(
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        inputs: Sequence[Traced],
+        wanted: Sequence[bool] | None = None,
+    ) -> list[Traced]:
+        """Evaluates an open jaxpr.
+
+        Args:
+          jaxpr: The jaxpr.
+          consts: The values of its `constvars`, which are not differentiated.
+          inputs: The inputs.
+          wanted: Which outputs are differentiated; by default all.
+        """
+        useful = _useful(jaxpr, [True] * len(jaxpr.outvars) if wanted is None else wanted)
         values: dict[Any, Traced] = {}
 
         def read(atom) -> Traced:
@@ -64,7 +81,8 @@ class Walk:
         values.update(zip(jaxpr.invars, inputs, strict=True))
         for eqn in jaxpr.eqns:
             with eqn.ctx.manager:  # it says which axes of a mesh are explicit there
-                outs = self.step(eqn, [read(atom) for atom in eqn.invars])
+                ins = [read(atom) for atom in eqn.invars]
+                outs = self.step(eqn, ins) if useful.intersection(eqn.outvars) else idle(eqn, ins)
             values.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -72,8 +90,9 @@ class Walk:
         """Evaluates one equation."""
         if not any(isinstance(traced.value, Weight | Joined) for traced in ins):
             return bind(eqn, ins)
+        name = eqn.primitive.name
         joined = any(isinstance(traced.value, Joined) for traced in ins)
-        rule = self.rules.get("joined" if joined else eqn.primitive.name)
+        rule = self.rules.get("joined" if joined and name not in _BODIES else name)
         ins = _materialized(eqn, ins)
         outs = rule(self, eqn, ins) if rule else None
         if outs is None:
@@ -87,6 +106,37 @@ def apply(eqn: Any, *values: Any, **changes: Any) -> Any:
     params = eqn.primitive.get_bind_params({**eqn.params, **changes})
     functions, params = params if isinstance(params, tuple) else ((), params)
     return eqn.primitive.bind(*functions, *values, **params)
+
+
+def idle(eqn: Any, ins: Sequence[Traced]) -> list[Traced]:
+    """Evaluates an equation through whose outputs no gradient flows, so that it is no use of a weight."""
+
+    def value(x: Any) -> Any:
+        if isinstance(x, Joined):
+            return jnp.concatenate([value(part) for part in x.parts], x.axis)
+        if not isinstance(x, Weight):
+            return x
+        return merged(x) if x.adapter else materialized(x.value)
+
+    result = apply(eqn, *(value(traced.value) for traced in ins))
+    return [Traced(x, False) for x in (result if eqn.primitive.multiple_results else [result])]
+
+
+def _useful(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
+    """The variables of a jaxpr from which a gradient may flow back: those that lead to a wanted output."""
+    useful = {
+        atom
+        for atom, flag in zip(jaxpr.outvars, wanted, strict=True)
+        if flag and not isinstance(atom, core.Literal)
+    }
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.primitive.name in _FLAT or eqn.effects:
+            if eqn.effects:
+                useful.update(eqn.outvars)
+            continue
+        if any(out in useful and is_inexact(out.aval) for out in eqn.outvars):
+            useful.update(atom for atom in eqn.invars if not isinstance(atom, core.Literal))
+    return useful
 
 
 def bind(eqn: Any, ins: Sequence[Traced]) -> list[Traced]:
@@ -145,7 +195,8 @@ _LAZY_USES = {
 
 
 def is_inexact(value: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(value), jnp.inexact)
+    dtype = value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _place(eqn: Any) -> str:
@@ -159,3 +210,42 @@ def _place(eqn: Any) -> str:
 
 
 _LIBRARIES = ("/jax/_src/", "/jax/", "/flax/", "/equinox/", "/jaxtyping/", "/flora_jax/", "<frozen")
+
+_BODIES = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "scan", "cond"}
+"""Operations whose bodies are evaluated, which may be given weights that are `Joined`."""
+_FLAT = {"stop_gradient", "round", "floor", "ceil", "sign"}
+"""Operations whose derivative is zero, besides those whose results are no floats."""
+
+
+def reason_of(primitive: str) -> str:
+    """Why a use of this primitive has no rule that never materializes the full gradient."""
+    for reason, names in _REASONS.items():
+        if primitive in names:
+            return reason
+    return "there is no rule for this operation"
+
+
+_REASONS = {
+    "the derivative of an elementwise function needs the gradient of each element": (
+        *("integer_pow", "square", "sqrt", "rsqrt", "cbrt", "pow", "exp", "exp2", "log", "log1p"),
+        *("expm1", "tanh", "logistic", "sin", "cos", "tan", "erf", "abs", "max", "min", "clamp"),
+    ),
+    "the other factor has a gradient, or varies along both sides of the matrix": ("mul", "div"),
+    "the mask varies along both sides of the matrix": ("select_n",),
+    "a sum over elements gives each of them the same gradient, which is then combined with others": (
+        *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum"),
+    ),
+    "both factors are compressed weights, or some of the projected axes are summed over and others not": (
+        "dot_general",
+    ),
+    "it merges projected axes with others, or splits them": ("reshape", "broadcast_in_dim"),
+    "rows are taken along the projected side": ("gather", "dynamic_slice"),
+    "rows are overwritten with something that has a gradient, or along the projected side": (
+        *("scatter", "scatter-add", "scatter_add", "dynamic_update_slice"),
+    ),
+    "its backward function does not make the weight's cotangent as a product of two arrays": (
+        *("custom_vjp_call", "custom_vjp_call_jaxpr"),
+    ),
+    "a weight that each step changes, or that is sliced along the projected side": ("scan",),
+    "a loop may use it any number of times": ("while",),
+}

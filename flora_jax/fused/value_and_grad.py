@@ -245,7 +245,8 @@ class _Function:
             value = Weight.start(plan.spec, cycle, leaf, up, sharding) if plan.spec else plain
             ins.append(Traced(value, True))
         ins += [Traced(leaf, False) for leaf in self.others]
-        outs = exposed(walk.run(self.jaxpr.jaxpr, self.jaxpr.consts, ins))
+        wanted = [i == 0 for i in range(len(self.jaxpr.jaxpr.outvars))]  # and no auxiliary data
+        outs = exposed(walk.run(self.jaxpr.jaxpr, self.jaxpr.consts, ins, wanted))
         return [traced.value for traced in outs]
 
     def result(self, outs: list[Any]) -> tuple[Any, Any]:

@@ -62,6 +62,8 @@ class Weight:
         product.
       order: For an adapter, the function that computes `x (W + F G)` from matrices of shapes `(t, p)`,
         `(p, q)`, `(p, r)` and `(r, q)`; static. None stands for `x W + (x F) G`.
+      differentiated: Whether `value` has a gradient of its own besides that of the weight, as the sum of
+        the weight and another product has.
     """
 
     value: Any
@@ -75,10 +77,12 @@ class Weight:
     sharding: NamedSharding | None = None
     adapter: bool = False
     order: Callable[..., jax.Array] | None = None
+    differentiated: bool = False
 
     def tree_flatten(self):
         children = (self.value, self.up, self.keys, self.columns, self.factors)
         static = (self.spec, self.kinds, self.looked_up, self.sharding, self.adapter, self.order)
+        static += (self.differentiated,)
         return children, static
 
     @classmethod
@@ -143,6 +147,7 @@ class Weight:
         return dataclasses.replace(self, **changes)
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Joined:
     """Weights (and arrays) that are concatenated along an axis, and kept apart until they are used.
@@ -154,6 +159,13 @@ class Joined:
 
     parts: tuple[Any, ...]
     axis: int
+
+    def tree_flatten(self):
+        return self.parts, self.axis
+
+    @classmethod
+    def tree_unflatten(cls, axis, parts):
+        return cls(tuple(parts), axis)
 
 
 def kinds_of(spec: Spec) -> tuple[Kind, ...]:
@@ -353,7 +365,7 @@ def use(
 
     Args:
       weight: The `Weight`.
-      inputs: At most one array, which is differentiated in the ordinary way.
+      inputs: Arrays, of which those of a floating type are differentiated in the ordinary way.
       bind: The computation.
       save: A function `(source, *inputs) -> saved` that returns what the backward rule needs besides the
         cotangent, where `source` is `(keys, columns, factors)`.
@@ -363,6 +375,7 @@ def use(
     """
     source = (weight.keys, weight.columns, weight.factors)
     up_dtype = weight.up.dtype
+    floats = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in inputs]
 
     @jax.custom_vjp
     def run(inputs, value, up, source):
@@ -371,11 +384,18 @@ def use(
 
     def forward(inputs, value, up, source):
         del up
-        pull = None
-        if inputs:
-            result, pull = jax.vjp(lambda *inputs: bind(*inputs, value), *inputs)
+
+        def of_floats(given, own):
+            given = iter(given)
+            mixed = (next(given) if flag else x for x, flag in zip(inputs, floats, strict=True))
+            return bind(*mixed, *own, *([] if own else [value]))
+
+        given = tuple(x for x, flag in zip(inputs, floats, strict=True) if flag)
+        own = (value,) if weight.differentiated else ()
+        if given or own:
+            result, pull = jax.vjp(of_floats, given, own)
         else:
-            result = bind(value)
+            result, pull = bind(*inputs, value), None
         return result, (pull, explicit.call(save, saved_sharding, source, *inputs), source)
 
     def backward(residuals, delta):
@@ -385,7 +405,10 @@ def use(
             return partition.constrain(back(saved, source, delta).astype(up_dtype), weight.sharding)
 
         of_up = explicit.call(cotangent, explicit.sharding_of(weight.up), saved, source, delta)
-        return (pull(delta) if pull else ()), None, of_up, None
+        of_given, of_own = pull(delta) if pull else ((), ())
+        of_given = iter(of_given)
+        of_inputs = tuple(next(of_given) if flag else None for flag in floats)
+        return of_inputs, (of_own[0] if of_own else None), of_up, None
 
     run.defvjp(forward, backward)
     return run(*manual.alike((inputs, weight.value, weight.up, source)))

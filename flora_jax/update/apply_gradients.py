@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding
 
 from flora_jax.chain import products, project
 from flora_jax.chain.decompress import as_one_operation, decompress_p
+from flora_jax.fused.program import Atom, Const, Node, Values, Var, flatten, needed
 from flora_jax.paths import path_name
 from flora_jax.sharding import explicit, manual
-from flora_jax.update.program import Atom, Const, Node, Values, Var, flatten, needed
 from flora_jax.update.slices import Slices, Unsliceable
 
 SLICE_ABOVE = 2**20

@@ -12,8 +12,8 @@ from flora_jax.chain import products
 from flora_jax.chain.blocks import Block
 from flora_jax.chain.sketch import Spec
 from flora_jax.fused.interpreter import apply
+from flora_jax.fused.program import Atom, Const, Node, Values, Var, needed
 from flora_jax.sharding import manual, partition
-from flora_jax.update.program import Atom, Const, Node, Values, Var, needed
 
 
 class Unsliceable(Exception):

@@ -16,6 +16,7 @@ from flora_jax.fused.rules import (
     arithmetic,
     control_flow,
     convolutions,
+    custom,
     lookups,
     movers,
     products,
@@ -29,5 +30,6 @@ RULES = {
     **arithmetic.RULES,
     **products.RULES,
     **convolutions.RULES,
+    **custom.RULES,
     **control_flow.RULES,
 }

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax import dtypes
-from flora_jax.fused.interpreter import Traced, Walk, apply, is_inexact
+from flora_jax.fused.interpreter import Traced, Walk, apply, exposed, is_inexact
 from flora_jax.fused.lazy import Lazy
 from flora_jax.fused.rules.common import handed_on, is_adapted, plain
 from flora_jax.fused.weight import Weight
@@ -59,14 +59,40 @@ def _scaled(weight: Weight, other: Traced, inverse: bool) -> Weight | None:
 
 
 def _add(walk: Walk, eqn, ins):
-    """Adds something that no gradient flows to."""
-    del walk
+    """Adds something else, which may have a gradient of its own: a product beside the weight, another weight."""
     place = 0 if isinstance(ins[0].value, Weight) else 1
     weight, other = ins[place].value, ins[1 - place]
-    if other.active or isinstance(other.value, Weight):
+    if isinstance(other.value, Weight):
+        walk.note(eqn, [other], whole=True)
+        (other,) = exposed([other])
+    if jnp.shape(other.value) != weight.value.shape:
         return None
     up = -weight.up if place == 1 and eqn.primitive.name == "sub" else weight.up
-    return handed_on(weight.replace(value=apply(eqn, *plain(ins)), up=up))
+    values = (weight.value, other.value) if place == 0 else (other.value, weight.value)
+    differentiated = weight.differentiated or other.active
+    value = apply(eqn, *values)
+    return handed_on(weight.replace(value=value, up=up, differentiated=differentiated))
+
+
+def _select_n(walk: Walk, eqn, ins):
+    """Selects between a weight and numbers, by a mask that varies along one side of the matrix only."""
+    del walk
+    which, *cases = ins
+    places = [i for i, traced in enumerate(cases) if isinstance(traced.value, Weight)]
+    if isinstance(which.value, Weight) or len(cases) != 2 or len(places) != 1:
+        return None
+    (place,) = places
+    if cases[1 - place].active:
+        return None
+
+    def mask(array):
+        return (jnp.asarray(array) == place).astype(jnp.float32)
+
+    broadcast = which.broadcast and (mask(which.broadcast[0]), which.broadcast[1])
+    scaled = _scaled(cases[place].value, Traced(mask(which.value), False, broadcast), False)
+    if scaled is None:
+        return None
+    return handed_on(scaled.replace(value=apply(eqn, *plain(ins))))
 
 
 def _neg(walk: Walk, eqn, ins):
@@ -148,7 +174,9 @@ RULES = {
     "div": _mul,
     "add": _add,
     "sub": _add,
+    "add_any": _add,
     "neg": _neg,
+    "select_n": _select_n,
     "copy": _same,
     "copy_p": _same,
     "convert_element_type": _convert,

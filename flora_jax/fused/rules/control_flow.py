@@ -7,7 +7,7 @@ import jax
 
 from flora_jax.fused.interpreter import Traced, Walk, exposed, is_inexact
 from flora_jax.fused.lazy import Lazy
-from flora_jax.fused.weight import Weight
+from flora_jax.fused.weight import Joined, Weight
 from flora_jax.sharding.partition import first_axis_dropped
 
 
@@ -75,8 +75,10 @@ def _scan(walk: Walk, eqn, ins):
     for i, traced in enumerate(first):  # a carry that no step changes is a constant
         if body.jaxpr.outvars[i] is not body.jaxpr.invars[consts + i]:
             first[i] = expose(traced)
-    fixed = [isinstance(traced.value, Weight) for traced in first]
+    fixed = [isinstance(traced.value, Weight | Joined) for traced in first]
     for i, traced in enumerate(slices):
+        if isinstance(traced.value, Joined) and not _has_first_axis(traced.value):
+            slices[i] = expose(traced)
         if not isinstance(traced.value, Weight):
             continue
         if traced.value.kinds[0] == "projected":
@@ -122,12 +124,25 @@ def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 def _by_first_axis(x: Any) -> Any:
     """Returns what `scan` slices: of a weight, the arrays that have its first axis."""
+    if isinstance(x, Joined):
+        return tuple(map(_by_first_axis, x.parts))
     if not isinstance(x, Weight):
         return x
     return (x.value, x.up, x.keys if x.kinds[0] == "batch" else None)
 
 
+def _has_first_axis(joined: Joined) -> bool:
+    """Whether all parts can be sliced along their first axis."""
+    return joined.axis > 0 and not any(
+        isinstance(part, Weight) and (part.kinds[0] == "projected" or isinstance(part.value, Lazy))
+        for part in joined.parts
+    )
+
+
 def _first_index_taken(sliced: Any, stacked: Any) -> Any:
+    if isinstance(stacked, Joined):
+        parts = map(_first_index_taken, sliced, stacked.parts)
+        return Joined(tuple(parts), stacked.axis - 1)
     if not isinstance(stacked, Weight):
         return sliced
     value, up, keys = sliced
@@ -143,7 +158,17 @@ def _cond(walk: Walk, eqn, ins):
     branches = [
         _Body(walk, branch.jaxpr, branch.consts, active) for branch in eqn.params["branches"]
     ]
-    outs = jax.lax.switch(ins[0].value, branches, *(traced.value for traced in ins[1:]))
+    given = [traced.value for traced in ins[1:]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        outs = jax.lax.switch(ins[0].value, branches, *given)
+    else:  # of `platform_dependent`, which lowers the branch of its platform alone
+        named = {
+            name: branch
+            for names, branch in zip(platforms, branches, strict=True)
+            for name in names or ("default",)
+        }
+        outs = jax.lax.platform_dependent(*given, **named)
     return [Traced(x, is_inexact(x)) for x in outs]
 
 

@@ -247,6 +247,86 @@ def _split(walk: Walk, eqn, ins):
     return outs
 
 
+def _pad(walk: Walk, eqn, ins):
+    """Pads with numbers that have no gradient; columns of `A` that are padded on are zero."""
+    del walk
+    if not only_first(ins) or ins[1].active:
+        return None
+    weight, config = ins[0].value, eqn.params["padding_config"]
+    if any(low < 0 or high < 0 or inner for low, high, inner in config):
+        return None
+
+    def pad(array, axes):
+        widths = [config[axis][:2] for axis in axes]
+        return jnp.pad(array, [*widths, *[(0, 0)] * (array.ndim - len(widths))])
+
+    moved = _per_kind(weight, pad)
+    projected = weight.axes("projected")
+    if any(config[axis] != (0, 0, 0) for axis in projected):
+        columns = weight.indices()
+        ones = jnp.ones(columns.shape) if weight.factors is None else weight.factors
+        moved.update(columns=pad(columns, projected), factors=pad(ones, projected))
+    widths = [(0, 0) if axis in projected else sides[:2] for axis, sides in enumerate(config)]
+    value = apply(eqn, weight.value, ins[1].value)
+    return after_move(weight, value, jnp.pad(weight.up, widths), weight.kinds, weight.slot, **moved)
+
+
+def _scatter(walk: Walk, eqn, ins):
+    """Overwrites rows, `table.at[row].set(0)`, with numbers that have no gradient."""
+    del walk
+    if not only_first(ins) or ins[2].active:
+        return None
+    weight: Weight = ins[0].value
+    indices, updates = ins[1].value, ins[2].value
+    numbers = eqn.params["dimension_numbers"]
+    value = apply(eqn, weight.value, indices, updates)
+    if eqn.primitive.name != "scatter":  # a sum, whose other part has no gradient
+        return handed_on(weight.replace(value=value))
+    gone = {*numbers.inserted_window_dims, *getattr(numbers, "operand_batching_dims", ())}
+    indexed = set(numbers.scatter_dims_to_operand_dims)
+    stays = [axis for axis in range(weight.value.ndim) if axis not in gone]
+    sizes = dict(zip(stays, (updates.shape[i] for i in numbers.update_window_dims), strict=True))
+
+    def is_full(axis):
+        return axis in sizes and axis not in indexed and sizes[axis] == weight.value.shape[axis]
+
+    projected = weight.axes("projected")
+    if all(map(is_full, (*projected, *weight.axes("batch")))):
+        shape = list(updates.shape)
+        for axis, place in zip(stays, numbers.update_window_dims, strict=True):
+            if axis in projected:
+                shape[place] = weight.up.shape[axis]
+        zeros = jnp.zeros(shape, weight.up.dtype)
+        up = apply(eqn, weight.up, indices, zeros)
+        return handed_on(weight.replace(value=value, up=up, sharding=weight.sharding))
+    others = [axis for axis in range(weight.value.ndim) if axis not in projected]
+    if len(projected) == 1 and indexed == set(projected) <= gone and all(map(is_full, others)):
+        columns = weight.indices()
+        ones = jnp.ones(columns.shape) if weight.factors is None else weight.factors
+        factors = ones.at[indices[..., 0]].set(0.0, mode="drop")
+        return handed_on(weight.replace(value=value, columns=columns, factors=factors))
+    return None
+
+
+def _dynamic_update_slice(walk: Walk, eqn, ins):
+    """Overwrites a slice with numbers that have no gradient."""
+    del walk
+    if not only_first(ins) or ins[1].active:
+        return None
+    weight, updates = ins[0].value, ins[1].value
+    projected = weight.axes("projected")
+    if any(
+        updates.shape[axis] != weight.value.shape[axis]
+        for axis in (*projected, *weight.axes("batch"))
+    ):
+        return None
+    starts = [traced.value for traced in ins[2:]]
+    shape = [weight.up.shape[i] if i in projected else n for i, n in enumerate(updates.shape)]
+    up = apply(eqn, weight.up, jnp.zeros(shape, weight.up.dtype), *starts)
+    value = apply(eqn, weight.value, updates, *starts)
+    return handed_on(weight.replace(value=value, up=up, sharding=weight.sharding))
+
+
 RULES = {
     "transpose": mover(_transpose),
     "reshape": mover(_reshape),
@@ -257,4 +337,9 @@ RULES = {
     "rev": mover(_rev),
     "broadcast_in_dim": mover(_broadcast_in_dim),
     "split": mover(_split),
+    "pad": mover(_pad),
+    "scatter": mover(_scatter),
+    "scatter-add": mover(_scatter),
+    "scatter_add": mover(_scatter),
+    "dynamic_update_slice": mover(_dynamic_update_slice),
 }
