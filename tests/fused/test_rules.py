@@ -136,8 +136,8 @@ WITH_RULES = {
         {},
     ),
     "a slice overwritten": (
-        lambda p: square(p["w"] @ lax.dynamic_update_slice(p["w"], jnp.ones((16, 2)), (0, 1)).T),
-        dict(w=(16, 24)),
+        lambda p: square(X @ lax.dynamic_update_slice(p["w"], jnp.ones((24, 2)), (0, 1))),
+        dict(w=(24, 16)),
         dict(side="input"),
     ),
     "a mask of rows": (
