@@ -318,3 +318,19 @@ def test_adapters(name, side):
     np.testing.assert_allclose(found[0], dense[0], rtol=1e-4)
     for left, right in zip(jax.tree.leaves(found[1]), jax.tree.leaves(dense[1]), strict=True):
         assert_close(left, right, 1e-3)
+
+
+@pytest.mark.parametrize("fill", [None, 0.0, 7.0])
+def test_lookups_out_of_bounds_under_an_adapter(fill):
+    """What stands in for a row that is not there is not multiplied by a factor."""
+    params = {"embed": array(40, 16)}
+    ids = jnp.array([3, 40, 0, 99])
+
+    def rows(params):
+        return jnp.take(params["embed"], ids, axis=0, mode="fill", fill_value=fill)
+
+    adapter = adapters.lora(flora_jax.Projection(4, min_dim=8))
+    own = jax.tree.map(lambda x: x + 0.1, adapter.init(jax.random.key(0), params))
+    np.testing.assert_allclose(
+        adapter.apply(rows)(params, own), rows(adapter.merge(params, own)), rtol=1e-4, atol=1e-5
+    )

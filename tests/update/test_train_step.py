@@ -1,5 +1,9 @@
 """make_train_step: the ordinary loop's result, for the frameworks that people use."""
 
+import os
+import subprocess
+import sys
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -194,3 +198,33 @@ def test_a_step_on_a_mesh_keeps_the_shardings_and_equals_that_on_one_device():
         jax.tree.leaves((sharded, state)), jax.tree.leaves(given), strict=True
     ):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+PROGRAM = """
+import hashlib, jax, jax.numpy as jnp, flora_jax
+params = {f"layer{i}": {"kernel": jnp.ones((16, 16)), "bias": jnp.ones(16)} for i in range(3)}
+def loss(params, x):
+    for i in range(3):
+        x = jnp.tanh(x @ params[f"layer{i}"]["kernel"] + params[f"layer{i}"]["bias"])
+    return jnp.mean(x**2)
+rule = flora_jax.Projection(4, min_dim=8, resample_every=2)
+tx = flora_jax.flora(1e-2, projection=rule, accumulation_steps=2, skip_nonfinite=True)
+step = flora_jax.make_train_step(loss, tx, rule)
+text = step.lower(params, tx.init(params), jnp.ones((2, 16))).as_text()
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def test_every_process_lowers_the_same_program():
+    """Compilation caches hit, and the hosts of a run agree; addresses and hash seeds differ here."""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", f"padding = [object() for _ in range({1000 * i})]\n{PROGRAM}"],
+            env={**os.environ, "PYTHONHASHSEED": str(i)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for i in range(3)
+    }
+    assert len(found) == 1

@@ -43,7 +43,11 @@ def _gather(walk: Walk, eqn, ins):
         n if weight.kinds[axis] != "projected" else weight.up.shape[axis]
         for axis, n in enumerate(sizes)
     ]
-    up = apply(eqn, weight.up, indices, slice_sizes=tuple(sizes))
+    fills = eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+    filled = (
+        {"fill_value": 0} if fills else {}
+    )  # what is filled in is no part of the factors' product
+    up = apply(eqn, weight.up, indices, slice_sizes=tuple(sizes), **filled)
     slot = numbers.offset_dims[stays.index(weight.slot)]
     if by_batch:
         keys = _keys_taken(weight, indices, indexed, numbers, stays, kinds)
