@@ -213,7 +213,7 @@ def test_bytes_of_a_trace_at_its_worst_moment():
 
 @pytest.mark.slow
 def test_both_worlds_begin_from_the_same_weights(tmp_path):
-    """Of the checkpoint, each layer on its own, as of the stacked model that it was made from."""
+    """The checkpoint's weights, each layer on its own, give the loss of the stacked model that they were made from."""
     in_jax.save(tmp_path / "weights", SIZE)
     params = in_jax.load(tmp_path / "weights")
     windows = SIZE.windows(text.load(), 0)

@@ -34,7 +34,7 @@ def case(request):
 
     @functools.cache
     def log_probabilities(row, *new):
-        """Of all next tokens, after the tokens `new`; no cache, no padding before or among them."""
+        """Gives log-probabilities of all next tokens, after the tokens `new`, without a cache, and without padding before or among them."""
         source = TOKENS[row][MASK[row]]
         target = [generate.START, *new] if request.param == "t5" else [*source, *new]
         padded = np.zeros((1, TOKENS.shape[1] + COUNT), np.int32)  # after them, so that one program
@@ -54,7 +54,7 @@ def naive_greedy(log_probabilities, row, end):
 
 
 def naive_beam(log_probabilities, row, beams, penalty, early):
-    """On lists, with the rules that the docstring of `beam` states."""
+    """Searches on lists, with the rules that the docstring of `beam` states."""
     running, ended = [(0.0, [])], []
     for length in range(1, COUNT + 1):
         found = [

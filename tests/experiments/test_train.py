@@ -88,7 +88,7 @@ def test_a_run_that_was_interrupted_ends_bit_equal(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_other_layouts(tmp_path, monkeypatch):
-    """On one device, two, four and eight; from data parallel to FSDP, and tensor parallel as well."""
+    """It goes on from one device to two, four and eight; from data parallel to FSDP, and tensor parallel as well."""
     base = dataclasses.replace(SMALL, batch=8)
     alone = dataclasses.replace(base, out=tmp_path / "alone")
     figures, _ = run(alone)

@@ -1,4 +1,4 @@
-"""Which weights have factors, and how they start."""
+"""LoRA has factors on the weights of the layers, and they start as they should."""
 
 from functools import partial
 

@@ -62,7 +62,7 @@ def test_the_rate_is_chosen_by_validation_and_the_scores_are_over_seeds():
 
 
 def asked(losses, row=PLAIN, results=(), grow=2):
-    """What is run of a row until its order ends; `losses` gives the loss of a rate."""
+    """Gives the runs of a row until its order ends; `losses` gives the loss of a rate."""
     results, seen = list(results), []
     for seed, rate in table._order(row, (0.003, 0.01, 0.03, 0.1), grow, (0, 1), results):
         seen.append((seed, rate))

@@ -9,7 +9,7 @@ from experiments.tasks import hub
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What is asked of `datasets`; it gives sides of a few rows in the columns of the data sets."""
+    """Gives what is asked of `datasets`, which has sides of a few rows in the columns of the data sets."""
     calls = []
     rows = {
         "EdinburghNLP/xsum": lambda i: {"document": f"d{i}", "summary": f"s{i}", "id": str(i)},
