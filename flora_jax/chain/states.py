@@ -117,7 +117,7 @@ def zeros(tree: Any, projection: Projection | None, dtype: storage.StateDtype) -
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_sketch)
     plans = _plans(tree, projection)
     zeros = [storage.zeros(dtype, plan.data_shape) for plan, _ in zip(plans, leaves, strict=True)]
-    return storage.transposed(zeros, structure)
+    return storage.transposed(dtype, zeros, structure)
 
 
 def store(
@@ -138,4 +138,4 @@ def store(
         for count in counts[1:]:
             key = jax.random.fold_in(key, count)
         kept.append(storage.store(dtype, leaf, key))
-    return storage.transposed(kept, structure)
+    return storage.transposed(dtype, kept, structure)

@@ -78,13 +78,13 @@ def store(dtype: StateDtype, array: jax.Array, key: jax.Array) -> Any:
     return array.astype(dtype)
 
 
-def transposed(kept: list[Any], structure: Any) -> Any:
+def transposed(dtype: StateDtype, kept: list[Any], structure: Any) -> Any:
     """Puts the kept leaves into a tree, and for int8 into a tree of values beside a tree of scales.
 
     So each leaf of a state is an array where a parameter is an array, as Flax NNX requires.
     """
-    if kept and is_quantized(kept[0]):
-        pairs = zip(*kept, strict=True)
+    if dtype == "int8":  # of a tree without leaves as well, which stands for any params in optax
+        pairs = ([one[i] for one in kept] for i in range(2))
         return Quantized(*(jax.tree.unflatten(structure, part) for part in pairs))
     return jax.tree.unflatten(structure, kept)
 
