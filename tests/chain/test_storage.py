@@ -81,7 +81,7 @@ def test_a_tree_keeps_its_structure():
     tree = {"a": jnp.asarray(normal(0, SHAPE)), "b": [jnp.ones(3)]}
     leaves, structure = jax.tree.flatten(tree)
     kept = [storage.store("int8", leaf, jax.random.key(0)) for leaf in leaves]
-    stored = storage.transposed(dtype, kept, structure)
+    stored = storage.transposed("int8", kept, structure)
     assert jax.tree.structure(stored.values) == jax.tree.structure(stored.scales) == structure
     loaded = storage.load_tree(stored)
     np.testing.assert_allclose(loaded["a"], tree["a"], atol=float(jnp.abs(tree["a"]).max()) / 127)
