@@ -31,8 +31,7 @@ from rich.console import Console
 from safetensors.flax import load_file, save_file
 
 import flora_jax
-from experiments import optimizers, report, text
-from experiments.models import decoder
+from experiments import decoder, optimizers, report, text
 from flora_jax import Projection
 from flora_jax.adapters import (
     Adapter,
@@ -136,7 +135,7 @@ class Task(NamedTuple):
 def language(config: Config, console: Console) -> Task:
     """From the standard library's source to that of JAX."""
     corpus = text.load(Path(str(jax.__file__)).parent)
-    loss = partial(decoder.loss, decoder.Decoder(config.model))
+    loss = partial(decoder.loss, decoder.model(config.model))
     compiled = jax.jit(loss)
 
     def validation(params: Any) -> float:
@@ -372,7 +371,7 @@ def _count(tree: Any) -> int:
 
 def base(config: Config, console: Console) -> Any:
     """The model before, trained on the standard library or read from the file."""
-    model = decoder.Decoder(config.model)
+    model = decoder.model(config.model)
     shapes = jax.eval_shape(
         lambda: model.init(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
     )

@@ -22,8 +22,7 @@ import optax
 import tyro
 
 import flora_jax
-from experiments import optimizers, text
-from experiments.models import decoder
+from experiments import decoder, optimizers, text
 from flora_jax.chain.distributions import DISTRIBUTIONS, Distribution
 from flora_jax.chain.projection import Side
 
@@ -168,7 +167,7 @@ def train(config: Config, setting: Setting, seed: int):
     """A function of the peak learning rate that gives the validation loss of a whole run."""
     corpus = text.load()
     shape = decoder.Shape(width=config.width, layers=config.layers)
-    model = decoder.Decoder(shape)
+    model = decoder.model(shape)
     steps = config.boundaries * config.accumulation
     windows = partial(text.batch, size=config.batch, length=config.length)
     rank: Any = setting.rank

@@ -41,7 +41,7 @@ import flora_jax
 from experiments.bench import pods, topology, traffic
 from experiments.bench.peers import in_jax, page
 from experiments.bench.peers.methods import METHODS, Size
-from experiments.models import llama
+from flora_jax.models import llama
 
 KEYS = ("multisteps", "flora", "galore", "muon")
 COLOURS: dict[str, str] = dict(zip(KEYS, ("#555555", "#08519c", "#d95f0e", "#31a354"), strict=True))
@@ -169,7 +169,7 @@ def on_devices(key: str, size: Size, devices: int) -> dict[str, float]:
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
     )
     size = dataclasses.replace(size, batch=devices)
-    model = llama.Llama(dataclasses.replace(in_jax.outline(size)[0].shape, cut=("fsdp",)))
+    model = llama.Llama(dataclasses.replace(in_jax.outline(size)[0].shape, sharded=("fsdp",)))
     params, _, windows, peak = _shapes(key, size)
     specs = pods.weight_specs(params, size.rank, ("fsdp",) if devices > 1 else ())
     params = topology.placed(params, jax.tree.map(partial(NamedSharding, mesh), specs))

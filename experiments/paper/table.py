@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments import rates
-from experiments.models import pretrained
 from experiments.paper import loop, methods, plan, problem
 from experiments.paper.methods import Method
 from experiments.paper.problem import METRIC, Sizes, Task
 from experiments.paper.sizes import SIZES, Size
+from flora_jax.models.save import save
 
 FORMAT = 1
 """Of the results: with another one, runs are done again."""
@@ -74,7 +74,7 @@ class Options:
     data: problem.Data = "offline"
     """Data that come with packages, or the paper's (through `datasets`; needs a network)."""
     model: str | None = None
-    """In place of the table's own; `llama`, `gpt2`, `t5` and `vit` in `experiments.models` list them."""
+    """In place of the table's own; `experiments.paper.problem.MODELS` lists them."""
     checkpoint: Path | None = None
     """A folder with Hugging Face weights and tokeniser to begin with; random weights by default."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -186,7 +186,7 @@ def warm_start(
     console.print(f"Its validation loss is {figures['validation']:.3f}.")
     assert given.words is not None
     shutil.rmtree(folder, ignore_errors=True)  # without its tokeniser it was cut off
-    pretrained.save(folder, given.model, ends[0])
+    save(folder, given.model, ends[0])
     given.words.tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 

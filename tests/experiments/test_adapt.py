@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import adapt
-from experiments.models import decoder
+from experiments import adapt, decoder
 from experiments.paper import table
 from experiments.paper.problem import Sizes
 from experiments.paper.sizes import SIZES
@@ -52,7 +51,7 @@ def test_the_table(tmp_path):
 
 
 def small_task(config):
-    model = decoder.Decoder(config.model)
+    model = decoder.model(config.model)
     windows = jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
     params = model.init(jax.random.key(0), windows)["params"]
     loss = partial(decoder.loss, model)

@@ -1,4 +1,4 @@
-"""Greedy and beam search with a cache of keys and values, compiled; for T5, GPT-2 and LLaMA.
+"""Greedy and beam search with a cache of keys and values, compiled; and sampling.
 
 In the shape descriptions `B` is the batch, `S` the prompt (for T5 the source), `N` the new tokens,
 `K` the beams, `V` the vocabulary.
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.models import gpt2, t5
-from experiments.models import llama as llama_
-from experiments.models.layers import Cache
+from flora_jax.models import gpt2, t5
+from flora_jax.models import llama as llama_
+from flora_jax.models.cache import Cache
 
 START = 0
 """The token that T5's decoder begins with."""
@@ -34,13 +34,13 @@ def greedy(
     """The likeliest token, again and again.
 
     Args:
-      model: T5, GPT-2 or LLaMA.
-      params: its params.
-      tokens: `(B, S)`; a decoder's prompts are padded on the left.
+      model: A T5, GPT-2 or LLaMA module.
+      params: Its params.
+      tokens: The prompts (for T5 the sources), `(B, S)`; those of a decoder are padded on the left.
       mask: `(B, S)`, which of them count; None for all.
       count: `N`.
-      end: the token after which a sequence has ended; None where none ends.
-      pad: stands after the end.
+      end: The token after which a sequence has ended; None where none ends.
+      pad: The token that stands after the end.
 
     Returns:
       int32 `(B, N)`, the end among them.
@@ -105,8 +105,16 @@ def beam(
     `transformers`.
 
     Args:
+      model: A T5, GPT-2 or LLaMA module.
+      params: Its params.
+      tokens: The prompts (for T5 the sources), `(B, S)`; those of a decoder are padded on the left.
+      mask: `(B, S)`, which of them count; None for all.
+      count: `N`.
       beams: `K`.
-      others: as in `greedy`.
+      end: The token after which a sequence has ended.
+      pad: The token that stands after the end.
+      length_penalty: The power of the length by which a sum of log-probabilities is divided.
+      early_stopping: Whether the search is over as soon as `K` sequences have ended.
 
     Returns:
       int32 `(B, N)`, and scores float32 `(B,)`.
@@ -176,6 +184,32 @@ def beam(
     return search.ended[:, 0], search.ended_scores[:, 0]
 
 
+def sample(
+    model: Any, params: Any, prompt: jax.Array, count: int, key: jax.Array, heat: float
+) -> jax.Array:
+    """Tokens sampled one after the other, each from a window of the last `S`, with no cache.
+
+    Args:
+      model: A decoder: a GPT-2 or LLaMA module.
+      params: Its params.
+      prompt: `(B, S)`.
+      count: `N`.
+      key: The key of all samples.
+      heat: The temperature, by which logits are divided.
+
+    Returns:
+      int32 `(B, S + N)`, the prompt first.
+    """
+
+    def step(window, key):
+        logits = jnp.asarray(model.apply({"params": params}, window))[:, -1]
+        token = jax.random.categorical(key, logits / heat)
+        return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
+
+    _, tokens = jax.lax.scan(step, prompt, jax.random.split(key, count))
+    return jnp.concatenate([prompt, tokens.T], axis=1)
+
+
 def _begin(model: Any, params: Any, tokens: Any, mask: Any, count: int) -> tuple[jax.Array, Cache]:
     """Logits `(B, V)` of the first new token, and a cache with room for all."""
     variables, rows = {"params": params}, tokens.shape[0]
@@ -202,7 +236,7 @@ def _next(model: Any, params: Any, token: jax.Array, cache: Cache) -> tuple[jax.
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Of each row of `(B, M, ...)` those at `index` `(B, K)`."""
+    """The entries at `index` `(B, K)` of each row of `(B, M, ...)`."""
     return jax.vmap(lambda row, index: row[index])(x, index)
 
 
