@@ -3,14 +3,12 @@
 from functools import partial
 from typing import Any, Literal
 
-import jax
 import optax
 
 import flora_jax
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.flora import ADVISED, KAPPA
 from flora_jax.chain.projection import Side
-from flora_jax.sharding.partition import constrain
 
 Method = Literal["flora", "multisteps", "galore"]
 
@@ -79,32 +77,6 @@ def build(
         skip_nonfinite=skip_nonfinite,
     )
     return chain, projection
-
-
-def ordinary_step(
-    loss: Any, tx: optax.GradientTransformation, shardings: tuple[Any, Any] = (None, None)
-) -> Any:
-    """Gives the step `(params, state, windows) -> (params, state, loss)` with ordinary gradients, under `jit`.
-
-    Args:
-      loss: `(params, windows) -> scalar`.
-      tx: The transformation.
-      shardings: Trees of the shardings of the params, which hold for their gradients too, and of the state.
-    """
-    of_params, of_state = shardings
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, windows):
-        value, grads = jax.value_and_grad(loss)(params, windows)
-        updates, state = tx.update(_put(grads, of_params), state, params)
-        params = optax.apply_updates(params, updates)
-        return _put(params, of_params), _put(state, of_state), value
-
-    return step
-
-
-def _put(tree: Any, shardings: Any) -> Any:
-    return tree if shardings is None else jax.tree.map(constrain, tree, shardings)
 
 
 def cosine(peak, steps: int, warmup: int = 10) -> optax.Schedule:

@@ -22,8 +22,7 @@ import optax
 import tyro
 
 import flora_jax
-from experiments import optimizers, text
-from experiments.models import decoder
+from experiments import decoder, optimizers, text
 from flora_jax.chain.distributions import DISTRIBUTIONS, Distribution
 from flora_jax.chain.projection import Side
 
@@ -188,7 +187,7 @@ def train(config: Config, setting: Setting, seed: int):
     """Gives a function of the peak learning rate that trains and gives the validation loss."""
     corpus = text.load()
     shape = decoder.Shape(width=config.width, layers=config.layers)
-    model = decoder.Decoder(shape)
+    model = decoder.model(shape)
     steps = config.optimizer_steps * config.accumulation
     windows = partial(text.batch, size=config.batch, length=config.length)
     rank: Any = setting.rank

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,15 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import layout, optimizers, report, text
+from experiments import decoder, layout, optimizers, report, text
 from experiments.checkpoint import Checkpoints
-from experiments.models import decoder
 from flora_jax import make_train_step, state_shardings
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.chain.projection import Side
 from flora_jax.memory.compiled import compiled_bytes
+from flora_jax.models import generate, llama
+from flora_jax.update.ordinary_step import ordinary_step
 
 PROMPT = "def read(self, "
 HELD_OUT = 64
@@ -145,7 +146,7 @@ def transformation(config: Config, method: optimizers.Method):
 
 def initial_state(config: Config, method: optimizers.Method, mesh: Mesh) -> tuple[Any, Any]:
     """Makes params and the optimizer's state, each with its sharding."""
-    model = decoder.Decoder(config.model)
+    model = decoder.model(config.model)
 
     def make() -> Any:
         return model.init(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
@@ -156,13 +157,13 @@ def initial_state(config: Config, method: optimizers.Method, mesh: Mesh) -> tupl
     return params, jax.jit(tx.init, out_shardings=state_shardings(tx, params))(params)
 
 
-def sharded_model(config: Config) -> decoder.Decoder:
+def sharded_model(config: Config) -> llama.Llama:
     """Gives the model with the shardings of its activations; it runs with the mesh in context.
 
     Left to itself, XLA (of jax 0.10.2, on CPUs) computes rotary positions of heads that are sharded over
     a mesh of three axes wrongly.
     """
-    return decoder.Decoder(replace(config.model, cut=(layout.BATCH, "model")))
+    return decoder.model(config.model, sharded=(layout.BATCH, "model"))
 
 
 def make_step(config: Config, method: optimizers.Method):
@@ -171,7 +172,7 @@ def make_step(config: Config, method: optimizers.Method):
     tx, projection = transformation(config, method)
     if projection is not None:
         return make_train_step(loss, tx, projection)
-    return optimizers.ordinary_step(loss, tx)
+    return ordinary_step(loss, tx)
 
 
 def peak(config: Config, method: optimizers.Method, mesh: Mesh, state: tuple[Any, Any]) -> int:
@@ -322,10 +323,10 @@ def train(config: Config, console: Console) -> dict[str, Any]:
 
 def write(config: Config, params) -> str:
     """Gives the text that the model writes after a prompt."""
-    model = decoder.Decoder(config.model)
+    model = decoder.model(config.model)
     prompt = ("\n" * config.length + PROMPT).encode()[-config.length :]
     tokens = jnp.asarray(np.frombuffer(prompt, np.uint8).astype(np.int32))[None]
-    sample = jax.jit(partial(decoder.sample, model, count=240, heat=0.7))
+    sample = jax.jit(partial(generate.sample, model, count=240, heat=0.7))
     written = sample(jax.tree.map(np.asarray, params), tokens, key=jax.random.key(config.seed))
     return bytes(np.asarray(written[0], np.uint8)).decode(errors="replace").lstrip("\n")
 

@@ -25,8 +25,7 @@ from sklearn.datasets import load_digits
 
 import flora_jax
 from flora_jax.chain.plan import tree_bytes
-from flora_jax.memory import estimate, report
-from flora_jax.models import shapes
+from flora_jax.memory import estimate, outline, report
 
 images, digits = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(images))
@@ -111,5 +110,5 @@ print(plan)
 # bfloat16, with 2048 tokens, on a TPU v5e chip.
 
 # %%
-setting = estimate.Setting(shapes.named("LLaMA-7B"))
+setting = estimate.Setting(outline.named("LLaMA-7B"))
 SVG(report.to_svg(setting, estimate.estimates(setting)))

@@ -25,9 +25,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import flora_jax
-from experiments.models import llama
 from flora_jax.chain.products import sample
 from flora_jax.chain.sketch import is_sketch
+from flora_jax.models import llama
 
 # %% [markdown]
 # ## In the jaxpr

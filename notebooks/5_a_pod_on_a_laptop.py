@@ -34,10 +34,9 @@ from jax.sharding import PartitionSpec as P
 
 import flora_jax
 from experiments.bench import traffic
-from experiments.models import llama
 from flora_jax.chain.plan import tree_bytes
-from flora_jax.memory import estimate, report
-from flora_jax.models import shapes
+from flora_jax.memory import estimate, outline, report
+from flora_jax.models import llama
 from flora_jax.paths import path_name
 
 # %% [markdown]
@@ -49,7 +48,7 @@ from flora_jax.paths import path_name
 
 # %%
 CHIPS = (1, 2, 4, 8, 16, 32, 64)
-model = shapes.named("LLaMA-7B")
+model = outline.named("LLaMA-7B")
 settings = {chips: estimate.Setting(model, chips=chips, batch=chips) for chips in CHIPS}
 table = {chips: {e.method: e for e in estimate.estimates(s)} for chips, s in settings.items()}
 
@@ -65,7 +64,7 @@ print("! does not fit")
 
 needed = {m: next(c for c in CHIPS if table[c][m].fits) for m in estimate.METHODS}
 print("\nfewest of these chips that hold it:", needed)
-assert needed[estimate.METHODS[0]] == min(needed.values())  # Flora with fused gradients
+assert needed["Flora, fused"] == min(needed.values())
 
 # %%
 figure, (left, right) = plt.subplots(
@@ -112,7 +111,7 @@ else:
 print(f"compiled for {len(devices)} x {devices[0].device_kind}")
 mesh = Mesh(np.array(devices).reshape(2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
-shape = llama.Shape(4096, 256, 768, 4, 4, 4, jnp.bfloat16, cut=(("data", "fsdp"),))
+shape = llama.Shape(4096, 256, 768, 4, 4, 4, jnp.bfloat16, sharded=(("data", "fsdp"),))
 net = llama.Llama(shape)
 
 

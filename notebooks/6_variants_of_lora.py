@@ -26,7 +26,6 @@ import optax
 from sklearn.datasets import load_digits
 
 import flora_jax
-from experiments.models import vit
 from flora_jax.adapters import (
     boosting,
     deep_lora,
@@ -44,6 +43,7 @@ from flora_jax.adapters import (
     xgb_lora,
 )
 from flora_jax.chain.plan import tree_bytes
+from flora_jax.models import vit
 
 images, digits = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(images))

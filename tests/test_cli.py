@@ -7,7 +7,7 @@ import pytest
 
 from flora_jax import cli
 from flora_jax.memory import compiled, estimate
-from flora_jax.models import shapes
+from flora_jax.models import config
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def test_the_answer(capsys, tmp_path):
     page = tmp_path / "plan.html"
     assert cli.main(["plan", "--model", "LLaMA-7B", "--chip", "v5e", "--html", str(page)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Flora, born compressed at rank 128 fits" in shown
+    assert "Flora, fused at rank 128 fits" in shown
     assert "does not fit" not in shown
     assert "…" not in shown  # nothing is cut at 80 columns
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
@@ -34,7 +34,7 @@ def test_what_does_not_fit_gives_1_and_a_rank_that_does(capsys):
 
 
 def test_json_of_a_config(capsys, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(shapes.NAMED["GPT-2"]))
+    (tmp_path / "config.json").write_text(json.dumps(config.config_of(config.NAMED["GPT-2"])))
     arguments = ["plan", "--config", str(tmp_path), "--hbm", "8", "--length", "256", "--json"]
     assert cli.main(arguments) == 0
     data = json.loads(capsys.readouterr().out)
@@ -54,9 +54,9 @@ def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "measure", measure)
     page = tmp_path / "plan.html"
     assert cli.main(["plan", "--html", str(page)]) == 1  # estimated, it fits
-    assert asked == [("LLaMA-7B", "Flora, born compressed", "v5e")]
+    assert asked == [("LLaMA-7B", "Flora, fused", "v5e")]
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Flora, born compressed at rank 128 does not fit: 16.00 GiB, a chip has 15.75" in shown
+    assert "Flora, fused at rank 128 does not fit: 16.00 GiB, a chip has 15.75" in shown
     assert "<td>16.00</td>" in page.read_text(encoding="utf-8")
     assert cli.main(["plan", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["methods"]
@@ -77,7 +77,7 @@ def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
 def test_shapes_lists_names(capsys):
     assert cli.main(["shapes"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in (*shapes.NAMED, "v5e", "multisteps"))
+    assert all(name in shown for name in (*config.NAMED, "v5e", "multisteps"))
 
 
 def test_wrong_words_give_2_and_a_sentence(capsys):
@@ -87,17 +87,19 @@ def test_wrong_words_give_2_and_a_sentence(capsys):
     assert "chips must be at least 1, found 0" in capsys.readouterr().err
 
 
-def test_without_its_extra_it_says_what_to_install(capsys, monkeypatch):
+@pytest.mark.parametrize("missing", ["flax", "rich", "tyro"])
+def test_without_its_extra_it_says_what_to_install(capsys, monkeypatch, missing):
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
-        if name == "tyro":
-            raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
+        if name == missing:
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main(["shapes"]) == 2
-    assert "pip install 'flora-jax[cli]'" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"found no {missing}: pip install 'flora-jax[cli]'" in shown
 
 
 def test_help_ends_well():

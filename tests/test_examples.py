@@ -17,8 +17,7 @@ import flora_jax
 from flora_jax import adapters
 from flora_jax.adapters import peft, quantized
 from flora_jax.chain.plan import tree_bytes
-from flora_jax.memory import estimate, report
-from flora_jax.models import shapes
+from flora_jax.memory import estimate, outline, report
 from tests.memory.test_estimate import COMPILED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +156,7 @@ def test_the_planner_s_table():
     lines = []
     for model, method, rank, length, batch, chips, gib in COMPILED:
         e = estimate.estimate(
-            estimate.Setting(shapes.named(model), rank, length, batch, chips), method
+            estimate.Setting(outline.named(model), rank, length, batch, chips), method
         )
         name = method + (f", rank {rank}" if e.rank else "")
         tokens = f"{batch} x {length} tokens"
@@ -169,7 +168,7 @@ def test_the_planner_s_table():
 
 @pytest.mark.newest  # MultiSteps of older optax accumulates in the params' dtype
 def test_the_planner_s_picture():
-    setting = estimate.Setting(shapes.named("LLaMA-7B"))
+    setting = estimate.Setting(outline.named("LLaMA-7B"))
     text = report.to_svg(setting, estimate.estimates(setting)) + "\n"
     ElementTree.fromstring(text)
     assert (ROOT / "docs" / "plan.svg").read_text() == text

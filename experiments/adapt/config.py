@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from experiments.models import decoder
+from experiments import decoder
 
 Method = Literal[
     "full",

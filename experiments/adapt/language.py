@@ -10,11 +10,10 @@ import numpy as np
 from rich.console import Console
 from safetensors.flax import load_file, save_file
 
-from experiments import optimizers, text
+from experiments import decoder, optimizers, text
 from experiments.adapt import method
 from experiments.adapt.config import Config
 from experiments.adapt.task import Task
-from experiments.models import decoder
 from flora_jax.paths import path_name
 
 HELD_OUT = 64
@@ -23,7 +22,7 @@ HELD_OUT = 64
 def language(config: Config, console: Console) -> Task:
     """Gives the task whose model was trained on the standard library's source, and whose data is JAX's."""
     corpus = text.load(Path(str(jax.__file__)).parent)
-    loss = partial(decoder.loss, decoder.Decoder(config.model))
+    loss = partial(decoder.loss, decoder.model(config.model))
     compiled = jax.jit(loss)
 
     def validation(params: Any) -> float:
@@ -51,7 +50,7 @@ def base(config: Config, console: Console) -> Any:
     Raises:
       ValueError: The file has the params of another shape.
     """
-    model = decoder.Decoder(config.model)
+    model = decoder.model(config.model)
     shapes = jax.eval_shape(
         lambda: model.init(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
     )

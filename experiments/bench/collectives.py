@@ -26,7 +26,8 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import setting, topology, traffic
-from experiments.models import llama
+from flora_jax.models import llama
+from flora_jax.models.families import outline
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def compare(config: Config):
     """Gives the all-reduces of the ordinary and of the fused gradient, and the plan."""
     model = setting.small(config.width, config.layers, dtype=jnp.float32, remat=False, scan=False)
     loss = partial(llama.loss, model)
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+    params = outline(model)
     projection = flora_jax.Projection(config.rank, side="input")
     fused = partial(flora_jax.value_and_grad(loss, projection), cycle=0)
     plan = flora_jax.plan(params, projection)

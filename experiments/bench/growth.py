@@ -41,7 +41,7 @@ from experiments.bench import exponents, pods, records, topology, traffic
 from experiments.bench.baselines import in_jax, page
 from experiments.bench.baselines.methods import Size
 from experiments.bench.exponents import AXES, KEYS
-from experiments.models import llama
+from flora_jax.models import llama
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def on_devices(key: str, size: Size, devices: int) -> dict[str, float]:
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
     )
     size = dataclasses.replace(size, batch=devices)
-    model = llama.Llama(dataclasses.replace(in_jax.outline(size)[0].shape, cut=("fsdp",)))
+    model = llama.Llama(dataclasses.replace(in_jax.outline(size)[0].shape, sharded=("fsdp",)))
     params, _, windows, peak = _shapes(key, size)
     specs = pods.weight_specs(params, size.rank, ("fsdp",) if devices > 1 else ())
     params = topology.placed(params, jax.tree.map(partial(NamedSharding, mesh), specs))

@@ -29,25 +29,23 @@ from optax.contrib import galore
 from rich.console import Console
 
 import flora_jax
-from experiments import optimizers, report
+from experiments import report
 from experiments.bench import topology
-from experiments.models import gpt2, llama, t5
 from flora_jax import Projection
 from flora_jax.adapters import Adapter, lora
+from flora_jax.models import families, gpt2, llama, t5
+from flora_jax.models.config import NAMED
+from flora_jax.update.ordinary_step import ordinary_step
 
 STEPS = 16
-FAMILIES = {
-    name: (family, shape, module.loss)
-    for module, family in ((llama, llama.Llama), (gpt2, gpt2.Gpt2), (t5, t5.T5))
-    for name, shape in module.SHAPES.items()
-}
+LANGUAGE = (*llama.SHAPES, *gpt2.SHAPES, *t5.SHAPES)
 
 
 @dataclass(frozen=True)
 class Config:
     """The step to compile."""
 
-    model: Literal[tuple(FAMILIES)] = "LLaMA-7B"  # type: ignore[valid-type]
+    model: Literal[LANGUAGE] = "LLaMA-7B"  # type: ignore[valid-type]
     """The name of the model's shape."""
     length: int = 2048
     """Number of tokens in a window."""
@@ -64,14 +62,13 @@ class Config:
 def flora(rank: int, fused: bool = True):
     """Builds the step of Flora with fused gradients, or with ordinary ones."""
 
-    def build(model: Any, loss_of: Callable):
+    def build(loss: Callable):
         projection = flora_jax.Projection(rank, distribution="srht", resample_every=STEPS)
         tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=STEPS)
-        loss = partial(loss_of, model)
         if fused:
             step: Any = flora_jax.make_train_step(loss, tx, projection)
             return tx, step.lower
-        return tx, optimizers.ordinary_step(loss, tx).lower
+        return tx, ordinary_step(loss, tx).lower
 
     return build
 
@@ -79,9 +76,9 @@ def flora(rank: int, fused: bool = True):
 def multisteps(inner: optax.GradientTransformation):
     """Builds the step of `optax.MultiSteps` over `inner`."""
 
-    def build(model: Any, loss_of: Callable):
+    def build(loss: Callable):
         tx = optax.MultiSteps(inner, STEPS).gradient_transformation()
-        return tx, optimizers.ordinary_step(partial(loss_of, model), tx).lower
+        return tx, ordinary_step(loss, tx).lower
 
     return build
 
@@ -104,8 +101,8 @@ def without_svd(build: Callable):
         shapes = (matrix.shape[0], rank), (rank,), (rank, matrix.shape[1])
         return tuple(jnp.zeros(shape, matrix.dtype) for shape in shapes)
 
-    def patched(model: Any, loss_of: Callable):
-        tx, lower = build(model, loss_of)
+    def patched(loss: Callable):
+        tx, lower = build(loss)
 
         def lowered(*args: Any):
             with mock.patch.object(jnp.linalg, "svd", singular):
@@ -119,20 +116,18 @@ def without_svd(build: Callable):
 def adapted(adapter: Adapter):
     """Builds the step that trains an adapter's parameters by Adam; the weights are frozen."""
 
-    def build(model: Any, loss_of: Callable):
-        tx, loss = optax.adam(1e-3), adapter.apply(partial(loss_of, model))
-
-        @partial(jax.jit, donate_argnums=(0, 1))
-        def step(params, state, windows):
-            frozen, own = params
-            value, grads = jax.value_and_grad(loss, argnums=1)(frozen, own, windows)
-            updates, state = tx.update(grads, state, own)
-            return (frozen, optax.apply_updates(own, updates)), state, value
+    def build(loss: Callable):
+        tx, run = optax.adam(1e-3), adapter.apply(loss)
+        step = ordinary_step(lambda own, frozen, windows: run(frozen, own, windows), tx)
 
         def init(params: Any):
             return tx.init(params[1])
 
-        return optax.GradientTransformation(init, tx.update), step.lower
+        def lower(params: Any, state: Any, windows: Any):
+            frozen, own = params
+            return step.lower(own, state, frozen, windows)
+
+        return optax.GradientTransformation(init, tx.update), lower
 
     return build
 
@@ -162,8 +157,7 @@ def largest_axis(shape: tuple[int, ...], chips: int) -> PartitionSpec:
 
 def measure(config: Config, build, chip: str) -> topology.Program | None:
     """Compiles a step for a kind of chip; gives None where it does not fit."""
-    family, shape, loss = FAMILIES[config.model]
-    model = family(shape)
+    model = families.module(NAMED[config.model])
     mesh = topology.mesh(chip, (config.chips,))
 
     def sharded(tree):
@@ -172,10 +166,8 @@ def measure(config: Config, build, chip: str) -> topology.Program | None:
         )
         return topology.placed(tree, shardings)
 
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    tx, lower = build(model, loss)
-    given = (tokens, tokens) if family is t5.T5 else (tokens,)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), *given)["params"])
+    tx, lower = build(families.loss(model))
+    params = families.outline(model)
     if build is WITH_LORA:
         params = (params, jax.eval_shape(partial(LORA.init, jax.random.key(0)), params))
     state = jax.eval_shape(tx.init, params)

@@ -24,9 +24,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 import flora_jax
-from experiments import optimizers, report
+from experiments import report
 from experiments.bench import topology, traffic
-from experiments.models import llama
+from flora_jax.models import llama
+from flora_jax.models.families import outline
+from flora_jax.update.ordinary_step import ordinary_step
 
 STEPS = 16
 
@@ -121,17 +123,15 @@ def shapes(config: Config, mesh: Any) -> tuple[Any, Any, Any]:
     """Gives the model, its params and a batch, as shapes with shardings."""
     shape = llama.SHAPES[config.shape]
     shape = dataclasses.replace(shape, layers=config.layers or shape.layers)
-    plain = llama.Llama(shape)
-    sharded = llama.Llama(dataclasses.replace(shape, cut=(("data", "fsdp"),)))
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params = jax.eval_shape(lambda: plain.init(jax.random.key(0), tokens)["params"])
+    model = llama.Llama(dataclasses.replace(shape, sharded=(("data", "fsdp"),)))
+    params = outline(model)
     axes = tuple(name for name in ("fsdp", "model") if getattr(config, name) > 1)
     specs = weight_specs(params, config.rank, axes)
     places = jax.tree.map(partial(NamedSharding, mesh), specs)
     count = config.data * config.fsdp
     windows = jax.ShapeDtypeStruct((count, config.length + 1), jnp.int32)
     batch = topology.placed(windows, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
-    return sharded, topology.placed(params, places), batch
+    return model, topology.placed(params, places), batch
 
 
 def placed_state(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -152,7 +152,7 @@ def multisteps_step(config: Config, model: Any, params: Any) -> tuple[Any, Any]:
     tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
     state = placed_state(tx, params)
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
-    return optimizers.ordinary_step(partial(llama.loss, model), tx, shardings).lower, state
+    return ordinary_step(partial(llama.loss, model), tx, shardings).lower, state
 
 
 METHODS = {"Flora, fused": flora_step, "MultiSteps + Adafactor": multisteps_step}

@@ -19,7 +19,8 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import setting, topology
-from experiments.models import llama
+from flora_jax.models import llama
+from flora_jax.models.families import outline
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ def main(config: Config) -> None:
     model = setting.small(config.width, config.layers, remat=False)
     loss = partial(llama.loss, model)
     place = NamedSharding(topology.mesh(), PartitionSpec())
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+    params = outline(model)
     params = topology.placed(params, place)
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32, sharding=place)
 

@@ -21,10 +21,10 @@ from rich.console import Console
 
 from experiments import report
 from experiments.bench import setting
-from experiments.models import llama
 from flora_jax import Projection
 from flora_jax.adapters import lora, run_lora
 from flora_jax.adapters.run_lora import ORDERS, Order, cheapest, flops, multiply
+from flora_jax.models import llama
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
 import flora_jax
 from experiments import report
 from experiments.bench import pods
-from experiments.models import llama
+from flora_jax.models import llama
+from flora_jax.models.families import outline
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,7 @@ def methods(config: Config) -> dict[str, Method]:
 def shared_bytes(config: pods.Config) -> dict[str, float]:
     """Gives the bytes of a chip's part of one gradient, in bfloat16, and of its sketches, in float32."""
     shape = llama.SHAPES[config.shape]
-    model = llama.Llama(shape)
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params: Any = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+    params: Any = outline(llama.Llama(shape))
     plan = flora_jax.plan(params, flora_jax.Projection(config.rank, resample_every=pods.STEPS))
     share = (config.layers or shape.layers) / shape.layers / config.fsdp
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))

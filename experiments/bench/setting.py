@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from experiments.models import llama
+from flora_jax.models import llama
 
 
 def small(width: int, layers: int, **others: Any) -> llama.Llama:

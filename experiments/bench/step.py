@@ -24,9 +24,11 @@ import tyro
 from rich.console import Console
 
 import flora_jax
-from experiments import optimizers, report
+from experiments import report
 from experiments.bench import setting
-from experiments.models import llama
+from flora_jax.models import llama
+from flora_jax.models.families import outline
+from flora_jax.update.ordinary_step import ordinary_step
 
 VARIANTS = {
     "unrolled": {"scan": False, "remat": False},
@@ -65,7 +67,7 @@ def steps(config: Config, model: llama.Llama, params):
     tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=1000)
     step: Any = flora_jax.make_train_step(loss, tx, projection)
     return {
-        "MultiSteps": (optimizers.ordinary_step(loss, multi), multi.init(params)),
+        "MultiSteps": (ordinary_step(loss, multi), multi.init(params)),
         "Flora, fused": (step, tx.init(params)),
     }
 
@@ -78,8 +80,7 @@ def flops(config: Config, width: int) -> tuple[float, float]:
     """Gives XLA's count of FLOPs for the ordinary gradient and for the fused one, at rank width / 16."""
     model = setting.small(width, config.layers, dtype=jnp.float32, **VARIANTS["unrolled"])
     loss = partial(llama.loss, model)
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+    params = outline(model)
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
 
     def count(gradient: Any) -> float:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import flora_jax
-from experiments import optimizers
 from experiments.checkpoint import Checkpoints
 from experiments.paper import lora, methods
 from experiments.paper.problem import Problem, Sizes
@@ -19,6 +18,7 @@ from experiments.tasks import batches
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.fused.leaves import combine
 from flora_jax.memory.compiled import compiled_bytes
+from flora_jax.update.ordinary_step import ordinary_step
 
 CYCLES = 100_003
 """Number of cycles from one seed's first projection to the next seed's."""
@@ -152,7 +152,7 @@ def _cycle(loss: Any, build: Any, adapted: bool, params, state, many, rate):
         held, params = lora.apart(params)
         inner = lambda own, batch: loss(combine(own, held), batch)  # noqa: E731
     if projection is None:
-        step = optimizers.ordinary_step(inner, tx)
+        step = ordinary_step(inner, tx)
     else:
         step = flora_jax.make_train_step(inner, tx, projection)
 

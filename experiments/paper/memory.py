@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.progress import track
 
 import flora_jax
-from experiments import optimizers
 from experiments.paper import lora, methods, problem
 from experiments.paper.files import atomic_file, replace_text
 from experiments.paper.methods import Method
@@ -33,6 +32,7 @@ from experiments.paper.sizes import Size
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.fused.leaves import combine
 from flora_jax.memory.compiled import compiled_bytes
+from flora_jax.update.ordinary_step import ordinary_step
 
 TITLE = "7. Memory of a step"
 SIZES: dict[Size, Sizes] = {
@@ -101,7 +101,7 @@ def _program(given: problem.Problem, method: Method, light: bool, sizes: Sizes) 
         @partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, batch):
             held, own = params
-            inner = optimizers.ordinary_step(lambda own, batch: loss(combine(own, held), batch), tx)
+            inner = ordinary_step(lambda own, batch: loss(combine(own, held), batch), tx)
             own, state, value = inner(own, state, batch)
             return (held, own), state, value
 
@@ -109,7 +109,7 @@ def _program(given: problem.Problem, method: Method, light: bool, sizes: Sizes) 
     state = jax.eval_shape(tx.init, params)
     if light and projection is not None:
         return flora_jax.make_train_step(loss, tx, projection), (params, state, batch)
-    return optimizers.ordinary_step(loss, tx), (params, state, batch)
+    return ordinary_step(loss, tx), (params, state, batch)
 
 
 def measure(step: Any, shapes: Any, size: Size) -> int | None:

@@ -10,16 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import generate, text
-from experiments.models import gpt2, llama, pretrained, t5, vit
+from experiments import text
 from experiments.tasks import batches, catalogues, data, digits, docstrings, hub, scores, tokens
+from flora_jax.models import generate, gpt2, llama, t5, vit
+from flora_jax.models.config import NAMED
+from flora_jax.models.families import MODULES
+from flora_jax.models.load import load as load_checkpoint
 
 Task = Literal["summarisation", "translation", "language", "images"]
 Data = Literal["offline", "paper"]
+SMALL = {
+    "T5-test": t5.Shape(1024, 128, 512, 2, 4, 32),
+    "GPT-2-test": gpt2.Shape(1024, 256, 128, 2, 4),
+    "LLaMA-test": llama.Shape(1024, 128, 384, 2, 4, 2, jnp.float32),
+    "ViT-test": vit.Shape(8, 2, 1, 128, 2, 4, 256, 10),
+}
+"""Shapes for two CPU cores."""
 MODELS: dict[str, tuple[Any, Any]] = {
-    name: (family, shape)
-    for module, family in ((t5, t5.T5), (gpt2, gpt2.Gpt2), (llama, llama.Llama), (vit, vit.Vit))
-    for name, shape in module.SHAPES.items()
+    name: (MODULES[type(shape)], shape) for name, shape in {**SMALL, **NAMED}.items()
 }
 METRIC = {
     "summarisation": "rougeL",
@@ -114,7 +122,7 @@ def make(
     family, shape = MODELS[sizes.model]
     params, words = None, None
     if checkpoint is not None:
-        model, params = pretrained.load(checkpoint)
+        model, params = load_checkpoint(checkpoint)
         if not isinstance(model, family):
             raise ValueError(
                 f"{checkpoint} must be a {family.__name__} for {task}, found {type(model).__name__}"

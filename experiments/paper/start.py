@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.models import pretrained
 from experiments.paper import files, loop, problem
 from experiments.paper.methods import Method
 from experiments.paper.problem import Sizes, Task
+from flora_jax.models.save import save
 
 STARTS = Path("runs/paper/starts")
 """The folder of the checkpoints."""
@@ -40,6 +40,6 @@ def warm_start(
     console.print(f"Its validation loss is {figures['validation']:.3f}.")
     assert given.words is not None
     shutil.rmtree(folder, ignore_errors=True)  # without its tokeniser it is not complete
-    pretrained.save(folder, given.model, ends[0])
+    save(folder, given.model, ends[0])
     given.words.tokenizer.save(str(folder / "tokenizer.json"))
     return folder

@@ -67,7 +67,7 @@ class Options:
     data: problem.Data = "offline"
     """The data: `offline` ones come with packages, the `paper`'s are read through `datasets` and need a network."""
     model: str | None = None
-    """A model in place of the table's own; `llama`, `gpt2`, `t5` and `vit` in `experiments.models` list them."""
+    """A model in place of the table's own; `experiments.paper.problem.MODELS` lists them."""
     checkpoint: Path | None = None
     """A folder with Hugging Face weights and tokeniser to begin with; random weights by default."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -1,5 +1,6 @@
 """Compiled: what the TPU compiler says that a training step of a plan takes. Needs `libtpu`; no TPU."""
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -17,8 +18,9 @@ from flora_jax.chain.flora import flora
 from flora_jax.chain.plan import plan
 from flora_jax.chain.projection import Projection
 from flora_jax.memory.estimate import CHIPS, GIB, METHODS, Setting
-from flora_jax.models import forward
+from flora_jax.models import families
 from flora_jax.sharding.state import state_shardings
+from flora_jax.update.ordinary_step import ordinary_step
 from flora_jax.update.train_step import make_train_step
 
 STEPS = 16
@@ -28,9 +30,9 @@ TOPOLOGIES = {
     "v6e": ("v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16"),
     "v5p": ("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8"),
 }
-"""Of chips, the smallest first."""
+"""Topologies of each chip, the smallest first."""
 MEASURED = tuple(name for name in METHODS if name != "GaLore")
-"""GaLore's singular value decompositions take the compiler longer than anyone waits."""
+"""Methods that are compiled. GaLore's singular value decompositions take the compiler longer than anyone waits."""
 
 
 def obstacle(setting: Setting, method: str, chip: str) -> str:
@@ -45,22 +47,22 @@ def obstacle(setting: Setting, method: str, chip: str) -> str:
 
 
 def measure(setting: Setting, method: str, chip: str = "v5e") -> int | None:
-    """Bytes on each chip that one program takes which does the micro-step and the boundary.
+    """Bytes on each chip that one program takes which does the micro-step and the optimizer step.
 
-    Where the chip cannot hold it, those that it takes of a v5p chip (but more than the chip has); None where
-    that cannot hold it either.
+    Where the chip cannot hold it, they are those that it takes of a v5p chip (but more than the chip has); None
+    where that cannot hold it either.
 
-    Weights lie cut over all chips along the axis that Flora keeps, the state with them, and the batch where
+    Weights are sharded over all chips along the axis that Flora keeps, the state with them, and the batch where
     the chips divide it. Some minutes for billions of parameters.
 
     Args:
-      setting: what is trained; its capacity is not looked at.
-      method: of `MEASURED`.
-      chip: of `TOPOLOGIES`.
+      setting: What is trained; its capacity is not looked at.
+      method: A name in `MEASURED`.
+      chip: A key of `TOPOLOGIES`.
 
     Raises:
-      ValueError: an unknown method or chip, or more chips than there is a topology of.
-      ModuleNotFoundError: no `libtpu`.
+      ValueError: An unknown method or chip, or more chips than there is a topology of.
+      ModuleNotFoundError: There is no `libtpu`.
     """
     if method not in MEASURED:
         raise ValueError(f"method must be one of {'; '.join(MEASURED)}, found {method!r}")
@@ -73,16 +75,16 @@ def measure(setting: Setting, method: str, chip: str = "v5e") -> int | None:
 
 
 def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
-    cut = setting.chips > 1 and setting.batch % setting.chips == 0
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    rows = NamedSharding(mesh, PartitionSpec("chips")) if cut else everywhere
-    place = (lambda x: jax.lax.with_sharding_constraint(x, rows)) if cut else (lambda x: x)
+    model = setting.model.model
+    everywhere = batched = NamedSharding(mesh, PartitionSpec())
+    if setting.chips > 1 and setting.batch % setting.chips == 0:
+        batched = NamedSharding(mesh, PartitionSpec("chips"))
+        model = families.module(dataclasses.replace(model.shape, sharded=("chips",)))
     projection = Projection(setting.rank, distribution="srht", resample_every=STEPS)
-    weights = _cut(setting.model.params, projection, mesh)
-    loss = forward.loss(setting.model, place)
-    batch = forward.batch(setting.model, setting.batch, setting.length)
-    batch = jax.tree.map(lambda x: _placed(x, rows), batch)
-    step, tx, params = _step(method, loss, weights, projection, setting)
+    weights = _sharded(setting.model.params, projection, mesh)
+    batch = families.batch(model, setting.batch, setting.length)
+    batch = jax.tree.map(lambda x: _placed(x, batched), batch)
+    step, tx, params = _step(method, families.loss(model), weights, projection, setting)
     shapes = jax.eval_shape(tx.init, params)
     shardings = (
         state_shardings(tx, params)
@@ -91,55 +93,42 @@ def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
     )
     state = jax.tree.map(_placed, shapes, shardings)
     frozen = () if params is weights else (weights,)
-    return step.lower(*frozen, params, state, *batch)
+    with jax.set_mesh(mesh):
+        return step.lower(params, state, *frozen, *batch)
 
 
 def _step(
     method: str, loss: Callable, params: Any, projection: Projection, setting: Setting
 ) -> tuple[Any, optax.GradientTransformation, Any]:
-    """The compiled step, its transformation, and what that trains."""
+    """The compiled step, its transformation, and what that trains; the weights are the batch's first part else."""
     if method.startswith("Flora"):
         tx = flora(1e-3, projection=projection, accumulation_steps=STEPS)
-        if method == "Flora, born compressed":
+        if method == "Flora, fused":
             return make_train_step(loss, tx, projection), tx, params
-        return _ordinary(loss, tx), tx, params
+        return ordinary_step(loss, tx), tx, params
     if method == "LoRA + Adam":
-        names = tuple(stack.name for stack in setting.model.stacks)
+        stacks = setting.model.stacks
         sides = Projection(
-            setting.rank, side="input", select=lambda path, _: path.split("/")[0] in names
+            setting.rank,
+            side="input",
+            select=lambda path, _: any(stack.within(path) for stack in stacks),
         )
         adapter, tx = lora(sides), optax.adam(1e-3)
         own = jax.eval_shape(partial(adapter.init, jax.random.key(0)), params)
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         own = jax.tree.map(lambda x: _placed(x, _largest(x.shape, mesh)), own)
         adapted = adapter.apply(loss)
-
-        @partial(jax.jit, donate_argnums=(1, 2))
-        def step(frozen, own, state, *batch):
-            value, grads = jax.value_and_grad(adapted, argnums=1)(frozen, own, *batch)
-            updates, state = tx.update(grads, state, own)
-            return optax.apply_updates(own, updates), state, value
-
+        step = ordinary_step(lambda own, frozen, *batch: adapted(frozen, own, *batch), tx)
         return step, tx, own
     if method == "Adam":
         tx = optax.adam(1e-3)
     else:
         tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
-    return _ordinary(loss, tx), tx, params
+    return ordinary_step(loss, tx), tx, params
 
 
-def _ordinary(loss: Callable, tx: optax.GradientTransformation) -> Any:
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, *batch):
-        value, grads = jax.value_and_grad(loss)(params, *batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    return step
-
-
-def _cut(params: Any, projection: Projection, mesh: Mesh) -> Any:
-    """Over the chips, each weight along its longest axis that Flora keeps and the chips divide."""
+def _sharded(params: Any, projection: Projection, mesh: Mesh) -> Any:
+    """Each weight, sharded over the chips along its longest axis that Flora keeps and the chips divide."""
     leaves = []
     for leaf, x in zip(plan(params, projection).leaves, jax.tree.leaves(params), strict=True):
         leaves.append(_placed(x, _largest(x.shape, mesh, leaf.spec.kept if leaf.spec else ())))
@@ -150,8 +139,8 @@ def _largest(shape: tuple[int, ...], mesh: Mesh, first: tuple[int, ...] = ()) ->
     """Along the longest axis that the chips divide, if any of those `first` among these."""
     axes = [axis for axis, n in enumerate(shape) if n % mesh.size == 0 and len(shape) > 1]
     best = max(axes, key=lambda axis: (axis in first, shape[axis]), default=None)
-    cut = ("chips" if axis == best else None for axis in range(len(shape)))
-    return NamedSharding(mesh, PartitionSpec(*cut))
+    names = ("chips" if axis == best else None for axis in range(len(shape)))
+    return NamedSharding(mesh, PartitionSpec(*names))
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -167,7 +156,7 @@ def devices(chip: str, count: int) -> list[Any]:
     """So many described chips, of the smallest topology in `TOPOLOGIES` that has them.
 
     Raises:
-      ValueError: an unknown chip, or more chips than there is a topology of.
+      ValueError: An unknown chip, or more chips than there is a topology of.
     """
     from jax.experimental import topologies
 
@@ -187,7 +176,7 @@ def _count(topology: str) -> int:
 
 
 def _bytes(lowered: Any) -> int | None:
-    """None where the compiler runs out of the chip's memory."""
+    """The bytes of a program; None where the compiler runs out of the chip's memory."""
     try:
         return compiled_bytes(lowered.compile())
     except jax.errors.JaxRuntimeError as error:

@@ -1,20 +1,20 @@
 """Planner: bytes of HBM that a training step takes on a chip, by part and by method; what fits.
 
-An estimate, by this model of a compiled step (bfloat16 parameters, layers under `scan` with remat,
-attention and loss over `CHUNK` tokens at a time, the micro-step and the boundary in one program):
+It is an estimate, by this model of a compiled step (bfloat16 parameters, layers under `scan` with remat,
+attention and loss over `CHUNK` tokens at a time, the micro-step and the optimizer step in one program):
 
     parameters + optimizer state + gradients + max(activations + gathered + copies, update)
 
 | part | bytes |
 |---|---|
-| gradients | those of the largest stack of layers and of all leaves outside of the stacks: what an earlier stack gave has been added up by then. Born compressed: its sketches |
+| gradients | those of the largest stack of layers and of all leaves outside of the stacks: what an earlier stack gave has been added up by then. Fused: its sketches |
 | activations | the states between layers, and what one layer, or one chunk of the loss, takes at a time, less the gradient of an embedding that is no head, which comes last; logits of up to `VMEM` bytes stay there |
 | update | of the largest leaf, where a tree of updates is made |
-| gathered | with several chips: the weights of the layer at work, and its gradient where that is whole |
+| gathered | with several chips: the weights of the layer at work, and its gradient where that is uncompressed |
 | copies | of float32 weights, in bfloat16, for the matrix unit |
 
 The figures of the state are those of `flora_jax.plan`. The forms of the others were chosen beside figures of the
-TPU compiler, and are within 10 % of all of them, from 0.2 to 51 GiB, which `tests/test_planner.py` holds. Of seven
+TPU compiler, and are within 10 % of all of them, from 0.2 to 51 GiB, which `tests/memory/test_estimate.py` holds. Of seven
 that were compiled afterwards (Qwen2-0.5B, TinyLlama-1.1B on one and on four chips, T5 1.1 base; 1.1 to 5.1 GiB) six are within
 4 %, and one is 12 % too high. In float32 fourteen others are within 11 %, from
 0.5 to 22 GiB. GaLore and GPUs were not among them.
@@ -30,8 +30,8 @@ import jax.numpy as jnp
 
 from flora_jax.chain.plan import Plan, plan, tree_bytes
 from flora_jax.chain.projection import Projection
-from flora_jax.models.forward import CHUNK
-from flora_jax.models.shapes import Model
+from flora_jax.memory.outline import Outline
+from flora_jax.models.attention import CHUNK
 
 GIB = 2**30
 
@@ -53,7 +53,7 @@ PARTS = (
 
 
 METHODS = (
-    "Flora, born compressed",
+    "Flora, fused",
     "Flora, ordinary gradients",
     "LoRA + Adam",
     "GaLore",
@@ -63,7 +63,7 @@ METHODS = (
 
 
 RANKED = METHODS[:4]
-"""Those that have a rank."""
+"""The methods that have a rank."""
 
 
 CHIPS = {
@@ -81,15 +81,15 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one method.
+    """What a step takes by one method.
 
     Attributes:
-      method: of `METHODS`.
-      rank: None where it has none.
-      parts: bytes on each chip at the worst moment, by the names in `PARTS`.
-      capacity: bytes that a program may use.
-      largest_rank: the largest multiple of 8 that fits; None where none does or there is no rank.
-      measured: bytes of all parts as the compiler says (`flora_jax.memory.compiled`); None where it was not asked.
+      method: A name in `METHODS`.
+      rank: The rank; None where the method has none.
+      parts: Bytes on each chip at the worst moment, by the names in `PARTS`.
+      capacity: The bytes that a program may use.
+      largest_rank: The largest multiple of 8 that fits; None where none does or there is no rank.
+      measured: Bytes of all parts as the compiler says (`flora_jax.memory.compiled`); None where it was not asked.
     """
 
     method: str
@@ -101,12 +101,12 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Of the parts, estimated."""
+        """Bytes of all parts, estimated."""
         return sum(self.parts.values())
 
     @property
     def size(self) -> int:
-        """Measured where it was."""
+        """Bytes of all parts: measured where they were, else estimated."""
         return self.total if self.measured is None else self.measured
 
     @property
@@ -119,18 +119,18 @@ class Setting:
     """What is to be trained, and on what.
 
     Attributes:
-      model: of `flora_jax.models.shapes`.
-      rank: of Flora, GaLore and LoRA.
-      length: tokens of a sequence.
-      batch: sequences of a micro-step, over all chips.
-      chips: over which every weight is cut evenly, and the batch where they divide it.
-      capacity: bytes of a chip that a program may use.
+      model: The model.
+      rank: The rank of Flora, GaLore and LoRA.
+      length: The tokens of a sequence.
+      batch: The sequences of a micro-step, over all chips.
+      chips: The chips over which every weight is sharded evenly, and the batch where they divide it.
+      capacity: The bytes of a chip that a program may use.
 
     Raises:
-      ValueError: a number below 1.
+      ValueError: A number is below 1.
     """
 
-    model: Model
+    model: Outline
     rank: int = 128
     length: int = 2048
     batch: int = 1
@@ -144,15 +144,15 @@ class Setting:
 
 
 def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate:
-    """Bytes of one method.
+    """The bytes of one method.
 
     Args:
-      setting: what is trained.
-      method: of `METHODS`.
-      rank: in place of the setting's.
+      setting: What is trained.
+      method: A name in `METHODS`.
+      rank: A rank in place of the setting's.
 
     Raises:
-      ValueError: an unknown method.
+      ValueError: The method is unknown.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {'; '.join(METHODS)}, found {method!r}")
@@ -160,13 +160,13 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
     projection = Projection(rank or setting.rank, resample_every=2)
     planned = plan(setting.model.params, projection, accumulation_steps=2)
     held = _held(setting.model, planned, method, rank)
-    gathered = _gathered(setting, whole=method not in ("Flora, born compressed", "LoRA + Adam"))
+    gathered = _gathered(setting, gradients=method not in ("Flora, fused", "LoRA + Adam"))
     activations = max(0, _activations(setting) - _late(setting, planned, method) // setting.chips)
     copies = 0
     if jax.tree.leaves(setting.model.params)[0].dtype == jnp.float32:
         copies = tree_bytes(setting.model.params) // 2 // setting.chips
     update = 0
-    if method not in ("Flora, born compressed", "LoRA + Adam"):
+    if method not in ("Flora, fused", "LoRA + Adam"):
         largest = max(tree_bytes(leaf) for leaf in jax.tree.leaves(setting.model.params))
         update = max(0, largest // setting.chips - activations - gathered - copies)
     parts = {name: math.ceil(size / setting.chips) for name, size in held.items()}
@@ -180,7 +180,7 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
 
 
 def estimates(setting: Setting) -> list[Estimate]:
-    """Every method's, each with the largest rank that fits."""
+    """The estimates of every method, each with the largest rank that fits."""
     return [
         Estimate(e.method, e.rank, e.parts, e.capacity, largest_rank(setting, e.method))
         for e in (estimate(setting, method) for method in METHODS)
@@ -209,7 +209,7 @@ def _smaller(leaf: Any) -> int:
     return min(leaf.spec.size, math.prod(leaf.shape) // batch // leaf.spec.size)
 
 
-def _held(model: Model, planned: Plan, method: str, rank: int | None) -> dict[str, int]:
+def _held(model: Outline, planned: Plan, method: str, rank: int | None) -> dict[str, int]:
     """Parameters, state, gradients and sketches, on all chips together."""
     params = tree_bytes(model.params)
     if method == "LoRA + Adam":
@@ -217,48 +217,43 @@ def _held(model: Model, planned: Plan, method: str, rank: int | None) -> dict[st
         gradients = max(sum(sizes) for sizes in factors)
         own = sum(map(sum, factors))
         return {"parameters": params + own, "state": 2 * own, "gradients": gradients}
-    born = method == "Flora, born compressed"
+    fused = method == "Flora, fused"
     state = "Flora" if method.startswith("Flora") else method
     largest = _largest_stack(model, _gradients(planned, method))
     return {
         "parameters": params,
         "state": planned.state_bytes[state],
-        "sketches" if born else "gradients": largest,
+        "sketches" if fused else "gradients": largest,
     }
 
 
 def _gradients(planned: Plan, method: str) -> dict[str, int]:
-    """Bytes of each leaf's gradient, or of its sketch, by path."""
-    if method == "Flora, born compressed":
+    """The bytes of each leaf's gradient, or of its sketch, by path."""
+    if method == "Flora, fused":
         sizes = planned.sketch_bytes
     else:
         sizes = [math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in planned.leaves]
     return {leaf.path: size for leaf, size in zip(planned.leaves, sizes, strict=True)}
 
 
-def _largest_stack(model: Model, sizes: Mapping[str, int]) -> int:
-    """Of the largest stack, and of all that is in none."""
-    stacks = dict.fromkeys((stack.name for stack in model.stacks), 0)
-    outside = 0
-    for path, size in sizes.items():
-        name = path.split("/")[0]
-        if name in stacks:
-            stacks[name] += size
-        else:
-            outside += size
-    return max(stacks.values()) + outside
+def _largest_stack(model: Outline, sizes: Mapping[str, int]) -> int:
+    """The bytes of the largest stack, and of all that is in none."""
+    stacks = [
+        sum(size for path, size in sizes.items() if stack.within(path)) for stack in model.stacks
+    ]
+    return max(stacks) + sum(sizes.values()) - sum(stacks)
 
 
-def _in_stacks(model: Model) -> list[list[Any]]:
-    """Kernels of each stack."""
+def _in_stacks(model: Outline) -> list[list[Any]]:
+    """The kernels of each stack."""
     return [
-        [leaf for leaf in jax.tree.leaves(model.params[stack.name]) if len(leaf.shape) == 3]
+        [leaf for leaf in jax.tree.leaves(model.layers(stack)) if len(leaf.shape) == 3]
         for stack in model.stacks
     ]
 
 
 def _factors(kernels: list[Any], rank: int) -> list[int]:
-    """Bytes of LoRA's two factors on each stacked kernel."""
+    """The bytes of LoRA's two factors on each stacked kernel."""
     return [
         x.shape[0] * rank * (x.shape[1] + x.shape[2]) * jnp.dtype(x.dtype).itemsize for x in kernels
     ]
@@ -285,18 +280,17 @@ def _activations(setting: Setting) -> int:
 
 
 def _late(setting: Setting, planned: Plan, method: str) -> int:
-    """Bytes of the gradient that is there only when the activations are gone: an embedding's."""
+    """The bytes of the gradient that is there only when the activations are gone: an embedding's."""
     if "head" not in setting.model.params or method == "LoRA + Adam":
         return 0
     return _gradients(planned, method).get("embed/embedding", 0)
 
 
-def _gathered(setting: Setting, whole: bool) -> int:
-    """Of the layer at work, whose weights each chip needs whole, and gradients where they are."""
+def _gathered(setting: Setting, gradients: bool) -> int:
+    """The bytes of the layer at work, whose weights each chip gathers, and their gradients where there are some."""
     if setting.chips == 1 or setting.batch % setting.chips:
         return 0
     layers = [
-        tree_bytes(setting.model.params[stack.name]) // stack.layers
-        for stack in setting.model.stacks
+        tree_bytes(setting.model.layers(stack)) // stack.layers for stack in setting.model.stacks
     ]
-    return max(layers) * (2 if whole else 1)
+    return max(layers) * (2 if gradients else 1)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from flora_jax.memory.estimate import GIB, PARTS, Estimate, Setting
-from flora_jax.models.forward import CHUNK
+from flora_jax.models.attention import CHUNK
 
 
 def as_dict(setting: Setting, found: list[Estimate]) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def as_dict(setting: Setting, found: list[Estimate]) -> dict[str, Any]:
 
 
 def to_json(setting: Setting, found: list[Estimate]) -> str:
+    """`as_dict` as JSON."""
     return json.dumps(as_dict(setting, found), indent=2)
 
 
@@ -62,7 +63,7 @@ COLOURS = {
 
 
 def to_svg(setting: Setting, found: list[Estimate]) -> str:
-    """A bar for each method, cut into its parts, and a line where the chip is full."""
+    """A bar for each method, of its parts, and a line where the chip is full."""
     left, right, top, row, bar = 210, 90, 46, 34, 22
     width = 900
     most = max(setting.capacity, *(e.total for e in found))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.models import decoder
+from experiments import decoder
 from flora_jax.adapters import lora, lorta
 from flora_jax.adapters.lorta import count
 from flora_jax.chain.plan import tree_bytes
@@ -95,7 +95,7 @@ def test_gradients_in_float64():
 def test_count_is_the_papers_formula():
     """`r (d + d/H + H + L + 4)`, of trees as they are; the model starts as it was."""
     shape = decoder.Shape(width=32, layers=3, heads=4)
-    model = decoder.Decoder(shape)
+    model = decoder.model(shape)
     params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     adapter = lorta(rule(5), 4)
     own = adapter.init(jax.random.key(0), params)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import decoder
 from experiments.adapt import __main__ as adapt
 from experiments.adapt import language, method
 from experiments.adapt.config import METHODS, Config
 from experiments.adapt.task import Task
-from experiments.models import decoder
 from experiments.paper import start
 from experiments.paper.problem import Sizes
 from experiments.paper.sizes import SIZES
@@ -55,7 +55,7 @@ def test_the_table(tmp_path):
 
 
 def small_task(config):
-    model = decoder.Decoder(config.model)
+    model = decoder.model(config.model)
     windows = jax.random.randint(jax.random.key(1), (2, 17), 0, 256)
     params = model.init(jax.random.key(0), windows)["params"]
     loss = partial(decoder.loss, model)

@@ -17,8 +17,8 @@ from experiments import text
 from experiments.bench import exponents, growth, setting
 from experiments.bench.baselines import in_jax, in_torch, methods, page, worker
 from experiments.bench.baselines.__main__ import Config, Log, figures, next_rate
-from experiments.models import llama
 from flora_jax.chain.plan import tree_bytes
+from flora_jax.models import llama
 
 SIZE = methods.Size(width=128, layers=1, batch=2, length=16, rank=8, accumulation=2)
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from experiments import checkpoint, layout, text, train
-from experiments.models.decoder import Shape
+from experiments.decoder import Shape
 from experiments.soak import final_state
 from tests.helpers import assert_tree_close, assert_tree_equal
 

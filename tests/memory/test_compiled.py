@@ -7,10 +7,10 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from flora_jax.chain.plan import tree_bytes
-from flora_jax.memory import compiled, estimate
-from flora_jax.models import shapes
+from flora_jax.memory import compiled, estimate, outline
+from flora_jax.models import config
 
-BORN, ORDINARY, LORA, GALORE, ADAM, MULTISTEPS = estimate.METHODS
+FUSED, ORDINARY, LORA, GALORE, ADAM, MULTISTEPS = estimate.METHODS
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 2048,
@@ -18,6 +18,15 @@ CONFIG = {
     "intermediate_size": 512,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
+}
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 2048,
+    "d_model": 256,
+    "d_ff": 512,
+    "d_kv": 64,
+    "num_layers": 2,
+    "num_heads": 4,
 }
 VIT = {
     "model_type": "vit",
@@ -40,14 +49,15 @@ def here(monkeypatch):
     monkeypatch.setattr(compiled, "_mesh", mesh)
 
 
-def setting(chips=1, config=CONFIG, rank=16):
-    return estimate.Setting(shapes.from_config(config, jnp.float32), rank, 32, 4, chips)
+def setting(chips=1, entries=CONFIG, rank=16):
+    model = outline.outline(config.shape_of(entries, jnp.float32))
+    return estimate.Setting(model, rank, 32, 4, chips)
 
 
-@pytest.mark.parametrize("config", [CONFIG, VIT])
+@pytest.mark.parametrize("entries", [CONFIG, T5, VIT])
 @pytest.mark.parametrize("method", compiled.MEASURED)
-def test_parameters_and_state_are_in_it(method, config):
-    given = setting(config=config)
+def test_parameters_and_state_are_in_it(method, entries):
+    given = setting(entries=entries)
     parts = estimate.estimate(given, method).parts
     size = compiled.measure(given, method)
     assert size is not None
@@ -57,21 +67,23 @@ def test_parameters_and_state_are_in_it(method, config):
 
 def test_order_of_the_methods():
     sizes = {method: compiled.measure(setting(), method) for method in compiled.MEASURED}
-    assert sizes[BORN] < sizes[ORDINARY] < min(sizes[MULTISTEPS], sizes[ADAM])
+    assert sizes[FUSED] < sizes[ORDINARY] < min(sizes[MULTISTEPS], sizes[ADAM])
 
 
-@pytest.mark.parametrize("method", [BORN, LORA, MULTISTEPS])
-def test_chips_divide_it(method):
-    one, four = (compiled.measure(setting(chips), method) for chips in (1, 4))
+@pytest.mark.parametrize(
+    ("method", "entries"), [(FUSED, CONFIG), (LORA, CONFIG), (MULTISTEPS, CONFIG), (FUSED, T5)]
+)
+def test_chips_divide_it(method, entries):
+    one, four = (compiled.measure(setting(chips, entries), method) for chips in (1, 4))
     assert one is not None and four is not None
-    parts = estimate.estimate(setting(), method).parts
+    parts = estimate.estimate(setting(1, entries), method).parts
     assert (parts["parameters"] + parts["state"]) / 4 < four < 0.4 * one
 
 
-def test_weights_are_cut_along_what_flora_keeps():
+def test_weights_are_sharded_along_what_flora_keeps():
     given = setting(4)
     mesh = compiled._mesh("v5e", 4)
-    params = compiled._cut(given.model.params, compiled.Projection(16), mesh)
+    params = compiled._sharded(given.model.params, compiled.Projection(16), mesh)
     specs = jax.tree.map(lambda x: x.sharding.spec, params)
     assert specs["embed"]["embedding"] == PartitionSpec("chips", None)
     assert specs["head"]["kernel"] == PartitionSpec(None, "chips")
@@ -94,7 +106,7 @@ def test_what_does_not_fit_is_compiled_for_a_larger_chip(monkeypatch, chip, hold
     monkeypatch.setattr(compiled, "_mesh", lambda chip, count: chip)
     monkeypatch.setattr(compiled, "_lowered", lambda setting, method, mesh: mesh)
     monkeypatch.setattr(compiled, "_bytes", holds.get)
-    assert compiled.measure(setting(), BORN, chip) == expected
+    assert compiled.measure(setting(), FUSED, chip) == expected
 
 
 def test_only_want_of_memory_is_an_answer():
@@ -118,9 +130,9 @@ def test_errors():
 def test_obstacles(monkeypatch):
     given, many = setting(), setting(1000)
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
-    assert compiled.obstacle(given, BORN, "v5e") == "the package libtpu is not installed"
+    assert compiled.obstacle(given, FUSED, "v5e") == "the package libtpu is not installed"
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: True)
-    assert compiled.obstacle(given, BORN, "v5e") == ""
-    assert "is none of v5e, v6e, v5p" in compiled.obstacle(given, BORN, "A100-40GB")
-    assert "1000 chips are more than those of v5e:16x16" in compiled.obstacle(many, BORN, "v5e")
+    assert compiled.obstacle(given, FUSED, "v5e") == ""
+    assert "is none of v5e, v6e, v5p" in compiled.obstacle(given, FUSED, "A100-40GB")
+    assert "1000 chips are more than those of v5e:16x16" in compiled.obstacle(many, FUSED, "v5e")
     assert "GaLore takes the compiler" in compiled.obstacle(given, GALORE, "v5e")

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import generate
-from experiments.models import pretrained
+from flora_jax.models import generate
+from flora_jax.models.load import load
 from tests.parity.test_pretrained import MASK, TOKENS, make
 
 END, PAD, COUNT = 1, 2, 9
@@ -20,7 +20,7 @@ def case(request, tmp_path_factory):
             parameter.mul_(1.5)  # clearer choices
     folder = tmp_path_factory.mktemp("checkpoint") / request.param
     model.save_pretrained(folder)
-    ours, params = pretrained.load(folder)
+    ours, params = load(folder)
     return model, ours, jax.tree.map(np.asarray, params)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from experiments.models import llama
 from flora_jax.adapters import peft
+from flora_jax.models import llama
 from tests.helpers import assert_close
 
 SIZES = dict(vocab_size=48, hidden_size=32, intermediate_size=56, num_hidden_layers=2)
@@ -44,7 +44,7 @@ def modules(path, index):
 
 
 def params_of(model):
-    """The same weights for experiments.models.llama, layers stacked."""
+    """The same weights for flora_jax.models.llama, layers stacked."""
     state = {
         name: jnp.asarray(value.detach().numpy()) for name, value in model.state_dict().items()
     }

@@ -10,7 +10,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from experiments.models import pretrained
+from flora_jax.models.checkpoint import INDEX
+from flora_jax.models.load import load
+from flora_jax.models.save import save
 from tests.helpers import normal
 
 TOKENS = np.random.default_rng(0).integers(1, 48, (2, 11))
@@ -50,7 +52,43 @@ CASES = {
         transformers.LlamaConfig,
         LLAMA | dict(tie_word_embeddings=True, head_dim=12),
     ),
+    "llama-biases": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        LLAMA | dict(attention_bias=True, mlp_bias=True),
+    ),
+    "mistral": (
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig,
+        LLAMA | dict(sliding_window=11),  # as long as the sequences
+    ),
+    "qwen2": (
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config,
+        LLAMA | dict(tie_word_embeddings=True),
+    ),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, LLAMA | dict(head_dim=12)),
+    "qwen3-biases": (
+        transformers.Qwen3ForCausalLM,
+        transformers.Qwen3Config,
+        LLAMA | dict(head_dim=12, attention_bias=True),
+    ),
+    "t5-deep": (
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config,
+        T5 | dict(num_layers=1, num_decoder_layers=2),
+    ),
+    "gpt2-inner": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        GPT2 | ENDS | dict(n_inner=24),
+    ),
     "vit": (transformers.ViTForImageClassification, transformers.ViTConfig, VIT),
+    "vit-bias": (
+        transformers.ViTForImageClassification,
+        transformers.ViTConfig,
+        VIT | dict(qkv_bias=False),
+    ),
 }
 
 
@@ -101,7 +139,7 @@ def ours(name, model, params):
 
 def test_logits_of_a_torch_checkpoint(case):
     name, torch_model, folder = case
-    model, params = pretrained.load(folder)
+    model, params = load(folder)
     found, expected = ours(name, model, params), theirs(name, torch_model)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
@@ -110,16 +148,16 @@ def test_logits_of_a_torch_checkpoint(case):
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 4000])
 def test_torch_reads_what_is_written(case, tmp_path, shard_bytes):
     name, torch_model, folder = case
-    model, params = pretrained.load(folder)
+    model, params = load(folder)
     params = jax.tree.map(lambda x: x + 0.05 * normal(x.size, x.shape), params)
     out = tmp_path / "out"
-    pretrained.save(out, model, params, shard_bytes)
-    assert (out / pretrained.INDEX).exists() == (shard_bytes == 4000)
+    save(out, model, params, shard_bytes)
+    assert (out / INDEX).exists() == (shard_bytes == 4000)
     again, report = type(torch_model).from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     found = theirs(name, again.eval())
     np.testing.assert_allclose(found, ours(name, model, params), atol=1e-4, rtol=0)
-    model, read = pretrained.load(out)
+    model, read = load(out)
     assert jax.tree.all(jax.tree.map(np.array_equal, read, params))
 
 
@@ -127,9 +165,9 @@ def test_bfloat16_is_read_as_it_is(case, tmp_path):
     _, torch_model, folder = case
     torch_model = type(torch_model).from_pretrained(folder, dtype=torch.bfloat16)
     torch_model.save_pretrained(tmp_path)
-    _, params = pretrained.load(tmp_path)
+    _, params = load(tmp_path)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    _, wide = pretrained.load(tmp_path, jnp.float32)
+    _, wide = load(tmp_path, jnp.float32)
     assert jax.tree.all(
         jax.tree.map(lambda a, b: np.array_equal(a.astype(np.float32), b), params, wide)
     )
@@ -142,9 +180,9 @@ def test_names_without_a_prefix(tmp_path):
     arrays = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("transformer."): x for name, x in arrays.items()}
     bare["h.0.attn.bias"] = np.ones((1, 1, 32, 32), np.float32)
-    _, expected = pretrained.load(tmp_path)
+    _, expected = load(tmp_path)
     save_file(bare, tmp_path / "model.safetensors")
-    _, params = pretrained.load(tmp_path)
+    _, params = load(tmp_path)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, expected))
 
 
@@ -160,16 +198,19 @@ def test_what_does_not_fit_is_named(tmp_path):
     ):
         save_file(changed, file)
         with pytest.raises(ValueError, match=message):
-            pretrained.load(tmp_path)
+            load(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
-        ({"model_type": "bert"}, "model_type in .* must be one of gpt2, .*, found 'bert'"),
-        ({"activation_function": "relu"}, "activation_function must be 'gelu_new' or"),
+        ({"model_type": "bert"}, "model_type must be one of llama, .*, vit, found 'bert'"),
+        (
+            {"activation_function": "relu"},
+            "activation_function of a gpt2 config must be 'gelu_new' or",
+        ),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=message):
-            pretrained.load(tmp_path)
+            load(tmp_path)
     file.unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"model.safetensors is missing"):
-        pretrained.load(tmp_path)
+        load(tmp_path)

@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import flora_jax
-from experiments import optimizers
 from experiments.bench import memory
 from experiments.bench.baselines import in_jax
 from experiments.bench.baselines.methods import Size
+from flora_jax.update.ordinary_step import ordinary_step
 
 RANK = 128
 
@@ -30,14 +30,13 @@ class Config:
     """Number of tokens in a window."""
 
 
-def _flora(key: str, model: Any, loss_of: Callable):
+def _flora(key: str, loss: Callable):
     """Gives the transformation that runs on the CPU, at rank 128, and a function that lowers its step."""
     size = Size(rank=RANK, accumulation=memory.STEPS)
     tx, projection = in_jax.build(key, size, 1e-3, in_jax.LONG)
     assert projection is not None
-    loss = partial(loss_of, model)
     if key == "flora-paper":
-        return tx, optimizers.ordinary_step(loss, tx).lower
+        return tx, ordinary_step(loss, tx).lower
     step: Any = flora_jax.make_train_step(loss, tx, projection)
     return tx, step.lower
 

@@ -14,11 +14,14 @@ import flora_jax
 from experiments import optimizers
 from experiments.bench import setting
 from experiments.bench.baselines.methods import PROJECTION_GAP, Size
-from experiments.models import llama, pretrained
 from flora_jax.chain import products
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory.compiled import compiled_bytes
+from flora_jax.models import llama
+from flora_jax.models.families import outline as outline_of
+from flora_jax.models.load import load as load_checkpoint
+from flora_jax.models.save import save as save_checkpoint
 
 LONG = 10**6
 """Number of optimizer steps of a schedule that does not end within a measurement."""
@@ -90,8 +93,7 @@ def build(
 def outline(size: Size) -> tuple[llama.Llama, Any]:
     """Gives a model with each layer on its own, and the shapes of its params."""
     model = setting.small(size.width, size.layers, dtype=jnp.float32, scan=False, remat=False)
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    return model, jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+    return model, outline_of(model)
 
 
 def save(folder: Path, size: Size) -> None:
@@ -100,12 +102,12 @@ def save(folder: Path, size: Size) -> None:
         return
     model = setting.small(size.width, size.layers, dtype=jnp.float32)
     tokens = jnp.zeros((1, 8), jnp.int32)
-    pretrained.save(folder, model, jax.jit(model.init)(jax.random.key(0), tokens)["params"])
+    save_checkpoint(folder, model, jax.jit(model.init)(jax.random.key(0), tokens)["params"])
 
 
 def load(folder: Path) -> Any:
     """Reads the weights that `save` wrote, each layer on its own, as numpy arrays."""
-    model, params = pretrained.load(folder)
+    model, params = load_checkpoint(folder)
     stacked = params.pop("layers")
     for i in range(model.shape.layers):
         params[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)

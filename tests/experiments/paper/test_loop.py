@@ -9,10 +9,10 @@ import optax
 import pytest
 
 import flora_jax
-from experiments.models import llama, vit
 from experiments.paper import loop, methods, problem
 from experiments.paper.methods import Method
 from experiments.tasks import batches
+from flora_jax.models import llama, vit
 from tests.helpers import assert_tree_close, assert_tree_equal, normal
 
 SIZES = problem.Sizes("ViT-test", (0, 0), 3, 2, 3)

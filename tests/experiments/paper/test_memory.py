@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.models import t5
 from experiments.paper import memory, problem
 from flora_jax.chain.plan import tree_bytes
+from flora_jax.models import t5
 
 SIZES = problem.Sizes("small", (8, 4), 1, 4, 10)
 SHAPE = t5.Shape(600, 256, 512, 1, 2, 128)

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.models import gpt2, llama, pretrained, t5, vit
 from experiments.paper import loop, problem, start
 from experiments.paper.methods import Method
 from experiments.tasks import data
+from flora_jax.models import gpt2, llama, t5, vit
+from flora_jax.models.families import outline
+from flora_jax.models.load import load
+from flora_jax.models.save import save
 
 MODELS = {
     "summarisation": (t5.T5, t5.Shape(280, 8, 12, 1, 2, 4)),
@@ -86,7 +89,7 @@ def test_a_start_is_trained_once_and_all_begin_from_it(tmp_path, monkeypatch):
     again = Console(file=io.StringIO())
     assert start.warm_start("translation", small, "offline", {}, again) == folder
     assert not again.file.getvalue()
-    _, params = pretrained.load(folder)
+    _, params = load(folder)
     given = problem.make("translation", small, checkpoint=folder)
     assert jax.tree.all(jax.tree.map(np.array_equal, given.params, params))
     (row,) = given.words.encode(["eins"])
@@ -99,8 +102,8 @@ def test_a_start_is_trained_once_and_all_begin_from_it(tmp_path, monkeypatch):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     model = MODELS["translation"][0](MODELS["translation"][1])
-    outline = pretrained.outline(model)
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), outline)
-    pretrained.save(tmp_path / "gpt2", model, params)
+    shapes = outline(model)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    save(tmp_path / "gpt2", model, params)
     with pytest.raises(ValueError, match="must be a T5 for summarisation, found Gpt2"):
         problem.make("summarisation", sizes("summarisation"), checkpoint=tmp_path / "gpt2")

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import generate
-from experiments.models import gpt2, llama, t5
+from flora_jax.models import generate, gpt2, llama, t5
 from tests.helpers import normal
 
 END, COUNT = 3, 6

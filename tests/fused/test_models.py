@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_jax
-from experiments.models import gpt2, layers, llama, t5
 from flora_jax.chain.sketch import is_sketch
+from flora_jax.models import attention, gpt2, llama, t5
+from flora_jax.models import loss as chunked
 from tests.helpers import Naive, assert_close, matrix_of_a, normal
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 13)), jnp.int32)
@@ -55,7 +56,8 @@ def test_llama(scan, remat, side):
 
 
 def test_llama_in_chunks(monkeypatch):
-    monkeypatch.setattr(layers, "CHUNK", 4)
+    monkeypatch.setattr(chunked, "CHUNK", 4)
+    monkeypatch.setattr(attention, "CHUNK", 4)
     model = llama.Llama(llama.Shape(48, 32, 56, 2, 4, 2, jnp.float32))
     compare(lambda p: llama.loss(model, p, TOKENS), init(model, TOKENS))
 
@@ -125,18 +127,6 @@ def test_t5(side):
     """Encoder and decoder, relative position bias, cross-attention, tied embedding."""
     model = t5.T5(t5.Shape(48, 32, 64, 2, 4, 8))
     compare(lambda p: t5.loss(model, p, TOKENS), init(model, TOKENS, TOKENS), side)
-
-
-def test_t5_buckets():
-    """From the paper's description: a bucket each below 8 (of 16 a side), then log-spaced to 128."""
-    distance = jnp.arange(-200, 201)
-    found = np.asarray(t5.bucket(distance, True, 32, 128))
-    past, future = found[:200][::-1], found[201:]
-    assert past[:7].tolist() == [1, 2, 3, 4, 5, 6, 7] and (np.diff(past) >= 0).all()
-    assert past[-1] == 15 and past[126] == 15 and past[30] < 15
-    np.testing.assert_array_equal(future, past + 16)
-    one_way = np.asarray(t5.bucket(distance, False, 32, 128))
-    assert (one_way[200:] == 0).all() and one_way[0] == 31 and one_way[199] == 1
 
 
 @pytest.mark.parametrize("side", ["input", "output"])

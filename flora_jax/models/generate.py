@@ -1,4 +1,4 @@
-"""Greedy and beam search for T5, GPT-2 and LLaMA are compiled, with a cache of keys and values.
+"""Greedy and beam search for T5, GPT-2 and LLaMA are compiled, with a cache of keys and values; sampling has no cache.
 
 In the shape descriptions `B` is the batch, `S` the prompt (for T5 the source), `N` the new tokens,
 `K` the beams, `V` the vocabulary.
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.models import gpt2, t5
-from experiments.models import llama as llama_
-from experiments.models.layers import Cache
+from flora_jax.models import gpt2, t5
+from flora_jax.models import llama as llama_
+from flora_jax.models.cache import Cache
 
 START = 0
 """The token that T5's decoder begins with."""
@@ -34,9 +34,9 @@ def greedy(
     """Generates the likeliest token, again and again.
 
     Args:
-      model: T5, GPT-2 or LLaMA.
+      model: A T5, GPT-2 or LLaMA module.
       params: The model's params.
-      tokens: Prompts `(B, S)`; a decoder's are padded on the left.
+      tokens: Prompts (for T5 the sources), `(B, S)`; a decoder's are padded on the left.
       mask: Bools `(B, S)`, True where a token counts; None where all do.
       count: The number of new tokens, `N`.
       end: The token after which a sequence has ended; None where none ends.
@@ -105,15 +105,15 @@ def beam(
     `transformers`.
 
     Args:
-      model: T5, GPT-2 or LLaMA.
+      model: A T5, GPT-2 or LLaMA module.
       params: The model's params.
-      tokens: Prompts `(B, S)`, as in `greedy`.
-      mask: Bools `(B, S)`, as in `greedy`.
+      tokens: Prompts (for T5 the sources), `(B, S)`; a decoder's are padded on the left.
+      mask: Bools `(B, S)`, True where a token counts; None where all do.
       count: The number of new tokens, `N`.
       beams: The number of beams, `K`.
       end: The token after which a sequence has ended.
       pad: The token that stands after the end.
-      length_penalty: Power of the length by which a score is divided.
+      length_penalty: Power of the length by which a sum of log-probabilities is divided.
       early_stopping: Whether the search is over as soon as `K` sequences have ended.
 
     Returns:
@@ -182,6 +182,32 @@ def beam(
 
     search = jax.lax.while_loop(unfinished, step, search)
     return search.ended[:, 0], search.ended_scores[:, 0]
+
+
+def sample(
+    model: Any, params: Any, prompt: jax.Array, count: int, key: jax.Array, heat: float
+) -> jax.Array:
+    """Samples tokens one after the other, each from a window of the last `S`, with no cache.
+
+    Args:
+      model: A decoder: a GPT-2 or LLaMA module.
+      params: The model's params.
+      prompt: Prompts `(B, S)`.
+      count: The number of new tokens, `N`.
+      key: The key of all samples.
+      heat: The temperature, by which logits are divided.
+
+    Returns:
+      int32 `(B, S + N)`, the prompt first.
+    """
+
+    def step(window, key):
+        logits = jnp.asarray(model.apply({"params": params}, window))[:, -1]
+        token = jax.random.categorical(key, logits / heat)
+        return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
+
+    _, tokens = jax.lax.scan(step, prompt, jax.random.split(key, count))
+    return jnp.concatenate([prompt, tokens.T], axis=1)
 
 
 def _begin(model: Any, params: Any, tokens: Any, mask: Any, count: int) -> tuple[jax.Array, Cache]:

@@ -7,28 +7,38 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import (
-    Cache,
-    Dense,
-    Tied,
-    attention,
-    empty_cache,
-    losses,
-    mean_loss,
-    places,
-    remember,
-)
+from flora_jax.models.attention import attention
+from flora_jax.models.cache import Cache, empty_cache, places, remember
+from flora_jax.models.layers import Dense, Tied, placed, stacked
+from flora_jax.models.loss import losses, mean_loss
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model; the defaults are GPT-2's."""
+    """Sizes of the model; the defaults are GPT-2's.
+
+    Attributes:
+      vocabulary: The number of tokens.
+      positions: The longest sequence.
+      width: `D`.
+      layers: The number of layers.
+      heads: The heads of attention.
+      dtype: The dtype of parameters and activations.
+      epsilon: The number that norms add to the variance.
+      remat: Whether the backward pass computes each layer again.
+      inner: The width of the feed-forward part; by default four times `D`.
+      sharded: The mesh axes over which `B` of the activations is sharded between the layers; a mesh must
+        be in context.
+
+    Raises:
+      ValueError: The width is no multiple of the heads.
+    """
 
     vocabulary: int = 50257
     positions: int = 1024
@@ -38,10 +48,23 @@ class Shape:
     dtype: Any = jnp.float32
     epsilon: float = 1e-5
     remat: bool = True
+    inner: int | None = None
+    sharded: tuple[Any, ...] = ()
+    model_type: ClassVar[str] = "gpt2"
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(
+                f"width must be a multiple of the heads, found {self.width} and {self.heads}"
+            )
+
+    @property
+    def hidden(self) -> int:
+        """The width of the feed-forward part."""
+        return self.inner or 4 * self.width
 
 
 SHAPES = {
-    "GPT-2-test": Shape(1024, 256, 128, 2, 4),
     "GPT-2": Shape(),
     "GPT-2-XL": Shape(width=1600, layers=48, heads=25, dtype=jnp.bfloat16),
 }
@@ -72,16 +95,10 @@ class Gpt2(nn.Module):
         index = None if cache is None else cache.filled
         positions, mask, cache = places(tokens, mask, cache)
         x = wte(tokens) + wpe(jnp.arange(tokens.shape[1]) if positions is None else positions)
-        layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if shape.remat else Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=shape.layers,
-        )
+        layers = stacked(Layer, shape.layers, shape.remat, broadcast=2)
         past = None if cache is None else cache.layers
-        x, past = layers(shape, name="layers")(x, past, index, mask)
-        x = nn.LayerNorm(shape.epsilon, name="norm", **types)(x)
+        x, past = layers(shape, name="layers")(placed(x, *shape.sharded), past, index, mask)
+        x = placed(nn.LayerNorm(shape.epsilon, name="norm", **types)(x), *shape.sharded)
         if targets is not None:
             return mean_loss(losses(Tied(wte), x, targets), weights)
         logits = wte.attend(x)
@@ -112,8 +129,8 @@ class Layer(nn.Module):
         )
         k, v, past = remember(past, index, k, v)
         x = x + dense(shape.width, "out")(attention(q, k, v, mask).reshape(x.shape))
-        y = nn.gelu(dense(4 * shape.width, "up")(norm("feed_forward_norm")(x)))
-        return x + dense(shape.width, "down")(y), past
+        y = nn.gelu(dense(shape.hidden, "up")(norm("feed_forward_norm")(x)))
+        return placed(x + dense(shape.width, "down")(y), *shape.sharded), past
 
 
 def make_cache(shape: Shape, batch: int, slots: int) -> Cache:

@@ -8,19 +8,39 @@ Source: Dosovitskiy et al., arXiv 2010.11929.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.models.layers import Dense
+from flora_jax.models.layers import Dense, placed, stacked
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model; the defaults are ViT-B/16's, of 224 x 224 pixels."""
+    """Sizes of the model; the defaults are ViT-B/16's, of 224 x 224 pixels.
+
+    Attributes:
+      image: The height and width of an image, in pixels.
+      patch: The height and width of a patch.
+      channels: The numbers of a pixel.
+      width: `D`.
+      layers: The number of layers.
+      heads: The heads of attention.
+      hidden: The width of the feed-forward part.
+      classes: The number of classes.
+      dtype: The dtype of parameters and activations.
+      epsilon: The number that norms add to the variance.
+      remat: Whether the backward pass computes each layer again.
+      bias: Whether queries, keys and values have a bias.
+      sharded: The mesh axes over which `B` of the activations is sharded between the layers; a mesh must
+        be in context.
+
+    Raises:
+      ValueError: The image is no multiple of the patch, or the width of the heads.
+    """
 
     image: int = 224
     patch: int = 16
@@ -33,16 +53,27 @@ class Shape:
     dtype: Any = jnp.float32
     epsilon: float = 1e-12
     remat: bool = True
+    bias: bool = True
+    sharded: tuple[Any, ...] = ()
+    model_type: ClassVar[str] = "vit"
 
     def __post_init__(self):
         if self.image % self.patch:
             raise ValueError(
                 f"image must be a multiple of patch, found {self.image} and {self.patch}"
             )
+        if self.width % self.heads:
+            raise ValueError(
+                f"width must be a multiple of the heads, found {self.width} and {self.heads}"
+            )
+
+    @property
+    def length(self) -> int:
+        """`T`, the patches and the class token."""
+        return (self.image // self.patch) ** 2 + 1
 
 
 SHAPES = {
-    "ViT-test": Shape(8, 2, 1, 128, 2, 4, 256, 10),
     "ViT-B": Shape(),
 }
 
@@ -55,19 +86,15 @@ class Vit(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         shape = self.shape
-        x = Dense(shape.width, shape.dtype, bias=True, name="patches")(patches(images, shape.patch))
+        x = patches(jnp.asarray(images, shape.dtype), shape.patch)
+        x = Dense(shape.width, shape.dtype, bias=True, name="patches")(x)
         token = self.param("class_token", nn.initializers.zeros, (shape.width,), shape.dtype)
         token = jnp.broadcast_to(token, (x.shape[0], 1, shape.width))
         x = jnp.concatenate([token, x], axis=1)
         make, size = nn.initializers.normal(0.02), (x.shape[1], shape.width)
         x = x + self.param("position_embedding", make, size, shape.dtype)
-        layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if shape.remat else Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=shape.layers,
-        )
-        x, _ = layers(shape, name="layers")(x, None)
+        layers = stacked(Layer, shape.layers, shape.remat)
+        x, _ = layers(shape, name="layers")(placed(x, *shape.sharded), None)
         x = _norm(shape, "norm")(x[:, 0])
         return Dense(shape.classes, shape.dtype, bias=True, name="head")(x)
 
@@ -83,13 +110,16 @@ class Layer(nn.Module):
         dense = partial(Dense, dtype=shape.dtype, bias=True)
         y = _norm(shape, "attention_norm")(x)
         q, k, v = (
-            dense(shape.width, name=name)(y).reshape(*y.shape[:-1], shape.heads, -1)
+            Dense(shape.width, shape.dtype, shape.bias, name=name)(y).reshape(
+                *y.shape[:-1], shape.heads, -1
+            )
             for name in ("query", "key", "value")
         )
         y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
         x = x + dense(shape.width, name="out")(y)
         y = dense(shape.hidden, name="up")(_norm(shape, "feed_forward_norm")(x))
-        return x + dense(shape.width, name="down")(nn.gelu(y, approximate=False)), None
+        x = x + dense(shape.width, name="down")(nn.gelu(y, approximate=False))
+        return placed(x, *shape.sharded), None
 
 
 def patches(images: jax.Array, patch: int) -> jax.Array:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import flora_jax
-from experiments.models import vit
+from flora_jax.models import vit
 from tests.helpers import normal
 
 MODEL = vit.Vit(vit.Shape(8, 4, 2, 16, 2, 2, 24, 5))

@@ -1,6 +1,6 @@
 """T5: encoder and decoder, relative position bias, the head tied to the embedding.
 
-Version 1.0 has ReLU; version 1.1 gated GELU and a head of its own (`gated`, `tied=False`).
+Version 1.0 has ReLU; version 1.1 has gated GELU and a head of its own (`gated`, `tied=False`).
 
 In the shape descriptions `B` is the batch, `S` and `T` the lengths of source and target, `D` the
 width. The layers of each stack lie along a first axis and run by `scan`, each one rematerialised.
@@ -9,22 +9,42 @@ Source: Raffel et al., arXiv 1910.10683.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.layers import Cache, Dense, Tied, losses, mean_loss, remember
-from flora_jax.models.forward import bucket
+from flora_jax.models.cache import Cache, remember
+from flora_jax.models.layers import Dense, Tied, placed, stacked
+from flora_jax.models.loss import losses, mean_loss
 
 FAR = -1e9
-"""Added to the scores of what may not be attended to."""
+"""What is added to the scores of tokens that may not be attended to."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model; the defaults are T5-small's."""
+    """Sizes of the model; the defaults are T5-small's.
+
+    Attributes:
+      vocabulary: The number of tokens.
+      width: `D`.
+      hidden: The width of the feed-forward part.
+      layers: The layers of the encoder, and of the decoder unless that has its own number.
+      heads: The heads of attention.
+      head_size: The width of a head.
+      buckets: The rows of the table of position bias.
+      reach: The distance from which on positions share the last bucket.
+      dtype: The dtype of parameters and activations.
+      epsilon: The number that norms add to the mean square.
+      gated: Whether the feed-forward part has a gate with GELU in place of ReLU.
+      tied: Whether the embedding is the head.
+      remat: Whether the backward pass computes each layer again.
+      decoder_layers: The layers of the decoder, where there are others than the encoder's.
+      sharded: The mesh axes over which `B` of the activations is sharded between the layers; a mesh must
+        be in context.
+    """
 
     vocabulary: int = 32128
     width: int = 512
@@ -39,10 +59,16 @@ class Shape:
     gated: bool = False
     tied: bool = True
     remat: bool = True
+    decoder_layers: int | None = None
+    sharded: tuple[Any, ...] = ()
+    model_type: ClassVar[str] = "t5"
+
+    def count(self, decoder: bool) -> int:
+        """The layers of the encoder or of the decoder."""
+        return (self.decoder_layers or self.layers) if decoder else self.layers
 
 
 SHAPES = {
-    "T5-test": Shape(1024, 128, 512, 2, 4, 32),
     "T5-small": Shape(),
     "T5-3B": Shape(
         width=1024, hidden=16384, layers=24, heads=32, head_size=128, dtype=jnp.bfloat16
@@ -95,7 +121,7 @@ class T5(nn.Module):
         It holds the keys and values of the source as well.
         """
         shape, batch = self.shape, source.shape[0]
-        kind = (shape.layers, batch, slots, shape.heads, shape.head_size)
+        kind = (shape.count(decoder=True), batch, slots, shape.heads, shape.head_size)
         past = ((jnp.zeros(kind, shape.dtype), jnp.zeros(kind, shape.dtype)), None)
         valid = jnp.ones(source.shape, bool) if mask is None else mask.astype(bool)
         return self._next(target, self.encode(source, mask), Cache(past, valid, jnp.int32(0)))
@@ -123,13 +149,7 @@ class Stack(nn.Module):
         self.relative_bias = self.param(
             "relative_bias", make, (shape.buckets, shape.heads), shape.dtype
         )
-        layers = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if shape.remat else Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, *(nn.broadcast,) * 4),  # pyright: ignore[reportArgumentType]
-            length=shape.layers,
-        )
+        layers = stacked(Layer, shape.count(self.decoder), shape.remat, broadcast=4)
         self.layers = layers(shape, self.decoder)
         self.norm = _norm(shape)
 
@@ -155,8 +175,27 @@ class Stack(nn.Module):
             source = jnp.where(mask.astype(bool), 0.0, FAR)[:, None, None]
             if not self.decoder:
                 bias = bias + source
+        x = placed(x, *shape.sharded)
         x, past = self.layers(x, past, index, bias, memory, source)
-        return self.norm(x), past
+        return placed(self.norm(x), *shape.sharded), past
+
+
+def bucket(distance: jax.Array, both: bool, buckets: int, reach: int) -> jax.Array:
+    """Buckets of key minus query positions: exact near by, logarithmic up to `reach`, then one.
+
+    `both` directions (encoder) have half of the buckets each; else only the past has any.
+    """
+    result = jnp.zeros_like(distance)
+    if both:
+        buckets //= 2
+        result = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = -jnp.minimum(distance, 0)
+    exact = buckets // 2
+    far = jnp.log(jnp.maximum(distance, 1) / exact) / jnp.log(reach / exact) * (buckets - exact)
+    far = jnp.minimum(exact + far.astype(jnp.int32), buckets - 1)
+    return result + jnp.where(distance < exact, distance, far)
 
 
 class Layer(nn.Module):
@@ -204,7 +243,8 @@ class Layer(nn.Module):
             x = x + self.cross_out(self._attend(y, cross[0], cross[1], source))
         y = self.feed_forward_norm(x)
         y = nn.gelu(self.gate(y)) * self.up(y) if self.shape.gated else nn.relu(self.up(y))
-        return x + self.down(y), None if past is None else (own, cross)
+        x = placed(x + self.down(y), *self.shape.sharded)
+        return x, None if past is None else (own, cross)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.shape.heads, -1)

@@ -1,0 +1,60 @@
+"""The small decoder of the experiments: LLaMA's with GELU and no gate, its layers unrolled, in float32.
+
+In the shape descriptions `B` is the batch, `T` the sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.models import llama
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model.
+
+    Raises:
+      ValueError: The width is no multiple of twice the heads.
+    """
+
+    vocabulary: int = 256
+    width: int = 256
+    layers: int = 3
+    heads: int = 4
+
+    def __post_init__(self):
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width must be a multiple of twice the heads, found {self.width} and {self.heads}"
+            )
+
+
+def model(shape: Shape, sharded: tuple[Any, ...] = ()) -> llama.Llama:
+    """The module; `sharded` are mesh axes of the batch and of the heads, which need a mesh in context."""
+    return llama.Llama(
+        llama.Shape(
+            shape.vocabulary,
+            shape.width,
+            4 * shape.width,
+            shape.layers,
+            shape.heads,
+            shape.heads,
+            jnp.float32,
+            remat=False,
+            scan=False,
+            sharded=sharded,
+            gated=False,
+            activation="gelu",
+        )
+    )
+
+
+def loss(model: llama.Llama, params: Any, windows: jax.Array) -> jax.Array:
+    """Mean cross-entropy, nats per token, of `(B, T + 1)` windows; all logits exist at once."""
+    logits = jnp.asarray(model.apply({"params": params}, windows[:, :-1]))
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    targets = windows[:, 1:, None]
+    return -jnp.take_along_axis(log_probabilities, targets, axis=-1).mean()

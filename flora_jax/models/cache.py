@@ -1,0 +1,72 @@
+"""The cache of keys and values that a decoder keeps while it writes.
+
+In the shape descriptions `B` is the batch, `T` the sequence, `L` the slots of a cache.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens that a decoder has seen, for all its layers.
+
+    Attributes:
+      layers: Trees of arrays with the layers along the first axis, as the model makes them.
+      valid: `(B, L)`, which slots hold a token that may be attended to.
+      filled: int32, how many slots are filled.
+    """
+
+    layers: Any
+    valid: jax.Array
+    filled: jax.Array
+
+
+def empty_cache(layers: int, batch: int, slots: int, heads: int, size: int, dtype: Any) -> Cache:
+    """A cache of keys and values `(layers, B, L, heads, head_dim)` with nothing in it."""
+    make = lambda: jnp.zeros((layers, batch, slots, heads, size), dtype)  # noqa: E731
+    return Cache((make(), make()), jnp.zeros((batch, slots), bool), jnp.int32(0))
+
+
+def places(
+    tokens: jax.Array, mask: jax.Array | None, cache: Cache | None
+) -> tuple[jax.Array | None, jax.Array | None, Cache | None]:
+    """Positions `(B, T)`, what may be attended to `(B, 1, T, L)`, and the cache with these slots marked.
+
+    A token's position is the number of tokens before it that count, so that padding on the left moves
+    nothing. Without a mask and a cache both are None: positions from 0 on, and causal attention.
+
+    Args:
+      tokens: The new tokens, `(B, T)`.
+      mask: `(B, T)`, which of them count; None for all.
+      cache: The cache of the tokens before, if there is one.
+    """
+    if mask is None and cache is None:
+        return None, None, None
+    new = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    index, valid = jnp.int32(0), new
+    if cache is not None:
+        index = cache.filled
+        valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, index, 1)
+        cache = cache._replace(valid=valid, filled=index + tokens.shape[1])
+    counts = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    positions = jax.lax.dynamic_slice_in_dim(counts, index, tokens.shape[1], 1)
+    causal = jnp.arange(valid.shape[1]) <= index + jnp.arange(tokens.shape[1])[:, None]
+    return positions, (causal & valid[:, None])[:, None], cache
+
+
+def remember(past: Any, index: Any, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    """Keys and values of all slots, these `(B, T, heads, head_dim)` among them, and the new past.
+
+    Args:
+      past: Keys and values of a layer so far, as `empty_cache` has them; None without a cache.
+      index: The slot of the first of the new tokens.
+      k: The new tokens' keys.
+      v: The new tokens' values.
+    """
+    if past is None:
+        return k, v, None
+    pairs = zip(past, (k, v), strict=True)
+    past = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, index, 1) for old, new in pairs)
+    return *past, past

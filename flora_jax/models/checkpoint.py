@@ -1,0 +1,182 @@
+"""Where the arrays of a model lie in a Hugging Face checkpoint.
+
+A checkpoint is a folder with `config.json` and `model.safetensors`, or several `*.safetensors` with
+their index.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flora_jax.models import gpt2, llama, t5, vit
+
+ONE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Rule(NamedTuple):
+    """Where one of our arrays lies in a checkpoint.
+
+    Attributes:
+      name: The name in the checkpoint; `{i}` in it stands for the layer, which is our first axis.
+      theirs: The function from our array (of one layer) to the checkpoint's form.
+      ours: The reverse.
+    """
+
+    name: str
+    theirs: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    ours: Callable[[np.ndarray], np.ndarray] = lambda x: x
+
+
+class Layout(NamedTuple):
+    """How the arrays of a family are named.
+
+    Attributes:
+      rules: The function from a shape to the rule of each path of the params.
+      prefix: What all names begin with, and may be left out.
+      needless: Patterns of names that may be there or not.
+      copies: Where an array lies when it is not there by its own name, since it is a copy.
+    """
+
+    rules: Callable[[Any], dict[str, Rule]]
+    prefix: str = ""
+    needless: tuple[str, ...] = ()
+    copies: dict[str, str] = {}  # noqa: RUF012
+
+
+def layers_of(shape: Any, path: str) -> int:
+    """The layers that are stacked in the array at this path of the params."""
+    if isinstance(shape, t5.Shape):
+        return shape.count(decoder=path.startswith("decoder/"))
+    return shape.layers
+
+
+def layout_of(shape: Any) -> Layout:
+    """The layout of a shape's family."""
+    return _LAYOUTS[type(shape)]
+
+
+def _linear(name: str) -> Rule:
+    """torch keeps `(out, in)`."""
+    return Rule(name, np.transpose, np.transpose)
+
+
+def _normed(ours: str, theirs: str, bias: bool) -> dict[str, Rule]:
+    rules = {f"{ours}/scale": Rule(f"{theirs}.weight")}
+    return {**rules, f"{ours}/bias": Rule(f"{theirs}.bias")} if bias else rules
+
+
+def _gpt2_rules(shape: gpt2.Shape) -> dict[str, Rule]:
+    del shape
+    layer = "transformer.h.{i}."
+    rules = {
+        "wte/embedding": Rule("transformer.wte.weight"),
+        "wpe/embedding": Rule("transformer.wpe.weight"),
+        **_normed("norm", "transformer.ln_f", True),
+        **_normed("layers/attention_norm", layer + "ln_1", True),
+        **_normed("layers/feed_forward_norm", layer + "ln_2", True),
+    }
+    names = {"qkv": "attn.c_attn", "out": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+    for ours, theirs in names.items():  # kept as (in, out)
+        rules[f"layers/{ours}/kernel"] = Rule(f"{layer}{theirs}.weight")
+        rules[f"layers/{ours}/bias"] = Rule(f"{layer}{theirs}.bias")
+    return rules
+
+
+def _llama_rules(shape: llama.Shape) -> dict[str, Rule]:
+    layer = "model.layers.{i}."
+    rules = {
+        "embed/embedding": Rule("model.embed_tokens.weight"),
+        **_normed("norm", "model.norm", False),
+        **_normed("layers/attention_norm", layer + "input_layernorm", False),
+        **_normed("layers/feed_forward_norm", layer + "post_attention_layernorm", False),
+    }
+    if shape.normed_heads:
+        rules |= _normed("layers/query_norm", layer + "self_attn.q_norm", False)
+        rules |= _normed("layers/key_norm", layer + "self_attn.k_norm", False)
+    inward = {"query": "self_attn.q", "key": "self_attn.k", "value": "self_attn.v"}
+    groups = (
+        (inward, shape.bias),
+        ({"out": "self_attn.o"}, shape.out_bias),
+        ({"gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"}, shape.feed_forward_bias),
+    )
+    for names, bias in groups:
+        for ours, theirs in names.items():
+            rules[f"layers/{ours}/kernel"] = _linear(f"{layer}{theirs}_proj.weight")
+            if bias:
+                rules[f"layers/{ours}/bias"] = Rule(f"{layer}{theirs}_proj.bias")
+    return rules if shape.tied else {**rules, "head/kernel": _linear("lm_head.weight")}
+
+
+def _t5_rules(shape: t5.Shape) -> dict[str, Rule]:
+    rules = {"shared_embed/embedding": Rule("shared.weight")}
+    if not shape.tied:
+        rules["head/kernel"] = _linear("lm_head.weight")
+    for stack in ("encoder", "decoder"):
+        block, ours = stack + ".block.{i}.layer.", f"{stack}/layers/"
+        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        rules[f"{stack}/relative_bias"] = Rule(table)
+        rules |= _normed(f"{stack}/norm", f"{stack}.final_layer_norm", False)
+        parts = [("self", "SelfAttention"), ("cross", "EncDecAttention")]
+        parts = parts[: 1 + (stack == "decoder")]
+        for i, (kind, theirs) in enumerate(parts):
+            rules |= _normed(f"{ours}{kind}_norm", f"{block}{i}.layer_norm", False)
+            for part in ("query", "key", "value", "out"):
+                name = f"{block}{i}.{theirs}.{part[0]}.weight"
+                rules[f"{ours}{kind}_{part}/kernel"] = _linear(name)
+        last = f"{block}{len(parts)}."
+        rules |= _normed(f"{ours}feed_forward_norm", f"{last}layer_norm", False)
+        names = {"gate": "wi_0", "up": "wi_1"} if shape.gated else {"up": "wi"}
+        for part, theirs in {**names, "down": "wo"}.items():
+            rules[f"{ours}{part}/kernel"] = _linear(f"{last}DenseReluDense.{theirs}.weight")
+    return rules
+
+
+def _vit_rules(shape: vit.Shape) -> dict[str, Rule]:
+    layer = "vit.encoder.layer.{i}."
+    patch, channels, width = shape.patch, shape.channels, shape.width
+    rules = {
+        "class_token": Rule("vit.embeddings.cls_token", lambda x: x[None, None], lambda x: x[0, 0]),
+        "position_embedding": Rule(
+            "vit.embeddings.position_embeddings", lambda x: x[None], lambda x: x[0]
+        ),
+        "patches/kernel": Rule(
+            "vit.embeddings.patch_embeddings.projection.weight",
+            lambda x: x.reshape(patch, patch, channels, width).transpose(3, 2, 0, 1),
+            lambda x: x.transpose(2, 3, 1, 0).reshape(-1, width),
+        ),
+        "patches/bias": Rule("vit.embeddings.patch_embeddings.projection.bias"),
+        "head/kernel": _linear("classifier.weight"),
+        "head/bias": Rule("classifier.bias"),
+        **_normed("norm", "vit.layernorm", True),
+        **_normed("layers/attention_norm", layer + "layernorm_before", True),
+        **_normed("layers/feed_forward_norm", layer + "layernorm_after", True),
+    }
+    inward = {part: f"attention.attention.{part}" for part in ("query", "key", "value")}
+    names = {"out": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"}
+    for ours, theirs in (inward | names).items():
+        rules[f"layers/{ours}/kernel"] = _linear(f"{layer}{theirs}.weight")
+        if shape.bias or ours in names:
+            rules[f"layers/{ours}/bias"] = Rule(f"{layer}{theirs}.bias")
+    return rules
+
+
+_LAYOUTS = {
+    gpt2.Shape: Layout(
+        _gpt2_rules, "transformer.", ("*.attn.bias", "*.attn.masked_bias", "lm_head.weight")
+    ),
+    llama.Shape: Layout(_llama_rules, "", ("*.rotary_emb.inv_freq", "lm_head.weight")),
+    t5.Shape: Layout(
+        _t5_rules,
+        "",
+        (
+            "encoder.embed_tokens.weight",
+            "decoder.embed_tokens.weight",
+            "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+            "lm_head.weight",
+        ),
+        {"lm_head.weight": "shared.weight"},  # as transformers 5 writes a head that is a copy
+    ),
+    vit.Shape: Layout(_vit_rules, "", ("vit.pooler.*",)),
+}

@@ -1,0 +1,65 @@
+"""What all models have: a module from a shape, the shapes of its params, a loss, the shapes of a batch.
+
+In the shape descriptions `B` is the batch, `T` the sequence.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flora_jax.models import gpt2, llama, t5, vit
+
+MODULES: dict[type, Callable[[Any], nn.Module]] = {
+    llama.Shape: llama.Llama,
+    gpt2.Shape: gpt2.Gpt2,
+    t5.Shape: t5.T5,
+    vit.Shape: vit.Vit,
+}
+_LOSSES: dict[type, Callable[..., jax.Array]] = {
+    llama.Llama: llama.loss,
+    gpt2.Gpt2: gpt2.loss,
+    t5.T5: t5.loss,
+    vit.Vit: vit.loss,
+}
+
+
+def module(shape: Any) -> Any:
+    """The Flax module of a shape, which has it as `shape`."""
+    return MODULES[type(shape)](shape)
+
+
+def outline(model: Any) -> dict[str, Any]:
+    """The params of a module as a nested dict of `jax.ShapeDtypeStruct`; no weight is made."""
+    model = module(dataclasses.replace(model.shape, sharded=()))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    given: tuple[Any, ...] = (tokens,)
+    if isinstance(model, vit.Vit):
+        given = batch(model, 1, 1)[:1]
+    elif isinstance(model, t5.T5):
+        given = (tokens, tokens)
+    return jax.eval_shape(lambda *given: model.init(jax.random.key(0), *given), *given)["params"]
+
+
+def loss(model: Any) -> Callable[..., jax.Array]:
+    """`(params, *batch) -> scalar`: the mean cross-entropy, nats per token or image, of a batch as `batch` has it."""
+    return partial(_LOSSES[type(model)], model)
+
+
+def batch(model: Any, size: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of what the loss takes: windows `(B, T + 1)`; of a ViT, whatever `T`, images and classes `(B,)`.
+
+    Args:
+      model: The module.
+      size: `B`.
+      length: `T`.
+    """
+    if not isinstance(model, vit.Vit):
+        return (jax.ShapeDtypeStruct((size, length + 1), jnp.int32),)
+    shape = model.shape
+    kind = (size, shape.image, shape.image, shape.channels)
+    return jax.ShapeDtypeStruct(kind, shape.dtype), jax.ShapeDtypeStruct((size,), jnp.int32)

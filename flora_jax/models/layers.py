@@ -1,0 +1,75 @@
+"""Layers that the models share: a product, the embedding as a head, a stack under `scan`.
+
+In the shape descriptions `B` is the batch, `T` the sequence, `D` the width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
+
+
+class Dense(nn.Module):
+    """`x W (+ bias)`."""
+
+    features: int
+    dtype: Any
+    bias: bool = False
+    init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.param("kernel", self.init, (x.shape[-1], self.features), self.dtype)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+        return y
+
+
+class Tied(nn.Module):
+    """The embedding as a head: states `(B, T, D)` to logits.
+
+    Attributes:
+      table: The embedding.
+      scale: The states are multiplied by this before.
+    """
+
+    table: nn.Embed
+    scale: float = 1.0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.table.attend(x if self.scale == 1.0 else x * self.scale)
+
+
+def stacked(layer: Any, count: int, remat: bool, broadcast: int = 0) -> Any:
+    """A module class of so many layers, one after the other, with their params along a first axis.
+
+    Args:
+      layer: A module class whose call takes the states and, where `broadcast` is given, what each layer
+        has of its own and then what all layers share; it returns the new states and what it hands out.
+      count: The number of layers.
+      remat: Whether the backward pass computes each layer again, so that only the states between layers
+        are kept.
+      broadcast: The number of arguments that all layers share.
+    """
+    layer = nn.remat(layer, prevent_cse=False) if remat else layer
+    own: dict[str, Any] = {"in_axes": (0, *(nn.broadcast,) * broadcast)} if broadcast else {}
+    return nn.scan(
+        layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=count, **own
+    )
+
+
+def placed(x: jax.Array, batch: Any = None, heads: Any = None) -> jax.Array:
+    """`x`, sharded over mesh axes of the mesh in context; as it is where none are named.
+
+    Args:
+      x: An array with the batch as its first axis.
+      batch: Mesh axes of the first axis.
+      heads: Mesh axes of the last axis but one.
+    """
+    if batch is None:
+        return x
+    inner: list[Any] = [None] * (x.ndim - 2)
+    if heads is not None:
+        inner[-1] = heads
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, *inner))

@@ -1,0 +1,52 @@
+"""The loss of a language model, over a chunk of tokens at a time.
+
+In the shape descriptions `B` is the batch, `T` the sequence, `D` the width.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax.models.attention import CHUNK
+
+
+def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy of `head(x)` for each token, `(B, T)`, over `CHUNK` tokens of each sequence at a time.
+
+    Chunks are taken of each sequence, so that a batch that is sharded over devices stays so.
+
+    Args:
+      head: A module from `(B, tokens, D)` to logits.
+      x: The last states, `(B, T, D)`.
+      targets: The tokens that come next, `(B, T)`.
+    """
+    count = max(1, x.shape[1] // CHUNK)
+    if x.shape[1] % count:
+        count = 1
+
+    def parts(array):
+        chunks = array.reshape(array.shape[0], count, -1, *array.shape[2:])
+        return jnp.moveaxis(chunks, 1, 0)
+
+    def some(head, _, chunk):
+        x, targets = chunk
+        logits = head(x).astype(jnp.float32)
+        return None, optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+    scan = nn.scan(
+        nn.remat(some, prevent_cse=False),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+    )
+    return scan(head, None, (parts(x), parts(targets)))[1]
+
+
+def mean_loss(losses: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Mean of `(B, T)` losses, each with its weight `(B, T)` where there are some; 0 where all are 0."""
+    if weights is None:
+        return losses.mean()
+    weights = weights.astype(losses.dtype)
+    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1)

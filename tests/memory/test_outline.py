@@ -1,0 +1,56 @@
+"""Outlines of models: names, stacks, shapes of params; no weight is made."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flora_jax.memory import outline
+from flora_jax.models import config
+
+
+def test_counts_from_the_papers():
+    """Billions: Touvron et al., table 2 (13.0, and 69 of LLaMA 2 70B)."""
+    for name, billions in (("LLaMA-13B", 13.0), ("LLaMA-70B", 69.0)):
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(outline.named(name).params))
+        assert round(count / 1e9, 1) == billions
+
+
+def test_a_config_file_and_its_folder(tmp_path):
+    file = tmp_path / "config.json"
+    entries = config.config_of(config.NAMED["GPT-2"])
+    file.write_text(json.dumps({**entries, "_name_or_path": "gpt2"}))
+    for given in (file, tmp_path, str(tmp_path)):
+        model = outline.read(given, jnp.float32)
+        assert model.name == "gpt2"
+        assert model.params["wte"]["embedding"] == jax.ShapeDtypeStruct((50257, 768), jnp.float32)
+    file.write_text(json.dumps(entries))
+    assert outline.read(file).name == str(file)
+    assert outline.read(file).params["wte"]["embedding"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "outputs", "length"),
+    [
+        ("LLaMA-70B", {"layers": 80}, 32000, None),
+        ("GPT-2-XL", {"layers": 48}, 50257, None),
+        ("T5-3B", {"encoder/layers": 24, "decoder/layers": 24}, 32128, None),
+        ("ViT-B", {"layers": 12}, 1000, 197),
+    ],
+)
+def test_stacks_are_subtrees_of_the_params(name, layers, outputs, length):
+    model = outline.named(name)
+    assert {stack.path: stack.layers for stack in model.stacks} == layers
+    assert (model.outputs, model.length) == (outputs, length)
+    for stack in model.stacks:
+        leaves = jax.tree.leaves(model.layers(stack))
+        assert {leaf.shape[0] for leaf in leaves} == {stack.layers}
+        assert (stack.layers, stack.width, stack.hidden) in {leaf.shape for leaf in leaves}
+        assert stack.within(f"{stack.path}/up/kernel") and not stack.within("embed/embedding")
+
+
+def test_a_wrong_name_gets_a_sentence():
+    with pytest.raises(ValueError, match=r"model must be one of LLaMA-60M, .*, found 'GPT-9'"):
+        outline.named("GPT-9")
