@@ -57,7 +57,7 @@ def words(notebook) -> str:
     return "\n".join(texts + [data[k] for data in shown for k in data if not k.startswith("image")])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.newest
 @each
 def test_runs(source, monkeypatch):

@@ -48,7 +48,7 @@ def train_together(folder, count, layout):
     return [dict(np.load(file)) for file in files]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("count, layout", [(2, "data"), (4, "data"), (2, "fsdp"), (4, "fsdp")])
 def test_all_processes_hold_the_same_bits_and_one_process_alone_agrees(tmp_path, count, layout):
     first, *others = train_together(tmp_path, count, layout)

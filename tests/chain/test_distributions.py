@@ -132,7 +132,7 @@ def test_values_of_the_first_release(distribution):
     np.testing.assert_array_equal(columns, np.float32(GOLDEN[distribution]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [

@@ -38,7 +38,7 @@ def run(folder, **changes):
     return before, rows, console.file.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table(tmp_path):
     methods = ("full", "flora", "lora", "xgb-lora")
     before, rows, shown = run(tmp_path, methods=methods)
@@ -94,7 +94,7 @@ def test_the_largest_rank_of_a_budget():
         method.largest_rank(Config(**{**SMALL, "budget": 0.001}), task, "lora")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_methods_summarise(tmp_path, monkeypatch):
     small = Sizes("T5-test", (16, 8), 2, 2, 2, held_out=4, warm=2)
     monkeypatch.setitem(SIZES["cpu"], "summarisation", small)

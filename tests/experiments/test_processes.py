@@ -65,7 +65,7 @@ def texts_of(processes):
             process.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_notice_to_one_process_stops_both_at_the_same_micro_step(tmp_path, number):
     together = start_two(tmp_path, "--optimizer-steps", "100000")
@@ -79,7 +79,7 @@ def test_a_notice_to_one_process_stops_both_at_the_same_micro_step(tmp_path, num
     assert restored(tmp_path)[0] == int(stopped[0][0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_end_as_one(tmp_path):
     together = start_two(tmp_path / "two")
     texts = texts_of(together)

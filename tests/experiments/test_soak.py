@@ -7,7 +7,7 @@ from rich.console import Console
 from experiments import soak
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_killed_ends_as_one_left_alone(tmp_path):
     console = Console(file=io.StringIO())
     tally = soak.soak(soak.Config(kills=3), tmp_path, console)

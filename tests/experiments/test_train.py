@@ -70,7 +70,7 @@ def interrupt(config, after, monkeypatch):
         run(config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_was_interrupted_ends_bit_equal(tmp_path, monkeypatch):
     undisturbed = dataclasses.replace(SMALL, out=tmp_path / "undisturbed")
     interrupted = dataclasses.replace(SMALL, out=tmp_path / "interrupted")
@@ -86,7 +86,7 @@ def test_a_run_that_was_interrupted_ends_bit_equal(tmp_path, monkeypatch):
     assert figures["final"] < figures["initial"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_in_other_layouts(tmp_path, monkeypatch):
     """It goes on from one device to two, four and eight; from data parallel to FSDP, and tensor parallel as well."""
     base = dataclasses.replace(SMALL, batch=8)
@@ -109,7 +109,7 @@ def test_a_run_goes_on_in_other_layouts(tmp_path, monkeypatch):
     assert resumed["final"] == pytest.approx(figures["final"], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_notice_to_stop_saves_at_once(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, out=tmp_path, checkpoint_every=100)
 
@@ -125,7 +125,7 @@ def test_a_notice_to_stop_saves_at_once(tmp_path, monkeypatch):
     assert "Going on from micro-step 5." in output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["multisteps", "galore"])
 def test_the_other_optimizers_train_and_report(tmp_path, method):
     config = dataclasses.replace(SMALL, optimizer=method, out=tmp_path, learning_rate=0.01)

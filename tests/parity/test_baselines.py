@@ -9,7 +9,7 @@ from experiments.bench.baselines import in_jax, in_torch, methods
 SIZE = methods.Size(width=128, layers=2, batch=2, length=16, rank=8, accumulation=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_training_in_both(tmp_path):
     """Adafactor over accumulated gradients has the same losses for four optimizer steps, and after them."""
     folder, corpus = tmp_path / "weights", text.load()

@@ -79,7 +79,7 @@ def test_a_source_is_cut_into_halves_on_its_own_side():
     assert [len(side) for side in found[1:]] == [20, 5, 5]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_start_is_trained_once_and_all_begin_from_it(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "STARTS", tmp_path)
     small = problem.Sizes("translation", (7, 5), 3, 2, 2, held_out=4, warm=3)

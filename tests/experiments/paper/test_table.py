@@ -176,7 +176,7 @@ def make(tmp_path, **options):
     return table.make(SMALL, given, console), console.file.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_table_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     undisturbed, text = make(tmp_path / "undisturbed")
     assert len(undisturbed) == 2 and "Digits of scikit-learn" in text
@@ -202,7 +202,7 @@ def test_a_table_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     assert json.dumps(again[-1]) in (tmp_path / "interrupted" / "results.jsonl").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_plans_and_writes_nothing(tmp_path):
     results, text = make(tmp_path / "dry", dry_run=True)
     assert not results and not (tmp_path / "dry").exists()
