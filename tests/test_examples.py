@@ -110,7 +110,6 @@ def test_changes_are_of_these_pages():
     assert [page.stem for page in CHANGES] == ["flora-opt", "galore", "multisteps"]
 
 
-@pytest.mark.long
 def test_the_layout_of_maxtext():
     """Layers along axis 1 are a batch axis, each kernel has a sketch, no full gradient is materialized, and it learns."""
     names = execute(ROOT / "docs" / "how-to" / "frameworks.md")

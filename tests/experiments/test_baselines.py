@@ -211,7 +211,6 @@ def test_bytes_of_a_trace_at_its_worst_moment():
     assert in_torch.largest_sum(events[1:2]) == 50
 
 
-@pytest.mark.long
 def test_both_worlds_begin_from_the_same_weights(tmp_path):
     """The checkpoint's weights, each layer on its own, give the loss of the stacked model that they were made from."""
     in_jax.save(tmp_path / "weights", SIZE)
@@ -244,7 +243,6 @@ def test_state_bytes():
     assert 0 <= counts["flora"] - expected <= 64
 
 
-@pytest.mark.long
 def test_flops_of_a_gradient():
     """A fused gradient has for each weight and token two of the three products, and thin ones."""
     tokens = SIZE.batch * SIZE.length
