@@ -27,8 +27,10 @@ from flora_jax.adapters.low_rank import Adapter
 from flora_jax.chain import distributions
 from flora_jax.chain.keys import fold_path
 from flora_jax.chain.sketch import Spec
+from flora_jax.fused.contraction import down_labels
 from flora_jax.fused.lazy import BLOCK, Lazy
-from flora_jax.fused.weight import Kind, Weight, both_factors, down_labels, kinds_of
+from flora_jax.fused.use import both_factors
+from flora_jax.fused.weight import Kind, Weight, kinds_of
 
 
 def flat_lora(

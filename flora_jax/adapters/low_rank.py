@@ -35,7 +35,8 @@ from flora_jax.fused.interpreter import Traced, Walk, exposed
 from flora_jax.fused.lazy import is_lazy, materialized
 from flora_jax.fused.leaves import combine, is_array, partition
 from flora_jax.fused.rules import RULES
-from flora_jax.fused.weight import Weight, merged
+from flora_jax.fused.use import merged
+from flora_jax.fused.weight import Weight
 
 
 class Factors(NamedTuple):

@@ -14,7 +14,8 @@ from jax.extend import core
 
 from flora_jax.chain.plan import Use
 from flora_jax.fused.lazy import Lazy, materialized
-from flora_jax.fused.weight import Joined, Weight, expose, merged
+from flora_jax.fused.use import expose, merged
+from flora_jax.fused.weight import Joined, Weight
 
 
 class Traced(NamedTuple):

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax import dtypes
-from flora_jax.fused import weight as weights
+from flora_jax.fused.contraction import contract, sample
 from flora_jax.fused.interpreter import Traced, Walk, apply
+from flora_jax.fused.use import both_factors, use
 from flora_jax.fused.weight import Weight
 
 _Rule = tuple[Callable, Callable]
@@ -48,7 +49,7 @@ def _conv_general_dilated(walk: Walk, eqn, ins):
     count = eqn.params["feature_group_count"]
     save, back = rule(weight) if count == 1 else _in_groups(eqn, rule, weight, count)
     walk.note(eqn, ins, whole=False)
-    y = weights.use(weight, (x,), lambda x, value: apply(eqn, x, value), save, back)
+    y = use(weight, (x,), lambda x, value: apply(eqn, x, value), save, back)
     return [Traced(y, True)]
 
 
@@ -72,7 +73,7 @@ def _adapted_convolution(walk: Walk, eqn, ins):
     if eqn.params["feature_group_count"] != 1:
         return None
     dtype = dtypes.operands(x.dtype, weight.value.dtype)
-    down, up = (factor.astype(dtype) for factor in weights.both_factors(weight))
+    down, up = (factor.astype(dtype) for factor in both_factors(weight))
     in_channel, out_channel = numbers.lhs_spec[1], numbers.out_spec[1]
     if projected == {channels}:
         x_down = jnp.tensordot(x.astype(dtype), down, ((in_channel,), (0,)))
@@ -97,7 +98,7 @@ def _by_patch(eqn, dtype: Any, weight: Weight) -> _Rule:
     output, out_channel = numbers.rhs_spec[0], numbers.out_spec[1]
 
     def save(source, x):
-        kernel = jnp.moveaxis(weights.sample(weight, source, dtype), -1, output)
+        kernel = jnp.moveaxis(sample(weight, source, dtype), -1, output)
         return _convolve(eqn, dtype, x, kernel)
 
     def back(saved, source, delta):
@@ -229,7 +230,7 @@ def _channels(weight: Weight, source, array, axis: int):
         labels[axis] if kind == "projected" else string.ascii_uppercase[i]
         for i, kind in enumerate(weight.kinds)
     )
-    result = weights.contract(weight, source, array, labels, of_weight)
+    result = contract(weight, source, array, labels, of_weight)
     return jnp.moveaxis(result, -1, axis).astype(dtypes.operands(array.dtype))
 
 

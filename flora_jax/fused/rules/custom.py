@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flora_jax.fused import weight as weights
+from flora_jax.fused.contraction import contract, contracted_labels, outer
 from flora_jax.fused.interpreter import Traced, Walk, apply
 from flora_jax.fused.program import Node, Values, Var, flatten
 from flora_jax.fused.weight import Weight
@@ -83,14 +83,12 @@ def _custom_vjp(walk: Walk, eqn, ins):
         at = product.place
         precision = product.node.eqn.params["precision"]
         precision = None if isinstance(precision, tuple) else precision
-        of_contracted = weights.contracted_labels(weight, labels[at], of_weight)
-        factors[at] = weights.contract(
+        of_contracted = contracted_labels(weight, labels[at], of_weight)
+        factors[at] = contract(
             weight, source, factors[at], labels[at], of_weight, precision
         ).astype(factors[at].dtype)
         labels[at] = of_contracted
-        sketch = weights.outer(
-            weight, factors[0], labels[0], factors[1], labels[1], of_weight, precision
-        )
+        sketch = outer(weight, factors[0], labels[0], factors[1], labels[1], of_weight, precision)
         of_given = tuple(values(atom) for atom in outs[:-1])
         return of_given, None, sketch.astype(weight.up.dtype), None, None
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax import dtypes
-from flora_jax.fused import weight as weights
+from flora_jax.fused.contraction import sample
 from flora_jax.fused.interpreter import Traced, Walk, apply, exposed
+from flora_jax.fused.use import both_factors, multiply, use
 from flora_jax.fused.weight import Weight
 
 
@@ -43,7 +44,7 @@ def _dot_general(walk: Walk, eqn, ins):
         precision, tuple
     ):  # of the left and the right factor; the sketch takes the higher
         precision = max(precision, key=lambda one: getattr(one, "value", 0) or 0)
-    y = weights.multiply(weight, x, product, (labels[1 - place], labels[place], of_y), precision)
+    y = multiply(weight, x, product, (labels[1 - place], labels[place], of_y), precision)
     if y is None:
         return None
     walk.note(eqn, ins, whole=False)
@@ -80,7 +81,7 @@ def _ragged_dot(walk: Walk, eqn, ins):
         return apply(eqn, x.astype(dtype), matrices.astype(dtype), *rest, **types)
 
     if weight.adapter:
-        down, up = weights.both_factors(weight)  # of shapes (groups, P, r) and that of the sketch
+        down, up = both_factors(weight)  # of shapes (groups, P, r) and that of the sketch
         pair = (down, up) if weight.slot == 1 else (up, jnp.swapaxes(down, 1, 2))
         y = apply(eqn, x, weight.value, *rest)
         change = ragged(ragged(x, pair[0], rest), pair[1], rest)
@@ -88,7 +89,7 @@ def _ragged_dot(walk: Walk, eqn, ins):
         return [Traced(y + change.astype(y.dtype), True)]
 
     def of_input(source, x, *rest):
-        return ragged(x, weights.sample(weight, source, dtype), rest), rest
+        return ragged(x, sample(weight, source, dtype), rest), rest
 
     def back_input(saved, source, delta):
         del source
@@ -98,12 +99,12 @@ def _ragged_dot(walk: Walk, eqn, ins):
 
     def back_output(saved, source, delta):
         x, rest = saved
-        delta = ragged(delta, weights.sample(weight, source, dtype), rest)
+        delta = ragged(delta, sample(weight, source, dtype), rest)
         up = jax.ShapeDtypeStruct(weight.up.shape, dtype)
         return jax.linear_transpose(lambda up: ragged(x, up, rest), up)(delta)[0]
 
     by_input = weight.slot == 1
-    y = weights.use(
+    y = use(
         weight,
         (x, *rest),
         lambda x, *given: apply(eqn, x, given[-1], *given[:-1]),
