@@ -131,9 +131,7 @@ def _useful(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
         if flag and not isinstance(atom, core.Literal)
     }
     for eqn in reversed(jaxpr.eqns):
-        if eqn.primitive.name in _FLAT or eqn.effects:
-            if eqn.effects:
-                useful.update(eqn.outvars)
+        if eqn.primitive.name in _FLAT:
             continue
         if any(out in useful and is_inexact(out.aval) for out in eqn.outvars):
             useful.update(atom for atom in eqn.invars if not isinstance(atom, core.Literal))
