@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flora_jax.chain.projection import DimensionNumbers, Projection
+from flora_jax.chain.projection import DimensionNumbers, Projection, as_int
 from flora_jax.chain.sketch import Spec, is_sketch
 from flora_jax.paths import path_name
 from flora_jax.sharding import manual, partition
@@ -213,7 +213,7 @@ def _rank(path: str, shape: tuple[int, ...], smaller: int, projection: Projectio
         return max(1, round(rank * smaller))
     if isinstance(rank, int):
         return rank
-    found = rank(path, shape)
+    found = as_int(rank(path, shape))
     if not isinstance(found, int) or found < 1:
         raise ValueError(f"rank of {path!r} must be an int of at least 1, found {found!r}")
     return found
