@@ -8,11 +8,11 @@ import optax
 
 from flora_jax.chain import official, storage
 from flora_jax.chain import skip_nonfinite as skipping
-from flora_jax.chain.accumulate import StepsPerCycle, accumulate
+from flora_jax.chain.accumulate import StepsPerCycle, accumulate, check_cycles
 from flora_jax.chain.decompress import decompress
 from flora_jax.chain.momentum import momentum as sketched_momentum
 from flora_jax.chain.project import project
-from flora_jax.chain.projection import Projection, as_int, check_every
+from flora_jax.chain.projection import Projection, as_int, check_every, check_projection
 from flora_jax.chain.shrink import shrink
 from flora_jax.chain.sketch import Every
 from flora_jax.chain.transformation import transformation
@@ -135,6 +135,8 @@ def flora(
             resample_every=_cycle_length(accumulation_steps, steps),
             seed=seed,
         )
+    check_projection(projection)
+    check_cycles(projection.resample_every, accumulation_steps, "accumulation_steps")
     if optimizer is None:
         optimizer = optax.adafactor(
             learning_rate,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax.chain import products, states, storage
-from flora_jax.chain.projection import Projection
+from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import is_sketch
 from flora_jax.chain.transformation import transformation
 from flora_jax.sharding import manual
@@ -63,6 +63,8 @@ def momentum(
     """
     _check_decay(decay)
     storage.check("dtype", dtype)
+    if projection is not None:
+        check_projection(projection)
 
     def init_fn(params):
         # two arrays rather than one, so that both can be donated
@@ -72,6 +74,7 @@ def momentum(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         sketches = states.map_leaves(states.expected("momentum", projection), projection, updates)
+        states.check_fits("momentum", sketches, state.momentum)
         cycles = [leaf.cycle for leaf in states.leaves(sketches) if is_sketch(leaf)]
         cycle = cycles[0] if cycles else state.cycle
         kept = storage.load_tree(state.momentum)

@@ -128,6 +128,13 @@ class Projection:
             raise ValueError(f"seed must be an int, found {_describe(self.seed)}")
 
 
+def check_projection(projection: Any) -> None:
+    """Raises a ValueError unless this is a `Projection`."""
+    if not isinstance(projection, Projection):
+        found = projection if isinstance(projection, int | float | str | None) else type(projection)
+        raise ValueError(f"projection must be a flora_jax.Projection, found {found!r}")
+
+
 def check_every(name: str, every: Any) -> Any:
     """Returns `every`, as a Python int unless it is a schedule.
 

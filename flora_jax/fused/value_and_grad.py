@@ -22,7 +22,7 @@ from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.plan import Plan
 from flora_jax.chain.plan import plan as make_plan
 from flora_jax.chain.project import cycle as cycle_of_state
-from flora_jax.chain.projection import Projection
+from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import Sketch, Spec
 from flora_jax.fused.interpreter import Traced, Use, Walk, exposed
 from flora_jax.fused.leaves import (
@@ -88,6 +88,7 @@ def value_and_grad(
       >>> grads["kernel"].data.shape
       (4, 8)
     """
+    check_projection(projection)
     return ValueAndGrad(fun, projection, argnums, has_aux, shardings)
 
 

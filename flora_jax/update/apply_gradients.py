@@ -21,8 +21,10 @@ from jax.sharding import NamedSharding
 
 from flora_jax.chain import products, project
 from flora_jax.chain.decompress import as_one_operation, decompress_p
+from flora_jax.fused.leaves import combine, partition
 from flora_jax.paths import path_name
 from flora_jax.sharding import explicit, manual
+from flora_jax.update import checked
 from flora_jax.update.owners import NotLeafWise, Owners
 from flora_jax.update.program import Atom, Const, Node, Values, Var, flatten, needed
 from flora_jax.update.slices import Slices, Unsliceable
@@ -68,13 +70,17 @@ def apply_gradients(
       The new params and the new state.
 
     Raises:
-      ValueError: The update of one leaf needs the full gradient of another.
+      ValueError: The update of one leaf needs the full gradient of another, or a transformation is given a
+        sketch that cannot take one.
     """
     grads = project.checked(grads, opt_state)
     tx = optax.with_extra_args_support(tx)
+    extra_args, other_args = partition(extra_args)
 
     def update(grads, opt_state, params, extra_args):
-        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+        updates, opt_state = checked.update(
+            tx, grads, opt_state, params, combine(extra_args, other_args)
+        )
         return optax.apply_updates(params, updates), opt_state
 
     leaves = jax.tree.leaves(params)
