@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax import dtypes
 from flora_jax.chain import states, storage, wrappers
 from flora_jax.chain.projection import Projection, check_every, check_projection
 from flora_jax.chain.sketch import Every
@@ -118,13 +119,14 @@ def accumulate(
     def update_fn(updates, state, params=None, **extra_args):
         warn()
         length = states.at(every, state.gradient_step)
-        weight = 1.0 / length if use_grad_mean else 1.0
         sketches = states.map_leaves(states.expected("accumulate", projection), projection, updates)
         states.check_fits("accumulate", sketches, state.accumulated)
         numbers = states.numbers(sketches)
-        sums = jax.tree.map(
-            lambda old, new: old + weight * new, storage.load_tree(state.accumulated), numbers
-        )
+        with dtypes.promoting():
+            weight = 1.0 / length if use_grad_mean else 1.0
+            sums = jax.tree.map(
+                lambda old, new: old + weight * new, storage.load_tree(state.accumulated), numbers
+            )
 
         def optimizer_step(sums, inner_state):
             total = states.with_numbers(sketches, sums)

@@ -136,7 +136,8 @@ def flora(
             seed=seed,
         )
     check_projection(projection)
-    check_cycles(projection.resample_every, accumulation_steps, "accumulation_steps")
+    if accumulation_steps != 1:
+        check_cycles(projection.resample_every, accumulation_steps, "accumulation_steps")
     if optimizer is None:
         optimizer = optax.adafactor(
             learning_rate,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax import dtypes
 from flora_jax.chain import products, states, storage
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import is_sketch
@@ -92,9 +93,10 @@ def momentum(
             ),
             kept,
         )
-        mixed = jax.tree.map(
-            lambda old, new: decay * old + (1 - decay) * new, moved, states.numbers(sketches)
-        )
+        with dtypes.promoting():
+            mixed = jax.tree.map(
+                lambda old, new: decay * old + (1 - decay) * new, moved, states.numbers(sketches)
+            )
         result = states.with_numbers(sketches, mixed)
         stored = states.store(mixed, projection, sketches, dtype, (state.count,))
         return result, MomentumState(optax.safe_increment(state.count), cycle, stored)

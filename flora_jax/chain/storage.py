@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flora_jax import dtypes
+
 StateDtype = Literal["float32", "float64", "bfloat16", "int8"]
 BLOCK = 128
 MIN_SIZE = 4096
@@ -40,6 +42,7 @@ def check(name: str, dtype: Any) -> None:
         raise ValueError(f"{name} must be one of float32, float64, bfloat16, int8, found {dtype!r}")
 
 
+@dtypes.promoting()
 def unrounded(dtype: StateDtype, of: Any) -> Any:
     """Returns the complex dtype in which numbers of the dtype `of` are kept; None where they are real."""
     if not jnp.issubdtype(of, jnp.complexfloating):
@@ -69,6 +72,7 @@ def zeros(dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32") -> Any
     return Quantized(values, jnp.zeros(_scales_shape(shape), jnp.float32))
 
 
+@dtypes.promoting()
 def load(kept: Any) -> jax.Array:
     """Returns the numbers in float32, or in float64 or a complex dtype if they are kept so."""
     if not is_quantized(kept):
@@ -79,6 +83,7 @@ def load(kept: Any) -> jax.Array:
     return kept.values.astype(jnp.float32) * scales
 
 
+@dtypes.promoting()
 def store(dtype: StateDtype, array: jax.Array, key: jax.Array) -> Any:
     """Returns the numbers as they are kept in this dtype; `key` is for the stochastic rounding."""
     if kept := unrounded(dtype, array.dtype):
@@ -104,6 +109,7 @@ def transposed(kept: list[Any], structure: Any) -> Any:
     return jax.tree.unflatten(structure, kept)
 
 
+@dtypes.promoting()
 def load_tree(kept: Any) -> Any:
     """Loads all numbers of a tree that `transposed` returned."""
     if is_quantized(kept):

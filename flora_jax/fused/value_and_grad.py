@@ -119,7 +119,8 @@ class ValueAndGrad:
             )
             return function.result(function.walk(Walk(RULES), cycle, ups, uncompressed, shardings))
 
-        value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(ups, uncompressed)
+        with dtypes.promoting():
+            value, grads = jax.value_and_grad(run, (0, 1), has_aux=True)(ups, uncompressed)
         leaves = [
             grad
             if plan.spec is None

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from flora_jax import dtypes
 from flora_jax.chain import products, project
 from flora_jax.chain.decompress import as_one_operation, decompress_p
 from flora_jax.fused.leaves import combine, partition
@@ -118,7 +119,8 @@ def _apply(
         slice_above=slice_above,
     )
     known = dict(zip(inputs, itertools.chain(*leaves), strict=True))
-    result = _evaluate(program, Values(nodes, known))
+    with dtypes.promoting():
+        result = _evaluate(program, Values(nodes, known))
     return jax.tree.unflatten(jax.tree.structure(shapes), result)
 
 
