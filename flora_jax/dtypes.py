@@ -4,17 +4,31 @@ A sketch is as accurate as the gradient it is of. So integers, booleans and floa
 float32, as is float16, in which `x Aᵀ` overflows where `x` does not; bfloat16 stays, with sums in float32.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
+@contextlib.contextmanager
+def promoting() -> Iterator[None]:
+    """Lets arrays of different dtypes and ranks be combined, whatever the user has set for their own code.
+
+    Those settings are `jax.numpy_rank_promotion` and `jax.numpy_dtype_promotion`.
+    """
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@promoting()
 def sums(*dtypes: Any) -> Any:
     """Returns the dtype that products of arrays of these dtypes are summed in: float32 at least."""
     return jnp.promote_types(operands(*dtypes), jnp.float32)
 
 
+@promoting()
 def operands(*dtypes: Any) -> Any:
     """Returns the dtype that arrays of these dtypes are multiplied in."""
     found = None
@@ -27,6 +41,7 @@ def operands(*dtypes: Any) -> Any:
     return found
 
 
+@promoting()
 def einsum(equation: str, left: jax.Array, right: jax.Array, precision: Any = None) -> jax.Array:
     """Contracts two arrays in `operands` of their dtypes; the result is in `sums` of them.
 

@@ -139,7 +139,7 @@ def full(rate):
 def flora(rate):
     projection = flora_jax.Projection(RANK, side="input", min_dim=64, resample_every=50)
     inner = optax.adafactor(schedule(rate), min_dim_size_to_factor=32)
-    tx = flora_jax.flora(rate, projection=projection, momentum=0.9, optimizer=inner)
+    tx = flora_jax.flora(None, projection=projection, momentum=0.9, optimizer=inner)
     fused = flora_jax.value_and_grad(loss, projection)
 
     def gradient(own, state, i, batch):

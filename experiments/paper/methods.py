@@ -103,7 +103,7 @@ def build(
         head="whole" if method.uncompressed_embeddings else "input",
     )
     tx = flora_jax.flora(
-        peak,
+        None,
         projection=projection,
         accumulation_steps=accumulation,
         momentum=method.momentum,

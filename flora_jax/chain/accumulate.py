@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax.chain import states, storage
-from flora_jax.chain.projection import Projection, check_every
+from flora_jax import dtypes
+from flora_jax.chain import states, storage, wrappers
+from flora_jax.chain.projection import Projection, check_every, check_projection
 from flora_jax.chain.sketch import Every
 from flora_jax.chain.transformation import transformation
 from flora_jax.sharding import manual
@@ -94,13 +95,20 @@ def accumulate(
     References:
       arXiv 2402.03293, Algorithm 1.
     """
-    check_every("every", every)
+    every = check_every("every", every)
     storage.check("accumulator_dtype", accumulator_dtype)
     if projection is not None:
-        _check_cycles(projection.resample_every, every)
+        check_projection(projection)
+        check_cycles(projection.resample_every, every, "every")
     inner = optax.with_extra_args_support(inner)
+    warned = projection is not None  # then project warns
+
+    def warn():
+        nonlocal warned
+        warned = warned or wrappers.warn_of_multisteps()
 
     def init_fn(params):
+        warn()
         return AccumulateState(
             mini_step=jnp.zeros([], jnp.int32),
             gradient_step=jnp.zeros([], jnp.int32),
@@ -109,13 +117,16 @@ def accumulate(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
+        warn()
         length = states.at(every, state.gradient_step)
-        weight = 1.0 / length if use_grad_mean else 1.0
         sketches = states.map_leaves(states.expected("accumulate", projection), projection, updates)
+        states.check_fits("accumulate", sketches, state.accumulated)
         numbers = states.numbers(sketches)
-        sums = jax.tree.map(
-            lambda old, new: old + weight * new, storage.load_tree(state.accumulated), numbers
-        )
+        with dtypes.promoting():
+            weight = 1.0 / length if use_grad_mean else 1.0
+            sums = jax.tree.map(
+                lambda old, new: old + weight * new, storage.load_tree(state.accumulated), numbers
+            )
 
         def optimizer_step(sums, inner_state):
             total = states.with_numbers(sketches, sums)
@@ -162,11 +173,18 @@ def has_updated(opt_state: Any) -> jax.Array:
     if not states.of_kind(opt_state, AccumulateState):
         return jnp.asarray(True)
     state = states.only(opt_state, AccumulateState, "accumulate")
-    return jnp.logical_and(state.mini_step == 0, state.gradient_step > 0)
+    mini_step, gradient_step = map(states.count, (state.mini_step, state.gradient_step))
+    return jnp.logical_and(mini_step == 0, gradient_step > 0)
 
 
-def _check_cycles(resample_every: Every, every: Every) -> None:
-    """Raises a ValueError unless each cycle is an integer number of optimizer steps."""
+def check_cycles(resample_every: Every, every: Every, name: str) -> None:
+    """Raises a ValueError unless each cycle is an integer number of optimizer steps.
+
+    Args:
+      resample_every: The number of micro-steps in a cycle.
+      every: The number of micro-steps in an optimizer step.
+      name: The name that the user knows `every` by.
+    """
     if isinstance(resample_every, int) and isinstance(every, int):
         fits = resample_every % every == 0
     else:
@@ -175,6 +193,6 @@ def _check_cycles(resample_every: Every, every: Every) -> None:
         )
     if not fits:
         raise ValueError(
-            f"resample_every must be a multiple of every={every!r}, found {resample_every!r}: the "
+            f"resample_every must be a multiple of {name}={every!r}, found {resample_every!r}: the "
             "projection would change inside an accumulation"
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from flora_jax.chain import products
+from flora_jax.chain import products, recorder
 from flora_jax.chain.sketch import Spec, is_sketch
 from flora_jax.chain.transformation import transformation
 
@@ -66,6 +66,9 @@ def as_one_operation() -> Iterator[None]:
 
 
 def _decompressed(spec: Spec, cycle: Any, data: jax.Array) -> jax.Array:
+    recorder.note(spec.path)
+    if recorder.outlines():
+        return jnp.zeros(spec.part_shape, spec.dtype)
     if _tracing.get():
         return decompress_p.bind(jnp.asarray(cycle), data, spec=spec)
     return products.decompress(spec, cycle, data)

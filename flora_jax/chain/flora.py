@@ -1,5 +1,6 @@
 """flora: the transformations of this folder put together, with arguments named as optax names them."""
 
+import warnings
 from typing import Any, Literal, get_args
 
 import jax
@@ -7,11 +8,11 @@ import optax
 
 from flora_jax.chain import official, storage
 from flora_jax.chain import skip_nonfinite as skipping
-from flora_jax.chain.accumulate import StepsPerCycle, accumulate
+from flora_jax.chain.accumulate import StepsPerCycle, accumulate, check_cycles
 from flora_jax.chain.decompress import decompress
 from flora_jax.chain.momentum import momentum as sketched_momentum
 from flora_jax.chain.project import project
-from flora_jax.chain.projection import Projection, check_every
+from flora_jax.chain.projection import Projection, as_int, check_every, check_projection
 from flora_jax.chain.shrink import shrink
 from flora_jax.chain.sketch import Every
 from flora_jax.chain.transformation import transformation
@@ -24,7 +25,7 @@ ADVISED = 64
 
 
 def flora(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | None,
     *,
     rank: Any = None,
     projection: Projection | None = None,
@@ -51,7 +52,8 @@ def flora(
     the sketch `C = G Aᵀ` only.
 
     Args:
-      learning_rate: The learning rate: a number, or a schedule of the optimizer step.
+      learning_rate: The learning rate: a number, or a schedule of the optimizer step; None where
+        `optimizer` is given, which has its own.
       rank: The rank `r` of the projections, with the same meaning as in `Projection`. Give either this
         or `projection`.
       projection: A `Projection`, for all other choices. Its `resample_every` counts micro-steps and must
@@ -61,8 +63,8 @@ def flora(
       accumulation_steps: The number of micro-steps in an optimizer step: an int, or a schedule of the
         optimizer step.
       momentum: The decay `β` of Algorithm 2, or None for no momentum.
-      optimizer: An optax optimizer to use in place of Adafactor. It has its own learning rate:
-        `learning_rate` and the arguments from `min_dim_size_to_factor` on are then not used.
+      optimizer: An optax optimizer to use in place of Adafactor. The arguments from
+        `min_dim_size_to_factor` on are then not used.
       preset: The variant of the method. `paper` has Gaussian projections and Algorithms 1 and 2.
         `advised` has in addition what was measured to be better at no cost in memory: the updates of
         compressed leaves are scaled by `shrink`, and where `rank` is given, the projections are `srht`,
@@ -109,13 +111,15 @@ def flora(
             "flora takes one of rank and projection, found "
             + ("neither" if rank is None else "both")
         )
+    seed = as_int(seed)
     for name, value in (("accumulation_steps", accumulation_steps), ("seed", seed)):
         if isinstance(value, jax.Array):
             raise ValueError(
                 f"{name} must be a Python value, found a jax.Array; under optax.inject_hyperparams "
                 "name it in static_args"
             )
-    check_every("accumulation_steps", accumulation_steps)
+    accumulation_steps = check_every("accumulation_steps", accumulation_steps)
+    _check_learning_rate(learning_rate, optimizer, preset)
     storage.check("state_dtype", state_dtype)
     if preset == "official":
         if rank is None or momentum is None:
@@ -131,6 +135,9 @@ def flora(
             resample_every=_cycle_length(accumulation_steps, steps),
             seed=seed,
         )
+    check_projection(projection)
+    if accumulation_steps != 1:
+        check_cycles(projection.resample_every, accumulation_steps, "accumulation_steps")
     if optimizer is None:
         optimizer = optax.adafactor(
             learning_rate,
@@ -160,6 +167,20 @@ def flora(
     if skip_nonfinite:
         chain = skipping.skip_nonfinite(chain)
     return transformation(chain)
+
+
+def _check_learning_rate(learning_rate: Any, optimizer: Any, preset: str) -> None:
+    used = optimizer is None or preset == "official"
+    if learning_rate is None and used:
+        raise ValueError(
+            "learning_rate must be a number or a schedule without optimizer, found None"
+        )
+    if learning_rate is not None and not used:
+        warnings.warn(
+            "flora does not use learning_rate beside optimizer, which has its own; give learning_rate=None",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _cycle_length(accumulation_steps: Every, steps: int) -> Every:

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flora_jax.chain.projection import DimensionNumbers, Projection
+from flora_jax.chain.projection import DimensionNumbers, Projection, as_int
 from flora_jax.chain.sketch import Spec, is_sketch
 from flora_jax.paths import path_name
 from flora_jax.sharding import manual, partition
@@ -47,6 +48,16 @@ class LeafPlan:
     def data_shape(self) -> tuple[int, ...]:
         """The shape of what is accumulated: that of the sketch, or of the uncompressed gradient."""
         return self.spec.part_data_shape if self.spec else self.shape
+
+    @property
+    def data_dtype(self) -> str:
+        """The dtype of what is accumulated, before it is converted to that of the state."""
+        return "float32" if self.spec else self.dtype
+
+    @property
+    def too_small(self) -> bool:
+        """Whether the leaf is a matrix that is uncompressed because of its size, the rank and `min_dim`."""
+        return self.reason.startswith("rank ") or "below min_dim" in self.reason
 
 
 def leaf_plans(tree: Any, projection: Projection) -> list[LeafPlan]:
@@ -93,6 +104,8 @@ def _leaf_plan(
         return uncompressed("not selected")
     if len(shape) < 2:
         return uncompressed("vector" if shape else "scalar")
+    if not math.prod(shape):
+        return uncompressed("empty")
     kind = _kind(path, shape, projection)
     rule = {"embedding": projection.embedding, "head": projection.head}.get(kind, "matrix")
     if rule == "whole":
@@ -197,7 +210,7 @@ def _matrix_axes(path: str, shape: tuple[int, ...], numbers: Any, min_dim: int):
 
 
 def _axes(path: str, shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
     for axis in axes:
         if not -len(shape) <= axis < len(shape):
             raise ValueError(
@@ -213,7 +226,7 @@ def _rank(path: str, shape: tuple[int, ...], smaller: int, projection: Projectio
         return max(1, round(rank * smaller))
     if isinstance(rank, int):
         return rank
-    found = rank(path, shape)
+    found = as_int(rank(path, shape))
     if not isinstance(found, int) or found < 1:
         raise ValueError(f"rank of {path!r} must be an int of at least 1, found {found!r}")
     return found

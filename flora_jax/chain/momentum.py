@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax import dtypes
 from flora_jax.chain import products, states, storage
-from flora_jax.chain.projection import Projection
+from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import is_sketch
 from flora_jax.chain.transformation import transformation
 from flora_jax.sharding import manual
@@ -63,6 +64,8 @@ def momentum(
     """
     _check_decay(decay)
     storage.check("dtype", dtype)
+    if projection is not None:
+        check_projection(projection)
 
     def init_fn(params):
         # two arrays rather than one, so that both can be donated
@@ -72,6 +75,7 @@ def momentum(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         sketches = states.map_leaves(states.expected("momentum", projection), projection, updates)
+        states.check_fits("momentum", sketches, state.momentum)
         cycles = [leaf.cycle for leaf in states.leaves(sketches) if is_sketch(leaf)]
         cycle = cycles[0] if cycles else state.cycle
         kept = storage.load_tree(state.momentum)
@@ -89,9 +93,10 @@ def momentum(
             ),
             kept,
         )
-        mixed = jax.tree.map(
-            lambda old, new: decay * old + (1 - decay) * new, moved, states.numbers(sketches)
-        )
+        with dtypes.promoting():
+            mixed = jax.tree.map(
+                lambda old, new: decay * old + (1 - decay) * new, moved, states.numbers(sketches)
+            )
         result = states.with_numbers(sketches, mixed)
         stored = states.store(mixed, projection, sketches, dtype, (state.count,))
         return result, MomentumState(optax.safe_increment(state.count), cycle, stored)

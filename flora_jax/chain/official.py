@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax import dtypes
 from flora_jax.chain import products
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.projection import Projection
@@ -86,6 +87,7 @@ def scale_by_official(
         zeros = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
         return OfficialState(jnp.zeros([], jnp.int32), jax.tree.unflatten(structure, zeros))
 
+    @dtypes.promoting()
     def update_fn(updates, state, params=None):
         del params
         switches = state.count % kappa == 0

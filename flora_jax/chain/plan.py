@@ -12,7 +12,7 @@ import optax
 from flora_jax.chain import storage
 from flora_jax.chain.flora import flora
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
-from flora_jax.chain.projection import Projection
+from flora_jax.chain.projection import Projection, check_projection
 
 
 class Use(NamedTuple):
@@ -130,7 +130,7 @@ def plan(
     Raises:
       ValueError: The mask or the dimension numbers of the projection do not fit the params.
     """
-
+    check_projection(projection)
     params = jax.eval_shape(lambda tree: tree, params)
     leaves = leaf_plans(params, projection)
     if tx is None:
@@ -150,7 +150,7 @@ def plan(
         "Adam": tree_bytes(jax.eval_shape(optax.adam(1.0).init, params)),
         "GaLore": 8 + sum(_galore_bytes(leaf) for leaf in leaves),
     }
-    sizes = tuple(storage.nbytes(dtype, leaf.data_shape) for leaf in leaves)
+    sizes = tuple(storage.nbytes(dtype, leaf.data_shape, leaf.data_dtype) for leaf in leaves)
     return Plan(tuple(leaves), sizes, state_bytes)
 
 

@@ -33,6 +33,7 @@ from flora_jax.chain.sketch import Spec
 from flora_jax.sharding import manual
 
 
+@dtypes.promoting()
 def sample(spec: Spec, cycle: ArrayLike) -> jax.Array:
     """Samples all of `A` for one leaf.
 
@@ -57,6 +58,7 @@ def sample(spec: Spec, cycle: ArrayLike) -> jax.Array:
     return sample_one(matrix_keys(spec, cycle))
 
 
+@dtypes.promoting()
 def project(
     spec: Spec, cycle: ArrayLike, gradient: Float[Array, "*weight"]
 ) -> Float[Array, "*data"]:
@@ -109,6 +111,7 @@ def decompress(
     return decompress_with(spec, matrix_keys(spec, cycle), data)
 
 
+@dtypes.promoting()
 def decompress_with(spec: Spec, keys: jax.Array, data: jax.Array) -> jax.Array:
     """Does what `decompress` does, given `matrix_keys` in place of the cycle."""
 
@@ -125,6 +128,7 @@ def decompress_with(spec: Spec, keys: jax.Array, data: jax.Array) -> jax.Array:
     return _over_batch(spec, one, keys, data, data_batch(spec), spec.batch)
 
 
+@dtypes.promoting()
 def transfer(
     spec: Spec, old: ArrayLike, new: ArrayLike, data: Float[Array, "*data"]
 ) -> Float[Array, "*data"]:
@@ -243,6 +247,7 @@ def data_batch(spec: Spec) -> tuple[int, ...]:
     return tuple(axis - sum(other < axis for other in gone) for axis in spec.batch)
 
 
+@dtypes.promoting()
 def matrix_keys(spec: Spec, cycle: ArrayLike) -> jax.Array:
     """Returns an array of typed keys, of shape `B`: one for each matrix of the leaf."""
     _check_prng(spec)

@@ -1,5 +1,7 @@
 """project: compresses gradients to sketches, `C = G Aᵀ` (arXiv 2402.03293, Algorithm 1, lines 5 to 7)."""
 
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -7,9 +9,10 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from flora_jax.chain import products, states
+from flora_jax import dtypes
+from flora_jax.chain import products, recorder, states, wrappers
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
-from flora_jax.chain.projection import Projection
+from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import Sketch, is_sketch
 from flora_jax.chain.transformation import transformation
 
@@ -42,25 +45,43 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: On `update`, an incoming `Sketch` is not the one that this projection would have
-        given, or belongs to another cycle.
+        given, or belongs to another cycle; or a gradient has another shape than its param.
 
     References:
       arXiv 2402.03293, Algorithm 1, lines 5 to 7.
     """
 
+    check_projection(projection)
+    warned = False
+
+    def warn():
+        nonlocal warned
+        warned = warned or wrappers.warn_of_multisteps()
+
     def init_fn(params):
-        leaf_plans(params, projection)
+        warn()
+        _warn_of_nothing(leaf_plans(params, projection))
         return ProjectState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        warn()
+        if any(map(is_sketch, states.leaves(updates))):
+            wrappers.refuse_sketches()
+        if params is not None:
+            states.check_shapes("project", updates, params)
 
         def compress(plan: LeafPlan, leaf):
             if is_sketch(leaf):
                 states.check_kind(plan, leaf)
+                recorder.note(plan.path)
                 return Sketch(_of_cycle(leaf, state.cycle), state.cycle, leaf.spec)
             if plan.spec is None:
                 return leaf
+            recorder.note(plan.path)
+            if recorder.outlines():
+                data = jnp.zeros(plan.spec.part_data_shape, dtypes.sums(plan.spec.dtype))
+                return Sketch(data, state.cycle, plan.spec)
             return Sketch(products.project(plan.spec, state.cycle, leaf), state.cycle, plan.spec)
 
         length = states.at(projection.resample_every, state.cycle)
@@ -87,7 +108,7 @@ def cycle(opt_state: Any) -> jax.Array:
     Raises:
       ValueError: The state has no `project` in it, or more than one.
     """
-    return states.only(opt_state, ProjectState, "project").cycle
+    return states.count(states.only(opt_state, ProjectState, "project").cycle)
 
 
 def checked(sketches: Any, opt_state: Any) -> Any:
@@ -107,9 +128,23 @@ def checked(sketches: Any, opt_state: Any) -> Any:
     def check(leaf):
         if not is_sketch(leaf):
             return leaf
-        return Sketch.unchecked(_of_cycle(leaf, found[0].cycle), None, leaf.spec)
+        return Sketch.unchecked(_of_cycle(leaf, states.count(found[0].cycle)), None, leaf.spec)
 
     return jax.tree.map(check, sketches, is_leaf=is_sketch)
+
+
+def _warn_of_nothing(plans: Sequence[LeafPlan]) -> None:
+    """Warns where nothing is compressed, and that is so because of the sizes of the matrices."""
+    if any(plan.spec for plan in plans):
+        return
+    matrix = next((plan for plan in plans if plan.too_small), None)
+    if matrix is not None:
+        warnings.warn(
+            f"nothing is compressed, neither {matrix.path!r} ({matrix.reason}) nor any other leaf: the state "
+            "is as large as without flora; take a smaller rank or min_dim",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _of_cycle(sketch: Sketch, cycle: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args, no_type_check
 
 import jax
+import numpy as np
 
 from flora_jax.chain import distributions
 from flora_jax.chain.sketch import Every
@@ -111,6 +112,8 @@ class Projection:
     partition_specs: Any = None
 
     def __post_init__(self):
+        for name in ("rank", "resample_every", "seed", "min_dim", "block"):
+            object.__setattr__(self, name, as_int(getattr(self, name)))
         _check_rank(self.rank)
         _check_choice("distribution", self.distribution, distributions.DISTRIBUTIONS)
         _check_choice("side", self.side, get_args(Side))
@@ -125,14 +128,32 @@ class Projection:
             raise ValueError(f"seed must be an int, found {_describe(self.seed)}")
 
 
-def check_every(name: str, every: Any) -> None:
-    """Raises a ValueError unless `every` is an int of at least 1 or a schedule."""
+def check_projection(projection: Any) -> None:
+    """Raises a ValueError unless this is a `Projection`."""
+    if not isinstance(projection, Projection):
+        found = projection if isinstance(projection, int | float | str | None) else type(projection)
+        raise ValueError(f"projection must be a flora_jax.Projection, found {found!r}")
+
+
+def check_every(name: str, every: Any) -> Any:
+    """Returns `every`, as a Python int unless it is a schedule.
+
+    Raises:
+      ValueError: It is neither an int of at least 1 nor a schedule.
+    """
     if callable(every):
-        return
+        return every
+    every = as_int(every)
     if not _is_int(every) or every < 1:
         raise ValueError(
             f"{name} must be an int of at least 1 or a schedule, found {_describe(every)}"
         )
+    return every
+
+
+def as_int(value: Any) -> Any:
+    """Returns a NumPy integer as a Python int, and all else as it is."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def _check_rank(rank: Any) -> None:

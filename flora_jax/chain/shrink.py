@@ -4,7 +4,7 @@ import optax
 
 from flora_jax.chain import states
 from flora_jax.chain.leaf_plan import LeafPlan
-from flora_jax.chain.projection import Projection
+from flora_jax.chain.projection import Projection, check_projection
 
 
 def shrink(projection: Projection) -> optax.GradientTransformation:
@@ -23,6 +23,7 @@ def shrink(projection: Projection) -> optax.GradientTransformation:
     Returns:
       A transformation without state.
     """
+    check_projection(projection)
 
     def update_fn(updates, state, params=None):
         del params

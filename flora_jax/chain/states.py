@@ -15,6 +15,7 @@ from flora_jax.chain import keys, storage
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.projection import Projection
 from flora_jax.chain.sketch import Every, Sketch, is_sketch
+from flora_jax.paths import path_name
 
 
 def of_kind(opt_state: Any, kind: type) -> list[Any]:
@@ -33,6 +34,11 @@ def only(opt_state: Any, kind: type, name: str) -> Any:
     return found[0]
 
 
+def count(scalar: Any) -> Any:
+    """Returns a count of a state as an array, which Flax NNX keeps as the only leaf of a variable."""
+    return jax.tree.leaves(scalar)[0]
+
+
 def at(every: Every, step: Any) -> Any:
     """Returns the value of a number or a schedule at this step."""
     return every(step) if callable(every) else every
@@ -41,6 +47,12 @@ def at(every: Every, step: Any) -> Any:
 def check_kind(plan: LeafPlan, leaf: Sketch) -> None:
     """Raises a ValueError unless the sketch is the one that the plan describes."""
     if plan.spec == leaf.spec:
+        found = getattr(leaf.data, "shape", None)
+        if found is not None and found != leaf.spec.part_data_shape:
+            raise ValueError(
+                f"{plan.path!r}: found a sketch whose data have shape {found}, expected "
+                f"{leaf.spec.part_data_shape}"
+            )
         return
     if plan.spec is None:
         raise ValueError(
@@ -52,6 +64,38 @@ def check_kind(plan: LeafPlan, leaf: Sketch) -> None:
         if found != expected:
             raise ValueError(
                 f"{plan.path!r}: found a sketch of {field.name} {found!r}, expected {expected!r}"
+            )
+
+
+def check_shapes(name: str, updates: Any, params: Any) -> None:
+    """Raises a ValueError unless each gradient, or what a sketch is of, has the shape of its param."""
+    paths = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_sketch)[0]
+    others = jax.tree.leaves(params)
+    if len(paths) != len(others):
+        return  # optax says it
+    for (path, leaf), param in zip(paths, others, strict=True):
+        found = leaf.spec.part_shape if is_sketch(leaf) else getattr(leaf, "shape", ())
+        if found != getattr(param, "shape", ()):
+            kind = "a sketch of a gradient" if is_sketch(leaf) else "a gradient"
+            raise ValueError(
+                f"{path_name(path)!r}: {name} found {kind} of shape {found}, expected that of the param, "
+                f"{param.shape}"
+            )
+
+
+def check_fits(name: str, sketches: Any, kept: Any) -> None:
+    """Raises a ValueError unless each sketch, or uncompressed gradient, has the shape of the kept numbers."""
+    paths = jax.tree_util.tree_flatten_with_path(sketches, is_leaf=is_sketch)[0]
+    others = jax.tree.leaves(kept.values if storage.is_quantized(kept) else kept)
+    if len(paths) != len(others):
+        return  # JAX says it
+    for (path, leaf), other in zip(paths, others, strict=True):
+        found = leaf.data.shape if is_sketch(leaf) else leaf.shape
+        if found != other.shape:
+            kind = "a sketch" if is_sketch(leaf) else "an uncompressed gradient"
+            raise ValueError(
+                f"{path_name(path)!r}: {name} found {kind} of shape {found}, expected that of its state, "
+                f"{other.shape}; tx.init was given params of another shape"
             )
 
 
@@ -116,7 +160,10 @@ def zeros(tree: Any, projection: Projection | None, dtype: storage.StateDtype) -
     """Returns zeros, as they are kept in this dtype, for each leaf of the params or gradients."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_sketch)
     plans = _plans(tree, projection)
-    zeros = [storage.zeros(dtype, plan.data_shape) for plan, _ in zip(plans, leaves, strict=True)]
+    zeros = [
+        storage.zeros(dtype, plan.data_shape, plan.data_dtype)
+        for plan, _ in zip(plans, leaves, strict=True)
+    ]
     return storage.transposed(dtype, zeros, structure)
 
 
@@ -129,7 +176,9 @@ def store(
 ) -> Any:
     """Returns each leaf as it is kept in this dtype, rounded with a key of its own where that is stochastic."""
     if dtype in ("float32", "float64"):
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), numbers)
+        return jax.tree.map(
+            lambda leaf: leaf.astype(storage.unrounded(dtype, leaf.dtype) or dtype), numbers
+        )
     leaves, structure = jax.tree.flatten(numbers)
     seed = projection.seed if projection else 0
     kept = []

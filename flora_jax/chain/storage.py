@@ -3,7 +3,7 @@
 `float32` and `float64` keep the numbers as they are. `bfloat16` and `int8` round stochastically, so
 that what is kept is an unbiased estimate of what was stored, and small additions are not lost. `int8`
 has one float32 scale for each 128 numbers along the last axis, and keeps arrays of fewer than 4096
-numbers in float32.
+numbers in float32. Complex numbers are kept as they are in every state.
 """
 
 import math
@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from flora_jax import dtypes
 
 StateDtype = Literal["float32", "float64", "bfloat16", "int8"]
 BLOCK = 128
@@ -40,25 +42,39 @@ def check(name: str, dtype: Any) -> None:
         raise ValueError(f"{name} must be one of float32, float64, bfloat16, int8, found {dtype!r}")
 
 
-def nbytes(dtype: StateDtype, shape: tuple[int, ...]) -> int:
-    """Returns the number of bytes that an array of this shape takes in this dtype."""
+@dtypes.promoting()
+def unrounded(dtype: StateDtype, of: Any) -> Any:
+    """Returns the complex dtype in which numbers of the dtype `of` are kept; None where they are real."""
+    if not jnp.issubdtype(of, jnp.complexfloating):
+        return None
+    return jnp.promote_types(of, jnp.float64 if dtype == "float64" else jnp.float32)
+
+
+def nbytes(dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32") -> int:
+    """Returns the number of bytes that numbers of this shape, and of the dtype `of`, take in this dtype."""
     size = math.prod(shape)
+    if kept := unrounded(dtype, of):
+        return size * kept.itemsize + (4 if dtype == "int8" else 0)
     if dtype == "int8":
         width = 1 if _quantizes(shape) else 4
         return width * size + 4 * math.prod(_scales_shape(shape))
     return size * {"float64": 8, "bfloat16": 2, "float32": 4}[dtype]
 
 
-def zeros(dtype: StateDtype, shape: tuple[int, ...]) -> Any:
-    """Returns zeros of this shape, as they are kept in this dtype."""
+def zeros(dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32") -> Any:
+    """Returns zeros of this shape, and of the dtype `of`, as they are kept in this dtype."""
+    if kept := unrounded(dtype, of):
+        array = jnp.zeros(shape, kept)
+        return Quantized(array, jnp.zeros((1,), jnp.float32)) if dtype == "int8" else array
     if dtype != "int8":
         return jnp.zeros(shape, dtype)
     values = jnp.zeros(shape, jnp.int8 if _quantizes(shape) else jnp.float32)
     return Quantized(values, jnp.zeros(_scales_shape(shape), jnp.float32))
 
 
+@dtypes.promoting()
 def load(kept: Any) -> jax.Array:
-    """Returns the numbers in float32, or in float64 if they are kept so."""
+    """Returns the numbers in float32, or in float64 or a complex dtype if they are kept so."""
     if not is_quantized(kept):
         return kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
     if kept.values.dtype != jnp.int8:
@@ -67,8 +83,12 @@ def load(kept: Any) -> jax.Array:
     return kept.values.astype(jnp.float32) * scales
 
 
+@dtypes.promoting()
 def store(dtype: StateDtype, array: jax.Array, key: jax.Array) -> Any:
     """Returns the numbers as they are kept in this dtype; `key` is for the stochastic rounding."""
+    if kept := unrounded(dtype, array.dtype):
+        array = array.astype(kept)
+        return Quantized(array, jnp.zeros((1,), jnp.float32)) if dtype == "int8" else array
     if dtype == "int8":
         if _quantizes(array.shape):
             return _quantize(array, key)
@@ -89,6 +109,7 @@ def transposed(dtype: StateDtype, kept: list[Any], structure: Any) -> Any:
     return jax.tree.unflatten(structure, kept)
 
 
+@dtypes.promoting()
 def load_tree(kept: Any) -> Any:
     """Loads all numbers of a tree that `transposed` returned."""
     if is_quantized(kept):

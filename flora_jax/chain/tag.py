@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax import dtypes
+
 DIGITS = 8
 BASE = 16
 UNIT = 2.0**-80
@@ -19,6 +21,7 @@ LARGEST = 2.0**-30
 """A unit above this was not scaled but replaced, as by the sign of each number."""
 
 
+@dtypes.promoting()
 def encode(cycle: Any) -> jax.Array:
     """Returns the tag of a cycle: its eight hexadecimal digits and a one, times `UNIT`; float32 `(9,)`."""
     cycle = jnp.asarray(cycle, jnp.int32)
@@ -26,6 +29,7 @@ def encode(cycle: Any) -> jax.Array:
     return jnp.stack([*digits, jnp.ones_like(cycle)], -1).astype(jnp.float32) * jnp.float32(UNIT)
 
 
+@dtypes.promoting()
 def decode(tag: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the cycle of a tag, int32, and whether the tag is one still.
 

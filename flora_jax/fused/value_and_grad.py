@@ -22,7 +22,7 @@ from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.plan import Plan
 from flora_jax.chain.plan import plan as make_plan
 from flora_jax.chain.project import cycle as cycle_of_state
-from flora_jax.chain.projection import Projection
+from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import Sketch, Spec
 from flora_jax.fused.interpreter import Traced, Use, Walk, exposed
 from flora_jax.fused.leaves import (
@@ -88,6 +88,7 @@ def value_and_grad(
       >>> grads["kernel"].data.shape
       (4, 8)
     """
+    check_projection(projection)
     return ValueAndGrad(fun, projection, argnums, has_aux, shardings)
 
 
@@ -118,7 +119,8 @@ class ValueAndGrad:
             )
             return function.result(function.walk(Walk(RULES), cycle, ups, uncompressed, shardings))
 
-        value, grads = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(ups, uncompressed)
+        with dtypes.promoting():
+            value, grads = jax.value_and_grad(run, (0, 1), has_aux=True)(ups, uncompressed)
         leaves = [
             grad
             if plan.spec is None

@@ -19,11 +19,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from flora_jax import dtypes
 from flora_jax.chain import products, project
 from flora_jax.chain.decompress import as_one_operation, decompress_p
+from flora_jax.fused.leaves import combine, partition
 from flora_jax.fused.program import Atom, Const, Node, Values, Var, flatten, needed
 from flora_jax.paths import path_name
 from flora_jax.sharding import explicit, manual
+from flora_jax.update import checked
+from flora_jax.update.owners import NotLeafWise, Owners
 from flora_jax.update.slices import Slices, Unsliceable
 
 SLICE_ABOVE = 2**20
@@ -67,13 +71,17 @@ def apply_gradients(
       The new params and the new state.
 
     Raises:
-      ValueError: The update of one leaf needs the full gradient of another.
+      ValueError: The update of one leaf needs the full gradient of another, or a transformation is given a
+        sketch that cannot take one.
     """
     grads = project.checked(grads, opt_state)
     tx = optax.with_extra_args_support(tx)
+    extra_args, other_args = partition(extra_args)
 
     def update(grads, opt_state, params, extra_args):
-        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+        updates, opt_state = checked.update(
+            tx, grads, opt_state, params, combine(extra_args, other_args)
+        )
         return optax.apply_updates(params, updates), opt_state
 
     leaves = jax.tree.leaves(params)
@@ -111,7 +119,8 @@ def _apply(
         slice_above=slice_above,
     )
     known = dict(zip(inputs, itertools.chain(*leaves), strict=True))
-    result = _evaluate(program, Values(nodes, known))
+    with dtypes.promoting():
+        result = _evaluate(program, Values(nodes, known))
     return jax.tree.unflatten(jax.tree.structure(shapes), result)
 
 
@@ -222,48 +231,73 @@ def _depending(nodes: Sequence[Node], roots: Sequence[Var]) -> list[Node]:
 
 
 def _by_leaf(program: _Program, values: Values) -> list[Any]:
-    """Evaluates the outputs, one leaf after another."""
-    index = {name: i for i, name in enumerate(program.names)}
-    owners: dict[Var, frozenset[int]] = {
-        var: frozenset([i]) for i, var in enumerate(program.params)
-    }
-    numbers: list[Var] = []  # single numbers from one leaf that several leaves need
-    for node in program.nodes:
-        if node.eqn.primitive is decompress_p:
-            owner = frozenset([index[node.eqn.params["spec"].path]])
-        else:
-            owner = frozenset().union(*(owners.get(var, frozenset()) for var in node.variables()))
-        if len(owner) > 1 and all(math.prod(v.shape) == 1 for v in node.variables() if v in owners):
-            numbers += [v for v in node.variables() if owners.get(v)]
-            owner = frozenset()
-        owners.update((out, owner) for out in node.outs)
+    """Evaluates the outputs, one leaf after another; first the single numbers that several leaves need."""
+    owners = Owners.find(program.nodes, program.params, program.names)
+    values.maker.update((out, node) for node in owners.nodes for out in node.outs)
     count = len(program.names)
     groups: list[list[int]] = [[i] for i in range(count)]
     shared: list[int] = []
-    for i, out in enumerate(program.outs):
-        owner = owners.get(out, frozenset()) if isinstance(out, Var) else frozenset()
-        others = sorted(owner - {i}) if i < count else sorted(owner)[1:]
-        if others:
-            name = program.names[i if i < count else min(owner)]
-            raise ValueError(
-                f"tx must be leaf-wise, found that the update of {name!r} needs the full gradient "
-                f"of {program.names[others[0]]!r}; use tx.update and optax.apply_updates"
-            )
-        if i >= count:
-            (groups[min(owner)] if owner else shared).append(i)
-    for number in dict.fromkeys(numbers):
-        if number not in values.known:
-            (leaf,) = owners[number]
-            values.known[number] = _leaf(program, values, program.params[leaf], [number])[0]
-    results: list[Any] = [None] * len(program.outs)
-    for group in groups:
+    numbers: list[Var] = []
+    for i, out in enumerate(program.outs[count:], count):
+        owner = owners.of.get(out, frozenset()) if isinstance(out, Var) else frozenset()
+        found = [] if owner else _foreign(program, values, owners, [out], None)
+        owner = owner or frozenset().union(*(owners.of[number] for number in found))
+        if len(owner) == 1:
+            groups[min(owner)].append(i)
+        else:
+            shared.append(i)
+            numbers += found
+    for leaf, group in enumerate(groups):
         outs = [program.outs[i] for i in group]
-        found = _leaf(program, values, program.params[group[0]], outs)
+        numbers += _foreign(program, values, owners, outs, leaf)
+    for leaf, level in _levels(program, values, owners, numbers):
+        found = _leaf(program, values, program.params[leaf], level)
+        values.known.update(zip(level, found, strict=True))
+    results: list[Any] = [None] * len(program.outs)
+    for leaf, group in enumerate(groups):
+        outs = [program.outs[i] for i in group]
+        found = _leaf(program, values, program.params[leaf], outs)
         for i, value in zip(group, found, strict=True):
             results[i] = value
     for i in shared:
         results[i] = values(program.outs[i])
     return results
+
+
+def _levels(
+    program: _Program, values: Values, owners: Owners, numbers: Sequence[Var]
+) -> list[tuple[int, list[Any]]]:
+    """Returns the numbers of each leaf that can be computed together, in an order in which they can be."""
+    depth: dict[Var, int] = {}
+
+    def visit(number: Var) -> int:
+        if number not in depth:
+            (leaf,) = owners.of[number]
+            needed = _foreign(program, values, owners, [number], leaf)
+            depth[number] = 1 + max(map(visit, needed), default=0)
+        return depth[number]
+
+    for number in numbers:
+        visit(number)
+    levels: dict[tuple[int, int], list[Any]] = {}
+    for number, level in depth.items():
+        levels.setdefault((level, min(owners.of[number])), []).append(number)
+    return [(leaf, levels[level, leaf]) for level, leaf in sorted(levels)]
+
+
+def _foreign(
+    program: _Program, values: Values, owners: Owners, goals: Sequence[Atom], leaf: int | None
+) -> list[Var]:
+    try:
+        return owners.foreign(values.maker, goals, leaf, values.known)
+    except NotLeafWise as error:
+        own, *others = sorted(error.args[0])
+        if leaf is not None:
+            own, others = leaf, [other for other in (own, *others) if other != leaf]
+        raise ValueError(
+            f"tx must be leaf-wise, found that the update of {program.names[own]!r} needs the full "
+            f"gradient of {program.names[others[0]]!r}; use tx.update and optax.apply_updates"
+        ) from None
 
 
 def _leaf(program: _Program, values: Values, param: Var, goals: list[Atom]) -> list[Any]:

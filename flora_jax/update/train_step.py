@@ -1,15 +1,17 @@
 """make_train_step: fused gradients and the update leaf by leaf, put together in a compiled training step."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
-from flora_jax.chain import project
-from flora_jax.chain.projection import Projection
+from flora_jax.chain import project, recorder
+from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import without_cycle
 from flora_jax.fused.leaves import combine, partition, refuse_changing_modules, trained, without
 from flora_jax.fused.value_and_grad import value_and_grad
@@ -36,7 +38,8 @@ def make_train_step(
         data. `params` may be any pytree: a dict, Linen's params, an NNX state (to be merged inside the
         function), or an Equinox module.
       tx: The transformation: `flora_jax.flora`, or another chain with `flora_jax.project(projection)`.
-        The update of each leaf must depend on no full gradient but its own.
+        Leaves that `project` is not given, as `optax.multi_transform` or `optax.masked` say, have
+        ordinary gradients. The update of each leaf must depend on no full gradient but its own.
       projection: The `Projection` of `tx`.
       has_aux: Whether `loss` returns a pair.
       micro_batches: The number of micro-batches that every array of `batch` has along its first axis.
@@ -62,6 +65,7 @@ def make_train_step(
       >>> opt_state = tx.init(params)
       >>> params, opt_state, value = step(params, opt_state, jnp.ones((2, 16)))
     """
+    check_projection(projection)
     if micro_batches is not None and micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, found {micro_batches}")
 
@@ -71,7 +75,8 @@ def make_train_step(
             return loss(combine(params, combine(held, rest.tree())), *batch)
 
         of_params, of_state = shardings
-        gradient = value_and_grad(of, projection, has_aux=has_aux, shardings=of_params)
+        taken = _only(projection, recorder.compressed(tx, opt_state, params))
+        gradient = value_and_grad(of, taken, has_aux=has_aux, shardings=of_params)
         grad_fn = partial(gradient, cycle=project.cycle(opt_state))
         if micro_batches is None:
             value, grads = grad_fn(params, *batch)
@@ -91,7 +96,7 @@ def make_train_step(
 
     def step(params, opt_state, *batch):
         args = prepared(params, opt_state, *batch)
-        own, opt_state, value = compiled(*args)
+        own, opt_state, value = compiled(*(_apart(args) if donate else args))
         params = combine(own, combine(args[3], args[0].tree()))
         return (params, opt_state, *value) if has_aux else (params, opt_state, value)
 
@@ -113,6 +118,43 @@ def _mean(grad_fn: Callable, params: Any, batch: Any, count: int, has_aux: bool)
     if has_aux:
         return (values[0].mean(), values[1]), grads
     return values.mean(), grads
+
+
+def _only(projection: Projection, paths: set[str]) -> Projection:
+    """Returns the projection for these leaves alone, such as those that `optax.multi_transform` gives to flora."""
+    own = projection.select
+
+    def select(path: str, shape: tuple[int, ...]) -> bool:
+        return path in paths and (own is None or own(path, shape))
+
+    return dataclasses.replace(projection, select=select)
+
+
+def _apart(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies what would be donated twice: arrays of the state that are the params', or are there twice."""
+    rest, shardings, params, held, opt_state, *batch = args
+    seen: set[Any] = set()
+
+    def apart(leaf):
+        place = _place(leaf)
+        if place in seen:
+            return jnp.copy(leaf)
+        seen.add(place)
+        return leaf
+
+    params, opt_state = jax.tree.map(apart, (params, opt_state))
+    return (rest, shardings, params, held, opt_state, *batch)
+
+
+def _place(leaf: Any) -> Any:
+    """Returns what tells the buffer of an array, on the first of its devices here, from all others."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return id(leaf)
+    try:
+        first = leaf.addressable_data(0)
+        return first.device, first.unsafe_buffer_pointer()
+    except Exception:  # typed keys, deleted arrays, and backends without pointers
+        return id(leaf)
 
 
 def _check_batch(batch: Any, count: int) -> None:

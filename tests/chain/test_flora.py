@@ -51,6 +51,7 @@ def fall(tx, steps=STEPS):
 
 def flora(rate=0.05, **others):
     others.setdefault("projection", projection())
+    rate = None if "optimizer" in others else rate
     return flora_jax.flora(rate, accumulation_steps=2, **others)
 
 

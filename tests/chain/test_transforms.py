@@ -61,7 +61,7 @@ def test_algorithm_one_against_numpy(distribution, mean):
     params = make_params()
     rule = projection(resample_every=3, distribution=distribution)
     tx = flora_jax.flora(
-        0.0,
+        None,
         projection=rule,
         accumulation_steps=3,
         optimizer=optax.scale(1.0),
@@ -90,7 +90,7 @@ def test_algorithm_two_against_numpy():
     """Momentum in float64, with a real transfer each two micro-steps."""
     params = {"w": make_params()["out"]["kernel"]}
     rule = projection(resample_every=2)
-    tx = flora_jax.flora(0.0, projection=rule, momentum=0.8, optimizer=optax.scale(1.0))
+    tx = flora_jax.flora(None, projection=rule, momentum=0.8, optimizer=optax.scale(1.0))
     spec = flora_jax.plan(params, rule).leaves[0].spec
     naive, moment = Naive(spec), np.zeros(spec.data_shape)
     state, step = tx.init(params), jax.jit(tx.update)
@@ -155,7 +155,7 @@ def test_project_sets_the_cycle_of_a_sketch_that_has_none():
 def test_narrow_gradients_come_back_in_their_dtype(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), make_params())
     rule = projection(resample_every=2)
-    tx = flora_jax.flora(0.1, projection=rule, accumulation_steps=2, optimizer=optax.scale(1.0))
+    tx = flora_jax.flora(None, projection=rule, accumulation_steps=2, optimizer=optax.scale(1.0))
     state = tx.init(params)
     for gradient in make_gradients(params, 2):
         updates, state = jax.jit(tx.update)(gradient, state, params)

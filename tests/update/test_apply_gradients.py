@@ -32,7 +32,7 @@ def gradients(count=5):
 
 def flora(optimizer=None, **others):
     return flora_jax.flora(
-        1e-2,
+        1e-2 if optimizer is None else None,
         **{"projection": PROJECTION, "accumulation_steps": 2, **others},
         optimizer=optimizer,
         min_dim_size_to_factor=8,
@@ -127,7 +127,7 @@ def test_the_gradient_of_a_stacked_weight_is_never_materialized(name):
             optax.clip_by_global_norm(1.0), optax.adafactor(1e-2)
         ),
     }
-    tx = flora_jax.flora(1.0, projection=projection, optimizer=optimizers[name])
+    tx = flora_jax.flora(None, projection=projection, optimizer=optimizers[name])
     state = jax.eval_shape(tx.init, params)
     (plan,) = flora_jax.plan(params, projection).leaves
     data = jax.ShapeDtypeStruct(plan.data_shape, jnp.float32)
@@ -166,7 +166,7 @@ def test_extra_arguments_reach_the_transformation():
         return jax.tree.map(lambda x: -factor * x, updates), state
 
     scaled = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    tx = flora_jax.flora(1.0, projection=flora_jax.Projection(4, min_dim=8), optimizer=scaled)
+    tx = flora_jax.flora(None, projection=flora_jax.Projection(4, min_dim=8), optimizer=scaled)
     grads, state = gradients(1)[0], tx.init(PARAMS)
     params, _ = flora_jax.apply_gradients(tx, grads, state, PARAMS, factor=jnp.float32(0.5))
     np.testing.assert_allclose(params["bias"], PARAMS["bias"] - 0.5 * grads["bias"], rtol=1e-6)
