@@ -124,6 +124,7 @@ def flora(
     if preset == "official":
         if rank is None or momentum is None:
             raise ValueError("preset='official' takes rank and momentum, and no projection")
+        assert learning_rate is not None  # as was checked
         return official.flora(learning_rate, rank=rank, decay=momentum, seed=seed)
     if projection is None:
         steps = ADVISED if preset == "advised" else 1

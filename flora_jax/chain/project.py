@@ -68,6 +68,7 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
         warn()
         if any(map(is_sketch, states.leaves(updates))):
             wrappers.refuse_sketches()
+            wrappers.refuse_states_of_sketches()
         if params is not None:
             states.check_shapes("project", updates, params)
 

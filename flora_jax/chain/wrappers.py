@@ -5,6 +5,10 @@ import warnings
 from collections.abc import Iterable
 from types import CodeType
 
+import jax
+
+from flora_jax.chain.sketch import is_sketch
+
 AFTER = "put it after flora_jax.decompress, as flora_jax.flora(None, optimizer=optax.chain({name}(...), ...))"
 WAYS = {
     "apply_if_finite": "give flora_jax.flora skip_nonfinite=True in its place",
@@ -25,6 +29,23 @@ def refuse_sketches() -> None:
     for name in _calling():
         if name in WAYS:
             raise ValueError(way(name))
+
+
+def refuse_states_of_sketches() -> None:
+    """Raises a ValueError if a transformation before this one, in optax's chain, has put sketches into its state.
+
+    Its state would have another structure than before, which a loop under `jax.jit` cannot carry.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if name_of(frame.f_code) == "chain":
+            for state in frame.f_locals.get("new_state", ()):
+                if any(map(is_sketch, jax.tree.leaves(state, is_leaf=is_sketch))):
+                    name = type(state).__name__.removesuffix("State")
+                    raise ValueError(
+                        way("".join(f"_{c.lower()}" if c.isupper() else c for c in name)[1:])
+                    )
+        frame = frame.f_back
 
 
 def warn_of_multisteps() -> bool:

@@ -112,8 +112,7 @@ def _typed(case: Atom, out: Var) -> Atom:
 
 
 def _choose(which: Any, *cases: Any) -> jax.Array:
-    which, *cases = manual.alike([jnp.asarray(which), *cases])
-    return jax.lax.select_n(which, *cases)
+    return jax.lax.select_n(*manual.alike([jnp.asarray(which), *cases]))
 
 
 _CHOICE: Any = SimpleNamespace(

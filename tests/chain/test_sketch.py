@@ -135,3 +135,15 @@ def test_sum_of_traced_sketches_of_two_cycles_is_nan(sketches):
 
     assert bool(jnp.all(total(jnp.int32(1), jnp.int32(1)) == 2))
     assert bool(jnp.all(jnp.isnan(total(jnp.int32(1), jnp.int32(2)))))
+
+
+def test_a_state_that_would_take_up_sketches_is_refused():
+    """`zero_nans` before `project` keeps a tree of its input's structure."""
+    rule = flora_jax.Projection(8, min_dim=8)
+    tx = optax.chain(optax.zero_nans(), flora_jax.flora(1e-2, projection=rule))
+    state = tx.init(GRADIENTS)
+    tx.update(GRADIENTS, state, GRADIENTS)
+    loss = lambda p: jnp.sum(p["w"] @ jnp.ones(24)) + jnp.sum(p["b"])  # noqa: E731
+    sketches = flora_jax.value_and_grad(loss, rule)(GRADIENTS, cycle=state)[1]
+    with pytest.raises(ValueError, match=r"optax.zero_nans cannot take sketches; put it after"):
+        tx.update(sketches, state, GRADIENTS)
