@@ -1,4 +1,4 @@
-"""The small decoder of the experiments: LLaMA's with GELU and no gate, its layers unrolled, in float32.
+"""The small decoder of the experiments is LLaMA's with GELU and no gate, its layers unrolled, in float32.
 
 In the shape descriptions `B` is the batch, `T` the sequence.
 """
@@ -14,7 +14,7 @@ from flora_jax.models import llama
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model.
+    """Holds the sizes of the model.
 
     Raises:
       ValueError: The width is no multiple of twice the heads.
@@ -33,7 +33,7 @@ class Shape:
 
 
 def model(shape: Shape, sharded: tuple[Any, ...] = ()) -> llama.Llama:
-    """The module; `sharded` are mesh axes of the batch and of the heads, which need a mesh in context."""
+    """Returns the module; `sharded` are mesh axes of the batch and of the heads, which need a mesh in context."""
     return llama.Llama(
         llama.Shape(
             shape.vocabulary,
@@ -53,7 +53,7 @@ def model(shape: Shape, sharded: tuple[Any, ...] = ()) -> llama.Llama:
 
 
 def loss(model: llama.Llama, params: Any, windows: jax.Array) -> jax.Array:
-    """Mean cross-entropy, nats per token, of `(B, T + 1)` windows; all logits exist at once."""
+    """Returns the mean cross-entropy, nats per token, of `(B, T + 1)` windows; all logits exist at once."""
     logits = jnp.asarray(model.apply({"params": params}, windows[:, :-1]))
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     targets = windows[:, 1:, None]

@@ -23,7 +23,7 @@ HEADS = ("params", "state", "grads", "sketch", "activ.", "update", "gather", "co
 
 @dataclass(frozen=True)
 class Request:
-    """What `plan` is asked about.
+    """Says what `plan` is asked about.
 
     Attributes:
       model: A name that `flora-jax shapes` lists.
@@ -48,7 +48,7 @@ class Request:
     dtype: Dtype = "bfloat16"
 
     def setting(self) -> estimate.Setting:
-        """The same with the model's outline and the chip's bytes.
+        """Returns the same with the model's outline and the chip's bytes.
 
         Raises:
           ValueError: An unknown model or chip, a config that cannot be read or asks for what the models
@@ -68,7 +68,7 @@ class Request:
 
 
 def table(setting: estimate.Setting, found: list[estimate.Estimate]) -> Any:
-    """A rich table of the methods; the last column is the largest rank that fits."""
+    """Makes a rich table of the methods; the last column is the largest rank that fits."""
     used = [name for name in estimate.PARTS if any(e.parts[name] for e in found)]
     caption = "GiB on each chip, estimated from figures of the TPU compiler"
     heads = [head for head, name in zip(HEADS, estimate.PARTS, strict=True) if name in used]
@@ -100,7 +100,7 @@ def table(setting: estimate.Setting, found: list[estimate.Estimate]) -> Any:
 
 
 def advice(setting: estimate.Setting, chosen: estimate.Estimate) -> str:
-    """What to do about one method, in a sentence."""
+    """Says what to do about one method, in a sentence."""
     total, most = chosen.size / estimate.GIB, setting.capacity / estimate.GIB
     name = chosen.method + (f" at rank {chosen.rank}" if chosen.rank else "")
     if chosen.fits:

@@ -36,7 +36,7 @@ MEASURED = tuple(name for name in METHODS if name != "GaLore")
 
 
 def obstacle(setting: Setting, method: str, chip: str) -> str:
-    """Why `measure` cannot compile this; empty where it can."""
+    """Says why `measure` cannot compile this; the text is empty where it can."""
     if importlib.util.find_spec("libtpu") is None:
         return "the package libtpu is not installed"
     if chip not in TOPOLOGIES:
@@ -47,13 +47,13 @@ def obstacle(setting: Setting, method: str, chip: str) -> str:
 
 
 def measure(setting: Setting, method: str, chip: str = "v5e") -> int | None:
-    """Bytes on each chip that one program takes which does the micro-step and the optimizer step.
+    """Returns the bytes on each chip of one program that does the micro-step and the optimizer step.
 
     Where the chip cannot hold it, they are those that it takes of a v5p chip (but more than the chip has); None
     where that cannot hold it either.
 
     Weights are sharded over all chips along the axis that Flora keeps, the state with them, and the batch where
-    the chips divide it. Some minutes for billions of parameters.
+    the chips divide it. It takes some minutes for billions of parameters.
 
     Args:
       setting: What is trained; its capacity is not looked at.
@@ -100,7 +100,10 @@ def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
 def _step(
     method: str, loss: Callable, params: Any, projection: Projection, setting: Setting
 ) -> tuple[Any, optax.GradientTransformation, Any]:
-    """The compiled step, its transformation, and what that trains; the weights are the batch's first part else."""
+    """Returns the compiled step, its transformation, and what is trained.
+
+    Where that is an adapter, the weights are the first part of the step's batch.
+    """
     if method.startswith("Flora"):
         tx = flora(1e-3, projection=projection, accumulation_steps=STEPS)
         if method == "Flora, fused":
@@ -128,7 +131,7 @@ def _step(
 
 
 def _sharded(params: Any, projection: Projection, mesh: Mesh) -> Any:
-    """Each weight, sharded over the chips along its longest axis that Flora keeps and the chips divide."""
+    """Shards each weight over the chips, along its longest axis that Flora keeps and the chips divide."""
     leaves = []
     for leaf, x in zip(plan(params, projection).leaves, jax.tree.leaves(params), strict=True):
         leaves.append(_placed(x, _largest(x.shape, mesh, leaf.spec.kept if leaf.spec else ())))
@@ -136,7 +139,7 @@ def _sharded(params: Any, projection: Projection, mesh: Mesh) -> Any:
 
 
 def _largest(shape: tuple[int, ...], mesh: Mesh, first: tuple[int, ...] = ()) -> NamedSharding:
-    """Along the longest axis that the chips divide, if any of those `first` among these."""
+    """Shards the longest axis that the chips divide, one of those in `first` where there is one."""
     axes = [axis for axis, n in enumerate(shape) if n % mesh.size == 0 and len(shape) > 1]
     best = max(axes, key=lambda axis: (axis in first, shape[axis]), default=None)
     names = ("chips" if axis == best else None for axis in range(len(shape)))
@@ -153,7 +156,7 @@ def _mesh(chip: str, count: int) -> Mesh:
 
 
 def devices(chip: str, count: int) -> list[Any]:
-    """So many described chips, of the smallest topology in `TOPOLOGIES` that has them.
+    """Returns so many described chips, of the smallest topology in `TOPOLOGIES` that has them.
 
     Raises:
       ValueError: An unknown chip, or more chips than there is a topology of.
@@ -176,7 +179,7 @@ def _count(topology: str) -> int:
 
 
 def _bytes(lowered: Any) -> int | None:
-    """The bytes of a program; None where the compiler runs out of the chip's memory."""
+    """Returns the bytes of a program; None where the compiler runs out of the chip's memory."""
     try:
         return compiled_bytes(lowered.compile())
     except jax.errors.JaxRuntimeError as error:
@@ -186,7 +189,7 @@ def _bytes(lowered: Any) -> int | None:
 
 
 def compiled_bytes(program: Any) -> int:
-    """Bytes that XLA holds at the worst moment of a compiled step."""
+    """Returns the bytes that XLA holds at the worst moment of a compiled step."""
     memory = program.memory_analysis()
     return (
         memory.argument_size_in_bytes

@@ -81,7 +81,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes by one method.
+    """Says what a step takes by one method.
 
     Attributes:
       method: A name in `METHODS`.
@@ -101,12 +101,12 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes of all parts, estimated."""
+        """Returns the bytes of all parts, estimated."""
         return sum(self.parts.values())
 
     @property
     def size(self) -> int:
-        """Bytes of all parts: measured where they were, else estimated."""
+        """Returns the bytes of all parts: measured where they were, else estimated."""
         return self.total if self.measured is None else self.measured
 
     @property
@@ -116,7 +116,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be trained, and on what.
+    """Says what is to be trained, and on what.
 
     Attributes:
       model: The model.
@@ -144,7 +144,7 @@ class Setting:
 
 
 def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate:
-    """The bytes of one method.
+    """Estimates the bytes of one method.
 
     Args:
       setting: What is trained.
@@ -180,7 +180,7 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
 
 
 def estimates(setting: Setting) -> list[Estimate]:
-    """The estimates of every method, each with the largest rank that fits."""
+    """Estimates the bytes of every method, each with the largest rank that fits."""
     return [
         Estimate(e.method, e.rank, e.parts, e.capacity, largest_rank(setting, e.method))
         for e in (estimate(setting, method) for method in METHODS)
@@ -188,9 +188,9 @@ def estimates(setting: Setting) -> list[Estimate]:
 
 
 def largest_rank(setting: Setting, method: str) -> int | None:
-    """The largest multiple of 8 at which a method fits, below every compressed matrix's smaller side.
+    """Returns the largest multiple of 8 at which a method fits, below every compressed matrix's smaller side.
 
-    None where the method has no rank, or does not fit at rank 8.
+    It is None where the method has no rank, or does not fit at rank 8.
     """
     if method not in RANKED:
         return None
@@ -210,7 +210,7 @@ def _smaller(leaf: Any) -> int:
 
 
 def _held(model: Outline, planned: Plan, method: str, rank: int | None) -> dict[str, int]:
-    """Parameters, state, gradients and sketches, on all chips together."""
+    """Returns bytes of parameters, state, gradients and sketches, on all chips together."""
     params = tree_bytes(model.params)
     if method == "LoRA + Adam":
         factors = [_factors(leaf, rank or 0) for leaf in _in_stacks(model)]
@@ -228,7 +228,7 @@ def _held(model: Outline, planned: Plan, method: str, rank: int | None) -> dict[
 
 
 def _gradients(planned: Plan, method: str) -> dict[str, int]:
-    """The bytes of each leaf's gradient, or of its sketch, by path."""
+    """Returns the bytes of each leaf's gradient, or of its sketch, by path."""
     if method == "Flora, fused":
         sizes = planned.sketch_bytes
     else:
@@ -237,7 +237,7 @@ def _gradients(planned: Plan, method: str) -> dict[str, int]:
 
 
 def _largest_stack(model: Outline, sizes: Mapping[str, int]) -> int:
-    """The bytes of the largest stack, and of all that is in none."""
+    """Returns the bytes of the largest stack, and of all that is in none."""
     stacks = [
         sum(size for path, size in sizes.items() if stack.within(path)) for stack in model.stacks
     ]
@@ -245,7 +245,7 @@ def _largest_stack(model: Outline, sizes: Mapping[str, int]) -> int:
 
 
 def _in_stacks(model: Outline) -> list[list[Any]]:
-    """The kernels of each stack."""
+    """Returns the kernels of each stack."""
     return [
         [leaf for leaf in jax.tree.leaves(model.layers(stack)) if len(leaf.shape) == 3]
         for stack in model.stacks
@@ -253,7 +253,7 @@ def _in_stacks(model: Outline) -> list[list[Any]]:
 
 
 def _factors(kernels: list[Any], rank: int) -> list[int]:
-    """The bytes of LoRA's two factors on each stacked kernel."""
+    """Returns the bytes of LoRA's two factors on each stacked kernel."""
     return [
         x.shape[0] * rank * (x.shape[1] + x.shape[2]) * jnp.dtype(x.dtype).itemsize for x in kernels
     ]
@@ -280,14 +280,14 @@ def _activations(setting: Setting) -> int:
 
 
 def _late(setting: Setting, planned: Plan, method: str) -> int:
-    """The bytes of the gradient that is there only when the activations are gone: an embedding's."""
+    """Returns the bytes of the gradient that is there only when the activations are gone: an embedding's."""
     if "head" not in setting.model.params or method == "LoRA + Adam":
         return 0
     return _gradients(planned, method).get("embed/embedding", 0)
 
 
 def _gathered(setting: Setting, gradients: bool) -> int:
-    """The bytes of the layer at work, whose weights each chip gathers, and their gradients where there are some."""
+    """Returns the bytes of the layer at work, whose weights each chip gathers, and their gradients where there are some."""
     if setting.chips == 1 or setting.batch % setting.chips:
         return 0
     layers = [

@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model: the shapes of its params, and its stacks of layers."""
+"""Outline: what a plan needs to know of a model, the shapes of its params and its stacks of layers."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -13,7 +13,7 @@ from flora_jax.models import config, families, t5, vit
 
 @dataclass(frozen=True)
 class Stack:
-    """Equal layers, one after the other.
+    """Describes equal layers, one after the other.
 
     Attributes:
       path: The path of the subtree of the params with its weights, each with the layers as first axis.
@@ -32,13 +32,13 @@ class Stack:
     chunked: bool = True
 
     def within(self, path: str) -> bool:
-        """Whether a path of the params is in this stack."""
+        """Returns whether a path of the params is in this stack."""
         return path.startswith(self.path + "/")
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A model without its weights.
+    """Describes a model without its weights.
 
     Attributes:
       name: The model's name, for the reader.
@@ -58,12 +58,12 @@ class Outline:
     length: int | None = None
 
     def layers(self, stack: Stack) -> Any:
-        """The params of a stack."""
+        """Returns the params of a stack."""
         return reduce(getitem, stack.path.split("/"), self.params)
 
 
 def outline(shape: Any, name: str = "") -> Outline:
-    """The outline of a model of this shape; its name is by default the model type."""
+    """Returns the outline of a model of this shape; its name is by default the model type."""
     model = families.module(shape)
     of_images = isinstance(shape, vit.Shape)
     counts = {"layers": shape.layers}
@@ -86,7 +86,7 @@ def outline(shape: Any, name: str = "") -> Outline:
 
 
 def named(name: str, dtype: Any = jnp.bfloat16) -> Outline:
-    """The outline of the model of this name in `flora_jax.models.config.NAMED`.
+    """Returns the outline of the model of this name in `flora_jax.models.config.NAMED`.
 
     Raises:
       ValueError: There is none.
@@ -95,7 +95,7 @@ def named(name: str, dtype: Any = jnp.bfloat16) -> Outline:
 
 
 def read(file: str | Path, dtype: Any = jnp.bfloat16) -> Outline:
-    """The outline of the model of a `config.json`, or of a folder with one.
+    """Returns the outline of the model of a `config.json`, or of a folder with one.
 
     Raises:
       ValueError: There is no such file, or it asks for what the models here have not.

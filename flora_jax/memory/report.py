@@ -12,7 +12,7 @@ from flora_jax.models.attention import CHUNK
 
 
 def as_dict(setting: Setting, found: list[Estimate]) -> dict[str, Any]:
-    """Setting and estimates as plain data, ready for JSON; bytes on each chip."""
+    """Returns setting and estimates as plain data, ready for JSON; sizes are bytes on each chip."""
     return {
         "model": setting.model.name,
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(setting.model.params)),
@@ -36,12 +36,12 @@ def as_dict(setting: Setting, found: list[Estimate]) -> dict[str, Any]:
 
 
 def to_json(setting: Setting, found: list[Estimate]) -> str:
-    """`as_dict` as JSON."""
+    """Returns what `as_dict` does as JSON text."""
     return json.dumps(as_dict(setting, found), indent=2)
 
 
 def title(setting: Setting) -> str:
-    """One line on what is planned."""
+    """Says in one line what is planned."""
     length = setting.model.length or setting.length
     chips = "one chip" if setting.chips == 1 else f"{setting.chips} chips"
     return (
@@ -63,7 +63,7 @@ COLOURS = {
 
 
 def to_svg(setting: Setting, found: list[Estimate]) -> str:
-    """A bar for each method, of its parts, and a line where the chip is full."""
+    """Draws a bar for each method, of its parts, and a line where the chip is full."""
     left, right, top, row, bar = 210, 90, 46, 34, 22
     width = 900
     most = max(setting.capacity, *(e.total for e in found))
@@ -122,7 +122,7 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
 
 
 def to_html(setting: Setting, found: list[Estimate]) -> str:
-    """One page with the picture and the table; it loads nothing from elsewhere."""
+    """Writes one page with the picture and the table; it loads nothing from elsewhere."""
     used = [name for name in PARTS if any(e.parts[name] for e in found)]
     compiled = any(e.measured is not None for e in found)
     heads = ["method", "rank", *used, "total, GiB", *["compiled, GiB"] * compiled]

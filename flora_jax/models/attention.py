@@ -1,4 +1,4 @@
-"""Attention over a chunk of queries at a time, and rotary positions.
+"""Attention goes over a chunk of queries at a time; and rotary positions.
 
 In the shape descriptions `B` is the batch, `T` the sequence, `L` the tokens that may be attended to.
 """
@@ -13,7 +13,7 @@ CHUNK = 512
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Attention of `(B, T, heads, head_dim)`: causal, or to where the mask `(B, 1, T, L)` lets it.
+    """Attends, `(B, T, heads, head_dim)`: causally, or to where the mask `(B, 1, T, L)` lets it.
 
     Without a mask the scores of `CHUNK` queries exist at a time, where `CHUNK` divides `T`.
     """
@@ -34,7 +34,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
 
 
 def rotate(x: Any, positions: Any = None, theta: float = 10000.0) -> Any:
-    """Rotary positions on `(B, T, heads, head_dim)` (Su et al., arXiv 2104.09864).
+    """Gives `(B, T, heads, head_dim)` rotary positions (Su et al., arXiv 2104.09864).
 
     Args:
       x: Queries or keys.

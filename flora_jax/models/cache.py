@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens that a decoder has seen, for all its layers.
+    """Holds keys and values of the tokens that a decoder has seen, for all its layers.
 
     Attributes:
       layers: Trees of arrays with the layers along the first axis, as the model makes them.
@@ -24,7 +24,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(layers: int, batch: int, slots: int, heads: int, size: int, dtype: Any) -> Cache:
-    """A cache of keys and values `(layers, B, L, heads, head_dim)` with nothing in it."""
+    """Returns a cache of keys and values `(layers, B, L, heads, head_dim)` with nothing in it."""
     make = lambda: jnp.zeros((layers, batch, slots, heads, size), dtype)  # noqa: E731
     return Cache((make(), make()), jnp.zeros((batch, slots), bool), jnp.int32(0))
 
@@ -32,7 +32,7 @@ def empty_cache(layers: int, batch: int, slots: int, heads: int, size: int, dtyp
 def places(
     tokens: jax.Array, mask: jax.Array | None, cache: Cache | None
 ) -> tuple[jax.Array | None, jax.Array | None, Cache | None]:
-    """Positions `(B, T)`, what may be attended to `(B, 1, T, L)`, and the cache with these slots marked.
+    """Returns positions `(B, T)`, what may be attended to `(B, 1, T, L)`, and the cache with these slots marked.
 
     A token's position is the number of tokens before it that count, so that padding on the left moves
     nothing. Without a mask and a cache both are None: positions from 0 on, and causal attention.
@@ -57,7 +57,7 @@ def places(
 
 
 def remember(past: Any, index: Any, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-    """Keys and values of all slots, these `(B, T, heads, head_dim)` among them, and the new past.
+    """Returns keys and values of all slots, these `(B, T, heads, head_dim)` among them, and the new past.
 
     Args:
       past: Keys and values of a layer so far, as `empty_cache` has them; None without a cache.

@@ -1,4 +1,4 @@
-"""Where the arrays of a model lie in a Hugging Face checkpoint.
+"""Checkpoint: where the arrays of a model lie in a folder of Hugging Face's layout.
 
 A checkpoint is a folder with `config.json` and `model.safetensors`, or several `*.safetensors` with
 their index.
@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class Rule(NamedTuple):
-    """Where one of our arrays lies in a checkpoint.
+    """Says where one of our arrays lies in a checkpoint.
 
     Attributes:
       name: The name in the checkpoint; `{i}` in it stands for the layer, which is our first axis.
@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the arrays of a family are named.
+    """Says how the arrays of a family are named.
 
     Attributes:
       rules: The function from a shape to the rule of each path of the params.
@@ -46,19 +46,19 @@ class Layout(NamedTuple):
 
 
 def layers_of(shape: Any, path: str) -> int:
-    """The layers that are stacked in the array at this path of the params."""
+    """Returns the number of layers that are stacked in the array at this path of the params."""
     if isinstance(shape, t5.Shape):
         return shape.count(decoder=path.startswith("decoder/"))
     return shape.layers
 
 
 def layout_of(shape: Any) -> Layout:
-    """The layout of a shape's family."""
+    """Returns the layout of a shape's family."""
     return _LAYOUTS[type(shape)]
 
 
 def _linear(name: str) -> Rule:
-    """torch keeps `(out, in)`."""
+    """Transposes a kernel, which torch keeps as `(out, in)`."""
     return Rule(name, np.transpose, np.transpose)
 
 

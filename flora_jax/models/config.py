@@ -22,7 +22,7 @@ _Config = Mapping[str, Any]
 
 
 def named(name: str, dtype: Any = None) -> Any:
-    """The shape of this name in `NAMED`.
+    """Returns the shape of this name in `NAMED`.
 
     Args:
       name: A name in `NAMED`.
@@ -38,7 +38,7 @@ def named(name: str, dtype: Any = None) -> Any:
 
 
 def read(file: str | Path) -> dict[str, Any]:
-    """The entries of a `config.json`, or of that in a folder.
+    """Reads the entries of a `config.json`, or of that in a folder.
 
     Raises:
       ValueError: There is no such file, or it has no JSON object.
@@ -60,7 +60,7 @@ def read(file: str | Path) -> dict[str, Any]:
 
 
 def shape_of(config: _Config, dtype: Any = None) -> Any:
-    """The shape of a model of Hugging Face.
+    """Returns the shape that a Hugging Face configuration describes.
 
     Args:
       config: Entries of a `config.json`; its `model_type` is a key of `FAMILIES`.
@@ -80,7 +80,7 @@ def shape_of(config: _Config, dtype: Any = None) -> Any:
 
 
 def config_of(shape: Any) -> dict[str, Any]:
-    """Entries of a `config.json` that `shape_of` and torch's `transformers` read as this shape.
+    """Returns entries of a `config.json` that `shape_of` and torch's `transformers` read as this shape.
 
     Raises:
       ValueError: The shape's model type has no place for one of its options.
@@ -134,7 +134,7 @@ def _llama(config: _Config, dtype: Any) -> llama.Shape:
 
 
 def _theta(config: _Config) -> float:
-    """The base of the rotary frequencies; no way of stretching them is supported."""
+    """Returns the base of the rotary frequencies; no way of stretching them is supported."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = {"model_type": config["model_type"], **rope}
     _require(rope, "rope_type", rope.get("type", "default"), "default")
@@ -294,7 +294,7 @@ def _write_vit(shape: vit.Shape) -> dict[str, Any]:
 
 
 class Family(NamedTuple):
-    """How a `model_type` is read and written.
+    """Says how a `model_type` is read and written.
 
     Attributes:
       architecture: The name of the model in torch's `transformers`.

@@ -1,4 +1,4 @@
-"""What all models have: a module from a shape, the shapes of its params, a loss, the shapes of a batch.
+"""Families: what all models have, a module from a shape, the shapes of its params, a loss, the shapes of a batch.
 
 In the shape descriptions `B` is the batch, `T` the sequence.
 """
@@ -29,12 +29,12 @@ _LOSSES: dict[type, Callable[..., jax.Array]] = {
 
 
 def module(shape: Any) -> Any:
-    """The Flax module of a shape, which has it as `shape`."""
+    """Returns the Flax module of a shape, which has it as `shape`."""
     return MODULES[type(shape)](shape)
 
 
 def outline(model: Any) -> dict[str, Any]:
-    """The params of a module as a nested dict of `jax.ShapeDtypeStruct`; no weight is made."""
+    """Returns the params of a module as a nested dict of `jax.ShapeDtypeStruct`; no weight is made."""
     model = module(dataclasses.replace(model.shape, sharded=()))
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     given: tuple[Any, ...] = (tokens,)
@@ -46,12 +46,15 @@ def outline(model: Any) -> dict[str, Any]:
 
 
 def loss(model: Any) -> Callable[..., jax.Array]:
-    """`(params, *batch) -> scalar`: the mean cross-entropy, nats per token or image, of a batch as `batch` has it."""
+    """Returns the function `(params, *batch) -> scalar`, the mean cross-entropy in nats per token, or per image.
+
+    Its batch is as `batch` describes it.
+    """
     return partial(_LOSSES[type(model)], model)
 
 
 def batch(model: Any, size: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes of what the loss takes: windows `(B, T + 1)`; of a ViT, whatever `T`, images and classes `(B,)`.
+    """Returns the shapes of what the loss takes: windows `(B, T + 1)`; of a ViT images and classes `(B,)`, whatever `T`.
 
     Args:
       model: The module.

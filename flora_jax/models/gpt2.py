@@ -21,7 +21,7 @@ from flora_jax.models.loss import losses, mean_loss
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model; the defaults are GPT-2's.
+    """Holds the sizes of the model; the defaults are GPT-2's.
 
     Attributes:
       vocabulary: The number of tokens.
@@ -60,7 +60,7 @@ class Shape:
 
     @property
     def hidden(self) -> int:
-        """The width of the feed-forward part."""
+        """Returns the width of the feed-forward part."""
         return self.inner or 4 * self.width
 
 
@@ -71,7 +71,7 @@ SHAPES = {
 
 
 class Gpt2(nn.Module):
-    """Tokens `(B, T)` to logits `(B, T, vocabulary)`; with targets `(B, T)`, to the mean loss.
+    """Maps tokens `(B, T)` to logits `(B, T, vocabulary)`; with targets `(B, T)`, to the mean loss.
 
     `weights` `(B, T)` are those of the losses; `mask` `(B, T)` says which tokens count, the others
     being padding on either side. With a cache the result is a pair of logits and the next cache.
@@ -106,7 +106,7 @@ class Gpt2(nn.Module):
 
 
 class Layer(nn.Module):
-    """`(B, T, D)` to the same, in the form that `nn.scan` takes."""
+    """Maps `(B, T, D)` to the same, in the form that `nn.scan` takes."""
 
     shape: Shape
 
@@ -134,11 +134,11 @@ class Layer(nn.Module):
 
 
 def make_cache(shape: Shape, batch: int, slots: int) -> Cache:
-    """An empty cache with room for so many tokens."""
+    """Returns an empty cache with room for so many tokens."""
     size = shape.width // shape.heads
     return empty_cache(shape.layers, batch, slots, shape.heads, size, shape.dtype)
 
 
 def loss(model: Gpt2, params: Any, windows: jax.Array) -> jax.Array:
-    """Mean cross-entropy, nats per token, of `(B, T + 1)` windows."""
+    """Returns the mean cross-entropy, nats per token, of `(B, T + 1)` windows."""
     return jnp.asarray(model.apply({"params": params}, windows[:, :-1], windows[:, 1:]))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 
 class Dense(nn.Module):
-    """`x W (+ bias)`."""
+    """Computes `x W (+ bias)`."""
 
     features: int
     dtype: Any
@@ -27,7 +27,7 @@ class Dense(nn.Module):
 
 
 class Tied(nn.Module):
-    """The embedding as a head: states `(B, T, D)` to logits.
+    """Maps states `(B, T, D)` to logits by the embedding.
 
     Attributes:
       table: The embedding.
@@ -42,7 +42,7 @@ class Tied(nn.Module):
 
 
 def stacked(layer: Any, count: int, remat: bool, broadcast: int = 0) -> Any:
-    """A module class of so many layers, one after the other, with their params along a first axis.
+    """Returns a module class of so many layers, one after the other, with their params along a first axis.
 
     Args:
       layer: A module class whose call takes the states and, where `broadcast` is given, what each layer
@@ -60,7 +60,7 @@ def stacked(layer: Any, count: int, remat: bool, broadcast: int = 0) -> Any:
 
 
 def placed(x: jax.Array, batch: Any = None, heads: Any = None) -> jax.Array:
-    """`x`, sharded over mesh axes of the mesh in context; as it is where none are named.
+    """Returns `x` sharded over axes of the mesh in context; as it is where none are named.
 
     Args:
       x: An array with the batch as its first axis.

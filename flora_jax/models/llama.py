@@ -1,4 +1,4 @@
-"""The decoder family of LLaMA: RMS norm first, rotary positions, grouped-query attention.
+"""LLaMA and its family: decoders with RMS norm first, rotary positions, grouped-query attention.
 
 Mistral is the same model; Qwen 2 has biases on queries, keys and values; Qwen 3 has queries and keys normed.
 Without a gate and with GELU it is the little decoder of the experiments.
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": nn.silu, "ge
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes and parts of the model; the defaults are LLaMA-7B's.
+    """Says of which sizes and parts the model is; the defaults are LLaMA-7B's.
 
     Attributes:
       vocabulary: The number of tokens.
@@ -97,7 +97,7 @@ class Shape:
 
     @property
     def size(self) -> int:
-        """The width of a head."""
+        """Returns the width of a head."""
         return self.head_size or self.width // self.heads
 
 
@@ -111,7 +111,7 @@ SHAPES = {
 
 
 class Llama(nn.Module):
-    """Tokens `(B, T)` to logits `(B, T, vocabulary)`; with targets `(B, T)`, to the mean loss.
+    """Maps tokens `(B, T)` to logits `(B, T, vocabulary)`; with targets `(B, T)`, to the mean loss.
 
     `weights` `(B, T)` are those of the losses; `mask` `(B, T)` says which tokens count, the others
     being padding on either side. With a cache (which needs `scan`) the result is a pair of logits and
@@ -164,7 +164,7 @@ class Llama(nn.Module):
 
 
 class Layer(nn.Module):
-    """`(B, T, D)` to the same, in the form that `nn.scan` takes."""
+    """Maps `(B, T, D)` to the same, in the form that `nn.scan` takes."""
 
     shape: Shape
 
@@ -204,12 +204,12 @@ class Layer(nn.Module):
 
 
 def make_cache(shape: Shape, batch: int, slots: int) -> Cache:
-    """An empty cache with room for so many tokens."""
+    """Returns an empty cache with room for so many tokens."""
     return empty_cache(shape.layers, batch, slots, shape.key_heads, shape.size, shape.dtype)
 
 
 def _heads(shape: Shape, x: jax.Array) -> jax.Array:
-    """`(B, T, heads * head_dim)` to `(B, T, heads, head_dim)`, sharded where the shape names axes for heads."""
+    """Splits `(B, T, heads * head_dim)` into heads, sharded where the shape names mesh axes for them."""
     x = x.reshape(*x.shape[:-1], -1, shape.size)
     return placed(x, *shape.sharded) if len(shape.sharded) > 1 else x
 
@@ -220,5 +220,5 @@ def _norm(shape: Shape, name: str) -> nn.RMSNorm:
 
 
 def loss(model: Llama, params: Any, windows: jax.Array) -> jax.Array:
-    """Mean cross-entropy, nats per token, of `(B, T + 1)` windows."""
+    """Returns the mean cross-entropy, nats per token, of `(B, T + 1)` windows."""
     return jnp.asarray(model.apply({"params": params}, windows[:, :-1], windows[:, 1:]))

@@ -20,7 +20,7 @@ from flora_jax.models.families import module, outline
 
 
 def load(folder: Path, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
-    """A model and its params from a checkpoint.
+    """Reads a model and its params from a checkpoint.
 
     Args:
       folder: A folder with `config.json` and the weights.
@@ -41,7 +41,7 @@ def load(folder: Path, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
 
 
 class _Weights:
-    """The arrays of a checkpoint by name, each read when asked for."""
+    """Holds the arrays of a checkpoint by name, each read when asked for."""
 
     def __init__(self, folder: Path, prefix: str):
         index, where = folder / INDEX, {}

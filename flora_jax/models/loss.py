@@ -1,4 +1,4 @@
-"""The loss of a language model, over a chunk of tokens at a time.
+"""The loss of a language model goes over a chunk of tokens at a time.
 
 In the shape descriptions `B` is the batch, `T` the sequence, `D` the width.
 """
@@ -14,7 +14,7 @@ from flora_jax.models.attention import CHUNK
 
 
 def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy of `head(x)` for each token, `(B, T)`, over `CHUNK` tokens of each sequence at a time.
+    """Returns the cross-entropy of `head(x)` for each token, `(B, T)`, over `CHUNK` tokens of each sequence at a time.
 
     Chunks are taken of each sequence, so that a batch that is sharded over devices stays so.
 
@@ -45,7 +45,7 @@ def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def mean_loss(losses: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Mean of `(B, T)` losses, each with its weight `(B, T)` where there are some; 0 where all are 0."""
+    """Returns the mean of `(B, T)` losses, each with its weight `(B, T)` where there are some; 0 where all are 0."""
     if weights is None:
         return losses.mean()
     weights = weights.astype(losses.dtype)

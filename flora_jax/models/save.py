@@ -58,7 +58,7 @@ def save(folder: Path, model: Any, params: Any, shard_bytes: int = 5 * 10**9) ->
 
 
 def _theirs(model: Any, params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """The checkpoint's names and arrays, one at a time."""
+    """Gives the checkpoint's names and arrays, one at a time."""
     rules = layout_of(model.shape).rules(model.shape)
     found: dict[str, Any] = flatten_dict(params, sep="/")  # pyright: ignore[reportAssignmentType]
     expected: dict[str, Any] = flatten_dict(outline(model), sep="/")  # pyright: ignore[reportAssignmentType]

@@ -25,7 +25,7 @@ FAR = -1e9
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model; the defaults are T5-small's.
+    """Holds the sizes of the model; the defaults are T5-small's.
 
     Attributes:
       vocabulary: The number of tokens.
@@ -64,7 +64,7 @@ class Shape:
     model_type: ClassVar[str] = "t5"
 
     def count(self, decoder: bool) -> int:
-        """The layers of the encoder or of the decoder."""
+        """Returns the number of layers of the encoder or of the decoder."""
         return (self.decoder_layers or self.layers) if decoder else self.layers
 
 
@@ -77,7 +77,7 @@ SHAPES = {
 
 
 class T5(nn.Module):
-    """Source `(B, S)` and target `(B, T)` to logits `(B, T, vocabulary)`; with labels, to the loss.
+    """Maps source `(B, S)` and target `(B, T)` to logits `(B, T, vocabulary)`; with labels, to the loss.
 
     `weights` `(B, T)` are those of the losses; `mask` `(B, S)` says which source tokens count.
     """
@@ -110,13 +110,13 @@ class T5(nn.Module):
         return head(x) if labels is None else mean_loss(losses(head, x, labels), weights)
 
     def encode(self, source: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """The memory `(B, S, D)` of a source `(B, S)`."""
+        """Returns the memory `(B, S, D)` of a source `(B, S)`."""
         return self.encoder(self.shared_embed(source), None, mask)[0]
 
     def start(
         self, source: jax.Array, mask: jax.Array | None, target: jax.Array, slots: int
     ) -> tuple[jax.Array, Cache]:
-        """As `step`, for the first target tokens; the cache has room for so many of them.
+        """Does what `step` does for the first target tokens; the cache has room for so many of them.
 
         It holds the keys and values of the source as well.
         """
@@ -127,7 +127,7 @@ class T5(nn.Module):
         return self._next(target, self.encode(source, mask), Cache(past, valid, jnp.int32(0)))
 
     def step(self, target: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits `(B, T, vocabulary)` of the next target tokens `(B, T)`, and the next cache."""
+        """Returns logits `(B, T, vocabulary)` of the next target tokens `(B, T)`, and the next cache."""
         return self._next(target, None, cache)
 
     def _next(self, target, memory, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -138,7 +138,7 @@ class T5(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers, with one table of position bias for all of them, and a norm at the end."""
+    """Runs layers, with one table of position bias for all of them, and a norm at the end."""
 
     shape: Shape
     decoder: bool
@@ -161,7 +161,7 @@ class Stack(nn.Module):
         past: Any = None,
         index: Any = None,
     ) -> tuple[jax.Array, Any]:
-        """`(B, T, D)` to the same, and the new past; `mask` `(B, S)` is that of the source."""
+        """Maps `(B, T, D)` to the same, and returns the new past; `mask` `(B, S)` is that of the source."""
         shape = self.shape
         slots = x.shape[1] if past is None else past[0][0].shape[2]
         first = 0 if index is None else index
@@ -181,7 +181,7 @@ class Stack(nn.Module):
 
 
 def bucket(distance: jax.Array, both: bool, buckets: int, reach: int) -> jax.Array:
-    """Buckets of key minus query positions: exact near by, logarithmic up to `reach`, then one.
+    """Returns buckets of key minus query positions: exact near by, logarithmic up to `reach`, then one.
 
     `both` directions (encoder) have half of the buckets each; else only the past has any.
     """
@@ -199,7 +199,7 @@ def bucket(distance: jax.Array, both: bool, buckets: int, reach: int) -> jax.Arr
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention in a decoder, and the feed-forward part."""
+    """Computes self-attention, cross-attention in a decoder, and the feed-forward part."""
 
     shape: Shape
     decoder: bool
@@ -260,6 +260,6 @@ def _norm(shape: Shape) -> nn.RMSNorm:
 
 
 def loss(model: T5, params: Any, windows: jax.Array) -> jax.Array:
-    """Mean cross-entropy, nats per token, of `(B, T + 1)` windows that are source and target at once."""
+    """Returns the mean cross-entropy, nats per token, of `(B, T + 1)` windows that are source and target at once."""
     source, labels = windows[:, :-1], windows[:, 1:]
     return jnp.asarray(model.apply({"params": params}, source, source, labels))

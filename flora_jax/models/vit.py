@@ -20,7 +20,7 @@ from flora_jax.models.layers import Dense, placed, stacked
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model; the defaults are ViT-B/16's, of 224 x 224 pixels.
+    """Holds the sizes of the model; the defaults are ViT-B/16's, of 224 x 224 pixels.
 
     Attributes:
       image: The height and width of an image, in pixels.
@@ -69,7 +69,7 @@ class Shape:
 
     @property
     def length(self) -> int:
-        """`T`, the patches and the class token."""
+        """Returns `T`, the number of patches and the class token."""
         return (self.image // self.patch) ** 2 + 1
 
 
@@ -79,7 +79,7 @@ SHAPES = {
 
 
 class Vit(nn.Module):
-    """Images `(B, image, image, channels)` to logits `(B, classes)`."""
+    """Maps images `(B, image, image, channels)` to logits `(B, classes)`."""
 
     shape: Shape
 
@@ -100,7 +100,7 @@ class Vit(nn.Module):
 
 
 class Layer(nn.Module):
-    """`(B, T, D)` to the same, in the form that `nn.scan` takes."""
+    """Maps `(B, T, D)` to the same, in the form that `nn.scan` takes."""
 
     shape: Shape
 
@@ -123,7 +123,7 @@ class Layer(nn.Module):
 
 
 def patches(images: jax.Array, patch: int) -> jax.Array:
-    """`(B, height, width, channels)` to `(B, patches, patch * patch * channels)`, row by row."""
+    """Turns `(B, height, width, channels)` into `(B, patches, patch * patch * channels)`, row by row."""
     b, height, width, channels = images.shape
     x = images.reshape(b, height // patch, patch, width // patch, patch, channels)
     return jnp.moveaxis(x, 2, 3).reshape(b, -1, patch * patch * channels)
@@ -135,6 +135,6 @@ def _norm(shape: Shape, name: str) -> nn.LayerNorm:
 
 
 def loss(model: Vit, params: Any, images: jax.Array, classes: jax.Array) -> jax.Array:
-    """Mean cross-entropy, nats per image, of classes `(B,)`."""
+    """Returns the mean cross-entropy, nats per image, of classes `(B,)`."""
     logits = jnp.asarray(model.apply({"params": params}, images), jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()

@@ -1,4 +1,4 @@
-"""ordinary_step: full gradients, `tx.update` and `optax.apply_updates`, compiled; what other steps are compared with."""
+"""ordinary_step: full gradients, `tx.update` and `optax.apply_updates`; other steps are compared with it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ def ordinary_step(
     tx: optax.GradientTransformation,
     shardings: tuple[Any, Any] = (None, None),
 ) -> Any:
-    """A compiled training step as optax's users write it, in which every gradient exists in full.
+    """Returns a compiled training step as optax's users write it, in which every gradient exists in full.
 
     An adapter's step is one as well: its own params are trained, the model's are the first part of the
     batch.
