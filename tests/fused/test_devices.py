@@ -23,6 +23,19 @@ from tests.helpers import assert_tree_close
 CYCLE = 3
 
 
+def test_vmap_over_the_examples_of_a_batch():
+    def loss(p, x):
+        return square(x @ p["w"])
+
+    params = dict(w=array(24, 16))
+    grad_fn = flora_jax.value_and_grad(loss, rule(side="input"))
+    _, grads = jax.vmap(lambda x: grad_fn(params, x, cycle=CYCLE))(X[:, None])
+    spec = grads["w"].spec
+    for i, data in enumerate(grads["w"].data):
+        full = jax.grad(loss)(params, X[i : i + 1])["w"]
+        assert_close(data, Naive(spec).project(matrix_of_a(spec, CYCLE), full), 1e-5)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("side", SIDES)
 def test_shard_map_sums_sketches_over_devices(side, check_vma):

@@ -426,19 +426,6 @@ def test_eager_is_jit():
     assert_tree_close(grad_fn(params, *args), jax.jit(grad_fn)(params, *args), 1e-5)
 
 
-def test_vmap_over_the_examples_of_a_batch():
-    def loss(p, x):
-        return square(x @ p["w"])
-
-    params = dict(w=array(24, 16))
-    grad_fn = flora_jax.value_and_grad(loss, rule(side="input"))
-    _, grads = jax.vmap(lambda x: grad_fn(params, x, cycle=CYCLE))(X[:, None])
-    spec = grads["w"].spec
-    for i, data in enumerate(grads["w"].data):
-        full = jax.grad(loss)(params, X[i : i + 1])["w"]
-        assert_close(data, Naive(spec).project(matrix_of_a(spec, CYCLE), full), 1e-5)
-
-
 def test_the_chain_takes_fused_sketches():
     """Three optimizer steps of two micro-steps each; equal to the ordinary route to rounding."""
     loss, shapes, _ = FUNCTIONS["tied_and_hidden"]
