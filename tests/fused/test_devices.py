@@ -12,13 +12,14 @@ import flora_jax
 from tests.fused.test_value_and_grad import (
     FUNCTIONS,
     SIDES,
+    X,
     array,
     compare,
     numbers,
     rule,
     square,
 )
-from tests.helpers import assert_tree_close
+from tests.helpers import Naive, assert_close, assert_tree_close, matrix_of_a
 
 CYCLE = 3
 

@@ -77,7 +77,7 @@ def test_counts_of_the_published_checkpoints(name, expected):
     [(QWEN2, 494_032_768), (QWEN3, 596_049_920), (MISTRAL, 7_241_732_096)],
     ids=["qwen2", "qwen3", "mistral"],
 )
-def test_counts_of_the_relatives(entries, expected):
+def test_counts_of_the_others(entries, expected):
     assert count(config.shape_of(entries)) == expected
 
 
