@@ -46,9 +46,9 @@ STORED = {"flora": 1.901, "multisteps": 1.829}
 """Validation losses at the default settings: `python -m experiments.train --optimizer NAME`, version 0.1.0."""
 STORED_BY = "measured before"
 NEXT = """What to do next:
-  python3 -m experiments --optimizer multisteps --out runs/multisteps    the same without compression
-  .venv/bin/python -m experiments.train --help                           all settings
-  README.md, "One line changed"                                          Flora in a training loop of your own"""
+- the same without compression: python3 -m experiments --optimizer multisteps --out runs/multisteps
+- all settings: .venv/bin/python -m experiments.train --help
+- Flora in a training loop of your own: README.md, "One line changed\""""
 FREE = [
     "out",
     "checkpoint",
