@@ -19,7 +19,7 @@ from flora_jax.adapters import peft, quantized
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory import estimate, report
 from flora_jax.models import shapes
-from tests.test_planner import COMPILED
+from tests.memory.test_estimate import COMPILED
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(info.name for info in pkgutil.walk_packages(flora_jax.__path__, "flora_jax."))

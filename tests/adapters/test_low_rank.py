@@ -14,9 +14,18 @@ import flora_jax
 from experiments.models import gpt2, llama, t5
 from flora_jax.adapters import Adapter, Factors, lora
 from flora_jax.adapters.low_rank import specs
+from tests.experiments.test_models import TOKENS, Experts, Lstm, init
+from tests.fused.test_value_and_grad import (
+    FUNCTIONS,
+    NHWC,
+    SIDES,
+    WITHOUT_A_RULE,
+    X,
+    array,
+    conv,
+    square,
+)
 from tests.helpers import assert_close, assert_tree_close, normal
-from tests.test_fused import FUNCTIONS, NHWC, SIDES, WITHOUT_A_RULE, X, array, conv, square
-from tests.test_models import TOKENS, Experts, Lstm, init
 
 
 def rule(rank=4, **others):

@@ -12,8 +12,8 @@ from flora_jax.adapters.quantized import quantize
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.fused.lazy import is_lazy
 from tests.adapters.test_low_rank import filled, rule
+from tests.fused.test_value_and_grad import square
 from tests.helpers import assert_close, assert_tree_close, normal
-from tests.test_fused import square
 
 PARAMS = {
     "in": {"kernel": jnp.asarray(normal(0, (24, 32))), "bias": jnp.asarray(normal(1, (32,)))},

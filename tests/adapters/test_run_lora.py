@@ -9,8 +9,8 @@ from jax import lax
 from flora_jax.adapters import lora, run_lora
 from flora_jax.adapters.run_lora import ORDERS, Order, cheapest, flops, multiply
 from tests.adapters.test_low_rank import filled, rule
+from tests.fused.test_value_and_grad import square
 from tests.helpers import assert_close, assert_tree_close, normal
-from tests.test_fused import square
 
 SHAPES = [(7, 24, 16, 4), (400, 48, 40, 24), (3, 64, 32, 2)]
 
