@@ -1,4 +1,7 @@
-"""value_and_grad: the sketches that numpy makes of JAX's own gradient, for all kinds of functions."""
+"""value_and_grad: the sketches that numpy makes of JAX's own gradient, for all kinds of functions.
+
+One file since all of its tests take their functions from one table.
+"""
 
 import functools
 
