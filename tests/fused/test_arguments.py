@@ -174,5 +174,7 @@ def test_apply_gradients_compares_too():
 
 
 def test_something_else_is_no_cycle():
-    with pytest.raises(ValueError, match=r"opt_state must hold the state of one flora_jax\.project"):
+    with pytest.raises(
+        ValueError, match=r"opt_state must hold the state of one flora_jax\.project"
+    ):
         flora_jax.value_and_grad(loss, RULE)(PARAMS, X, cycle={"step": jnp.zeros(3)})

@@ -68,17 +68,14 @@ WRAPPERS = {
 
 @st.composite
 def programs(draw):
-    steps = draw(
-        st.lists(
-            st.tuples(
-                st.sampled_from(sorted(SQUARE)),
-                st.sampled_from(sorted(WRAPPERS)),
-                st.none() | st.sampled_from(sorted(STACKED)),
-            ),
-            min_size=1,
-            max_size=3,
-        )
+    step = st.tuples(
+        st.sampled_from(sorted(SQUARE)),
+        st.sampled_from(sorted(WRAPPERS)),
+        st.none() | st.sampled_from(sorted(STACKED)),
     )
+    # JAX 0.8 has no batching rule for ragged products whose matrices are mapped over
+    step = step.filter(lambda drawn: (drawn[0], drawn[2]) != ("grouped by rows", "vmap"))
+    steps = draw(st.lists(step, min_size=1, max_size=3))
     settings = dict(
         side=draw(st.sampled_from(["input", "output", "larger"])),
         distribution=draw(st.sampled_from(["gaussian", "rademacher", "orthonormal", "srht"])),
