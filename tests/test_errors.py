@@ -1,6 +1,7 @@
 """Wrong arguments: each message names the argument, what was found and what was expected."""
 
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,14 @@ def sketches(rank=4, params=PARAMS, **others):
 
 def update(tx, grads, params=PARAMS):
     return tx.update(grads, tx.init(params), params)
+
+
+STACK = {"w": jnp.ones((4, 64, 48))}
+
+
+def of_another_stack(tx, resample_every=1):
+    other = {"w": jnp.ones((3, 64, 48))}
+    return update(tx, sketches(params=other, resample_every=resample_every), STACK)
 
 
 def accumulate(every=2, **others):
@@ -72,6 +81,45 @@ WRONG = {
     "cycle of another schedule": (
         lambda: accumulate(lambda step: 4, projection=projection(resample_every=8)),
         "resample_every must be a multiple of every=.* found 8",
+    ),
+    "cycle inside an accumulation of flora": (
+        lambda: flora_jax.flora(
+            1e-2, projection=projection(resample_every=6), accumulation_steps=4
+        ),
+        "resample_every must be a multiple of accumulation_steps=4, found 6",
+    ),
+    "no learning rate": (
+        lambda: flora_jax.flora(None, rank=4),
+        "learning_rate must be a number or a schedule without optimizer, found None",
+    ),
+    "project": (
+        lambda: flora_jax.project(8),
+        "projection must be a flora_jax.Projection, found 8",
+    ),
+    "accumulate": (
+        lambda: accumulate(projection=8),
+        "projection must be a flora_jax.Projection, found 8",
+    ),
+    "momentum": (
+        lambda: flora_jax.momentum(0.9, projection=8),
+        "projection must be a flora_jax.Projection, found 8",
+    ),
+    "shrink": (lambda: flora_jax.shrink(8), "projection must be a flora_jax.Projection, found 8"),
+    "flora": (
+        lambda: flora_jax.flora(1e-2, projection=8),
+        "projection must be a flora_jax.Projection, found 8",
+    ),
+    "value_and_grad": (
+        lambda: flora_jax.value_and_grad(jnp.sum, 0),
+        "projection must be a flora_jax.Projection, found 0",
+    ),
+    "make_train_step": (
+        lambda: flora_jax.make_train_step(jnp.sum, optax.sgd(0.1), 8),
+        "projection must be a flora_jax.Projection, found 8",
+    ),
+    "plan": (
+        lambda: flora_jax.plan(PARAMS, PARAMS),
+        "projection must be a flora_jax.Projection, found <class 'dict'>",
     ),
     "neither rank nor projection": (
         lambda: flora_jax.flora(1e-2),
@@ -137,6 +185,30 @@ WRONG = {
         lambda: update(flora_jax.momentum(0.9, projection=projection()), PARAMS),
         "'a/kernel': momentum found an uncompressed gradient, expected a sketch",
     ),
+    "sketches of another stack to accumulate": (
+        lambda: of_another_stack(accumulate(projection=projection(resample_every=2)), 2),
+        "'w': accumulate found a sketch of shape (3, 4, 48), expected that of its state, (4, 4, 48)",
+    ),
+    "sketches of another stack to momentum": (
+        lambda: of_another_stack(flora_jax.momentum(0.9, projection=projection())),
+        "'w': momentum found a sketch of shape (3, 4, 48), expected that of its state, (4, 4, 48)",
+    ),
+    "sketches of another stack to project": (
+        lambda: of_another_stack(flora_jax.project(projection())),
+        "'w': project found a sketch of a gradient of shape (3, 64, 48), expected that of the param, (4, 64, 48)",
+    ),
+    "gradients of another stack to project": (
+        lambda: update(flora_jax.project(projection()), {"w": jnp.ones((3, 64, 48))}, STACK),
+        "'w': project found a gradient of shape (3, 64, 48), expected that of the param, (4, 64, 48)",
+    ),
+    "a layer of a sketch to project": (
+        lambda: update(
+            flora_jax.project(projection()),
+            jax.tree.map(lambda x: x[0], sketches(params=STACK)),
+            STACK,
+        ),
+        "'w': found a sketch whose data have shape (4, 48), expected (4, 4, 48)",
+    ),
     "sketch without a cycle": (
         lambda: flora_jax.decompress().update(
             flora_jax.Sketch(jnp.ones((32, 4)), None, sketches()["a"]["kernel"].spec), ()
@@ -198,3 +270,43 @@ def test_the_table_is_of_arguments_that_are_right_otherwise():
     tx = flora_jax.flora(1e-2, projection=projection(resample_every=2), accumulation_steps=2)
     updates, _ = update(tx, PARAMS)
     assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_a_learning_rate_that_is_not_used(momentum):
+    with pytest.warns(UserWarning, match="does not use learning_rate .*; give learning_rate=None"):
+        flora_jax.flora(1e-2, rank=4, momentum=momentum, optimizer=optax.sgd(0.1))
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (flora_jax.Projection(64, min_dim=8), "rank 64 is not below the output side's 48"),
+        (flora_jax.Projection(4), "32 x 48 is below min_dim 128"),
+    ],
+)
+def test_nothing_is_compressed(rule, reason):
+    with pytest.warns(UserWarning) as caught:
+        flora_jax.flora(1e-2, projection=rule, accumulation_steps=1).init(PARAMS)
+    (one,) = caught
+    assert f"nothing is compressed, neither 'a/kernel' ({reason})" in str(one.message)
+
+
+def test_nothing_is_compressed_by_choice():
+    with warnings.catch_warnings(action="error"):
+        flora_jax.flora(1e-2, projection=projection(mask=False)).init(PARAMS)
+        flora_jax.flora(1e-2, projection=projection()).init({"b": jnp.ones(48)})
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_integers_of_numpy_are_ints(kind):
+    tx = flora_jax.flora(1e-2, rank=kind(4), accumulation_steps=kind(2), seed=kind(3))
+    same = flora_jax.flora(1e-2, rank=4, accumulation_steps=2, seed=3)
+    params = {"w": jnp.ones((128, 256))}
+    assert str(jax.make_jaxpr(tx.init)(params)) == str(jax.make_jaxpr(same.init)(params))
+    rule = flora_jax.Projection(kind(4), resample_every=kind(6), seed=kind(3), min_dim=kind(8))
+    assert (rule.rank, rule.resample_every, rule.seed, rule.min_dim) == (4, 6, 3, 8)
+    assert type(rule.seed) is type(rule.rank) is type(rule.resample_every) is int
+    numbers = flora_jax.DimensionNumbers(kind(0), kind(1))
+    rule = flora_jax.Projection(lambda path, shape: kind(4), weight_dimension_numbers=numbers)
+    assert flora_jax.plan(params, rule).leaves[0].spec.rank == 4

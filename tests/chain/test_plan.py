@@ -16,6 +16,7 @@ PARAMS = {
     "heads": {"kernel": jnp.ones((64, 4, 16))},
     "layer": {"kernel": jnp.ones((64, 256)), "bias": jnp.ones(256)},
     "stack": {"kernel": jnp.ones((3, 256, 64))},
+    "none": jnp.ones((0, 256, 64)),
     "step": jnp.int32(3),
     "tiny": jnp.ones((4, 4)),
 }
@@ -46,10 +47,12 @@ def test_who_is_compressed_and_how():
         "layer/bias": (None, (256,), None),
         "layer/kernel": ("output", (64, 8), ()),
         "stack/kernel": ("input", (3, 8, 64), (0,)),
+        "none": (None, (0, 256, 64), None),
         "step": (None, (), None),
         "tiny": (None, (4, 4), None),
     }
     assert leaves["layer/bias"].reason == "vector"
+    assert leaves["none"].reason == "empty"
     assert leaves["step"].reason == "int32 is no real floating type"
     assert leaves["tiny"].reason == "4 x 4 is below min_dim 16"
 
@@ -206,3 +209,13 @@ def test_a_sketch_has_the_rank_in_place_of_one_side(shape, rank, side):
     assert rank < gone == leaf.spec.size
     kept = [n for axis, n in enumerate(shape) if axis not in leaf.spec.projected]
     assert [n for axis, n in enumerate(leaf.data_shape) if axis != leaf.spec.projected[0]] == kept
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_bytes_of_complex_leaves(dtype):
+    params = {"w": jnp.ones((64, 256)), "z": jnp.ones((8, 9), jnp.complex64)}
+    arguments = {"projection": projection(resample_every=2), "accumulation_steps": 2}
+    tx = flora_jax.flora(None, optimizer=optax.sgd(0.1), state_dtype=dtype, **arguments)
+    plan = flora_jax.plan(params, **arguments, dtype=dtype, tx=tx)
+    assert plan.sketch_bytes[1] == 8 * 72 + 4 * (dtype == "int8")
+    assert plan.state_bytes["Flora"] == real_bytes(tx.init(params)) == 16 + sum(plan.sketch_bytes)

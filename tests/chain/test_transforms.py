@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import flora_jax
 from flora_jax.chain.accumulate import StepsPerCycle
@@ -178,3 +179,90 @@ def test_has_updated_without_accumulation():
     params = make_params()
     tx = flora_jax.flora(0.1, projection=projection())
     assert bool(flora_jax.has_updated(tx.init(params)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("momentum", [None, 0.5])
+def test_complex_leaves_are_kept_unrounded(dtype, momentum):
+    params = {"w": make_params()["out"]["kernel"], "z": jnp.ones(3, jnp.complex64)}
+    tx = flora_jax.flora(
+        None,
+        projection=projection(resample_every=2),
+        accumulation_steps=2,
+        momentum=momentum,
+        optimizer=optax.scale(1.0),
+        state_dtype=dtype,
+    )
+    step, state = jax.jit(tx.update), tx.init(params)
+    values = np.array([[1 + 2.003j, -3.1j, 0.7], [5, 1 + 1j, -0.3j]], np.complex64)
+    for value in values:
+        updates, state = step({"w": params["w"], "z": jnp.asarray(value)}, state, params)
+    assert updates["z"].dtype == jnp.complex64
+    factor = 1.0 if momentum is None else 0.5
+    np.testing.assert_allclose(updates["z"], factor * values.mean(0), rtol=1e-6)
+
+
+def test_a_stack_of_no_layers():
+    params = {"layers": jnp.zeros((0, 16, 12)), "w": jnp.ones((16, 12))}
+    rule = projection(resample_every=2)
+    tx = flora_jax.flora(0.1, projection=rule, accumulation_steps=2, momentum=0.9)
+    params, _ = run(tx, params, [params] * 2)
+    assert params["layers"].shape == (0, 16, 12)
+
+    def loss(params, x):
+        return jnp.mean(
+            jax.lax.scan(lambda x, w: (x @ w @ w.T, None), x, params["layers"])[0] @ params["w"]
+        )
+
+    step = flora_jax.make_train_step(loss, tx, rule)
+    params, _, value = step(params, tx.init(params), jnp.ones((2, 16)))
+    assert params["layers"].shape == (0, 16, 12) and bool(jnp.isfinite(value))
+
+
+@pytest.mark.parametrize("mode", ["ranks", "dtypes"])
+@pytest.mark.parametrize("route", ["ordinary", "fused"])
+@pytest.mark.parametrize("preset", ["paper", "advised", "official"])
+def test_strict_promotion(preset, route, mode):
+    """What optax's own optimizers pass: ranks that must be equal in float32, dtypes in bfloat16."""
+    dtype = jnp.float32 if mode == "ranks" else jnp.bfloat16
+    params = {"w": jnp.ones((2, 16, 12), dtype), "b": jnp.ones(12, dtype)}
+    rule = projection(resample_every=2, distribution="srht" if preset == "advised" else "gaussian")
+    tx = flora_jax.flora(
+        None,
+        projection=rule,
+        optimizer=optax.sgd(0.1),
+        accumulation_steps=2,
+        momentum=0.9,
+        preset="paper" if preset == "official" else preset,
+        state_dtype="bfloat16",
+    )
+    if preset == "official":
+        if mode == "dtypes" or route == "fused":
+            pytest.skip("its Adafactor is optax's, which mixes dtypes; and it takes no sketches")
+        tx = flora_jax.flora(0.1, rank=8, momentum=0.9, preset="official")
+
+    def loss(params, x):
+        h = jax.lax.scan(lambda x, w: (jnp.matmul(jnp.matmul(x, w), w.T), None), x, params["w"])[0]
+        return jnp.sum(h) + jnp.sum(params["b"])
+
+    strict = (
+        jax.numpy_rank_promotion("raise")
+        if mode == "ranks"
+        else jax.numpy_dtype_promotion("strict")
+    )
+    with strict:
+        state = tx.init(params)
+        if route == "ordinary":
+            jax.eval_shape(tx.update, params, state, params)
+        else:
+            step = flora_jax.make_train_step(loss, tx, rule, donate=False)
+            step.lower(params, state, jnp.ones((2, 16), dtype))
+
+
+def test_counts_of_an_nnx_optimizer():
+    rule = projection(resample_every=2)
+    tx = flora_jax.flora(0.1, projection=rule, accumulation_steps=2)
+    optimizer = nnx.Optimizer(nnx.Linear(16, 12, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param)
+    assert int(flora_jax.cycle(optimizer.opt_state)) == 0
+    assert not bool(flora_jax.has_updated(optimizer.opt_state))
+    assert isinstance(flora_jax.cycle(optimizer.opt_state), jax.Array)
