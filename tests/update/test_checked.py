@@ -59,7 +59,7 @@ def test_a_step_for_leaves_some_of_which_are_not_floras(name):
 def test_a_sketch_that_no_project_takes(name):
     tx = PARTLY[name]
     sentence = (
-        "^'a': found a sketch, .* no flora_jax.project .* mask=, or use flora_jax.make_train_step$"
+        "^'a': found a sketch, .* no flora_jax.project .* mask=, or use flora_jax.make_train_step"
     )
     with pytest.raises(ValueError, match=sentence):
         flora_jax.apply_gradients(tx, sketches(), tx.init(PARAMS), PARAMS)
@@ -96,8 +96,20 @@ def test_what_cannot_take_sketches(name, route):
             flora_jax.make_train_step(loss, tx, PROJECTION)(PARAMS, state, X)
 
 
-def test_a_state_that_would_keep_sketches():
+def test_a_state_before_project_that_would_keep_sketches():
     tx = optax.chain(optax.zero_nans(), flora())
+    with pytest.raises(ValueError, match=r"optax.zero_nans cannot take sketches; put it after"):
+        flora_jax.apply_gradients(tx, sketches(), tx.init(PARAMS), PARAMS)
+
+
+def test_a_state_around_project_that_would_keep_sketches():
+    inner = flora()
+
+    def update(updates, state, params=None):
+        result, after = inner.update(updates, state[0], params)
+        return result, (after, updates)
+
+    tx = optax.GradientTransformation(lambda params: (inner.init(params), params), update)
     with pytest.raises(
         ValueError, match="must keep the structure of its state, found the sketch of"
     ):

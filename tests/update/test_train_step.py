@@ -200,7 +200,6 @@ def test_a_step_on_a_mesh_keeps_the_shardings_and_equals_that_on_one_device():
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
-<<<<<<< HEAD
 PROGRAM = """
 import hashlib, jax, jax.numpy as jnp, flora_jax
 params = {f"layer{i}": {"kernel": jnp.ones((16, 16)), "bias": jnp.ones(16)} for i in range(3)}
@@ -229,7 +228,8 @@ def test_every_process_lowers_the_same_program():
         for i in range(3)
     }
     assert len(found) == 1
-=======
+
+
 @pytest.mark.parametrize("name", ["cocob", "madgrad", "twice"])
 def test_buffers_that_a_state_has_in_common_with_the_params_are_donated_once(name):
     optimizers = {
@@ -248,4 +248,3 @@ def test_buffers_that_a_state_has_in_common_with_the_params_are_donated_once(nam
     for _ in range(3):
         params, state, value = step(params, state, INPUTS)
     assert bool(jnp.isfinite(value))
->>>>>>> refuse
