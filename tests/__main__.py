@@ -16,7 +16,18 @@ LINTERS = (
     ("pyright", "--pythonpath", "{python}"),
     ("mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site"),
 )
-CORE = ("tests/chain", "tests/fused", "tests/update", "tests/sharding", "tests/test_frameworks.py")
+CORE = (
+    *(
+        f"tests/chain/test_{name}.py"
+        for name in ("distributions", "flora", "keys", "sketch", "tag")
+    ),
+    "tests/chain/test_transforms.py",
+    "tests/fused",
+    "tests/update",
+    "tests/sharding",
+    "tests/test_frameworks.py",
+)
+"""What depends most on the versions of JAX, optax and flax."""
 
 
 def main(arguments: list[str]) -> int:
