@@ -219,6 +219,10 @@ class Sketch:
             return self._cycle
         if isinstance(self._tag, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(self._tag.shape[:-1], jnp.int32)
+        if not hasattr(
+            self._tag, "astype"
+        ):  # a tree of something else than arrays, such as their shapes
+            return self._tag
         known = self._origin.cycle if self._origin is not None else None
         if known is not None and self._origin is not None and self._origin.is_untouched(self._tag):
             return known

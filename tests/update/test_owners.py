@@ -70,8 +70,10 @@ IMPOSSIBLE = {
     "lbfgs": "its line search evaluates the loss",
     "lookahead": "its params are pairs of which one has gradients",
     "measure_with_ema": "it returns a measurement and no updates",
+    "monitor": "its state grows at its first update, which no cond of JAX can carry",
     "scale_by_backtracking_linesearch": "it evaluates the loss",
     "scale_by_lbfgs": "it loops over its memory of all leaves",
+    "scale_by_muon": "it fails in optax itself without the masks that muon puts around it",
     "scale_by_zoom_linesearch": "it evaluates the loss",
     "sophia": "it differentiates the loss in all params",
 }
