@@ -108,7 +108,8 @@ class Slices:
         self.count = self.length // self.width
         if self.count < 2 or self.length % self.width:
             raise Unsliceable
-        self.buffers = dict(zip(program.outs, program.buffers, strict=True))
+        # not strict: some states have more in them after their first update
+        self.buffers = dict(zip(program.outs, program.buffers, strict=False))
         self.maker = {out: node for node in nodes for out in node.outs}
         before = set(needed(self.maker, mark.ins, values.known))
         after = [node for node in nodes if node not in before]
