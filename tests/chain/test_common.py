@@ -15,6 +15,11 @@ RULE = flora_jax.Projection(4, min_dim=8, resample_every=2)
 DECOMPRESS = optax.chain(flora_jax.decompress(), optax.sgd(0.1))
 
 
+def growing(step):
+    """One micro-step, then two, two, ..."""
+    return jnp.where(step < 1, 1, 2)
+
+
 def flora(**settings):
     settings = {"projection": RULE, "accumulation_steps": 2, **settings}
     return flora_jax.flora(1e-2, min_dim_size_to_factor=8, **settings)
@@ -33,7 +38,8 @@ TRANSFORMATIONS = {
     "skip_nonfinite": flora(skip_nonfinite=True),
     "a sum": flora(use_grad_mean=False),
     "schedule": flora(
-        projection=None, rank=4, accumulation_steps=lambda step: jnp.where(step < 1, 1, 2)
+        projection=flora_jax.Projection(4, min_dim=8, resample_every=growing),
+        accumulation_steps=growing,
     ),
     "weight decay": flora(weight_decay_rate=1e-3),
     "project, decompress": optax.chain(flora_jax.project(RULE), DECOMPRESS),

@@ -77,7 +77,8 @@ def placed(layout):
 
 def make(side, **others):
     projection = flora_jax.Projection(8, min_dim=16, side=side, resample_every=2)
-    tx = flora_jax.flora(3e-2, projection=projection, accumulation_steps=2, **others)
+    rate = None if "optimizer" in others else 3e-2
+    tx = flora_jax.flora(rate, projection=projection, accumulation_steps=2, **others)
     return projection, tx
 
 

@@ -30,6 +30,11 @@ def gradients(count=5):
     ]
 
 
+def growing(step):
+    """One micro-step, then two, two, ..."""
+    return jnp.where(step < 1, 1, 2)
+
+
 def flora(optimizer=None, **others):
     return flora_jax.flora(
         1e-2 if optimizer is None else None,
@@ -60,7 +65,8 @@ TRANSFORMATIONS = {
         projection=flora_jax.Projection(4, min_dim=8), accumulation_steps=1
     ),
     "schedule_of_steps": flora(
-        projection=None, rank=4, accumulation_steps=lambda step: jnp.where(step < 1, 1, 2)
+        projection=flora_jax.Projection(4, min_dim=8, resample_every=growing),
+        accumulation_steps=growing,
     ),
     "inject_hyperparams": optax.inject_hyperparams(
         lambda learning_rate: flora(optax.adam(learning_rate))

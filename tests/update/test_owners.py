@@ -48,9 +48,6 @@ ARGUMENTS = {
     "noisy_sgd": lambda make: make(0.1, key=0),
     "partition": labelled,
     "sam": lambda make: make(inner(), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))),
-    "scale_by_muon": lambda make: optax.masked(
-        make(), {**dict.fromkeys(MASK, False), "a": True, "b": True}
-    ),
     "scale_by_schedule": lambda make: make(lambda count: 0.1 / (1 + count)),
     "schedule_free": lambda make: make(inner(), 0.1),
     "selective_transform": lambda make: make(inner(), freeze_mask=MASK),
@@ -70,7 +67,6 @@ IMPOSSIBLE = {
     "lbfgs": "its line search evaluates the loss",
     "lookahead": "its params are pairs of which one has gradients",
     "measure_with_ema": "it returns a measurement and no updates",
-    "monitor": "its state grows at its first update, which no cond of JAX can carry",
     "scale_by_backtracking_linesearch": "it evaluates the loss",
     "scale_by_lbfgs": "it loops over its memory of all leaves",
     "scale_by_muon": "it fails in optax itself without the masks that muon puts around it",
