@@ -130,7 +130,7 @@ def test_training_is_that_of_one_device(side, others):
     projection = flora_jax.Projection(
         8, min_dim=16, side=side, resample_every=2, partition_specs=SPECS
     )
-    tx = flora_jax.flora(1e-2, projection=projection, **others)
+    tx = flora_jax.flora(None, projection=projection, **others)
 
     def step(of, params, state, x):
         gradient = flora_jax.value_and_grad(of, projection)
