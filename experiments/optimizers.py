@@ -3,14 +3,19 @@
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import optax
 
 import flora_jax
+from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.distributions import Distribution
-from flora_jax.chain.flora import ADVISED, KAPPA
+from flora_jax.chain.flora import ADVISED, DECAY, KAPPA
+from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
 
-Method = Literal["flora", "multisteps", "galore"]
+Method = Literal["flora", "adafactor", "multisteps", "muon", "adam", "galore"]
+"""`flora` is the advised preset; `adafactor` is Adafactor after `decompress`; all others are uncompressed, or
+are baselines."""
 
 
 def build(
@@ -19,12 +24,17 @@ def build(
     *,
     accumulation: int,
     rank: Any,
-    distribution: Distribution = "srht",
+    distribution: Distribution = "srtt",
     shrink: bool = True,
     embedding: Literal["output", "whole", "matrix"] = "output",
-    side: Side = "larger",
+    head: Literal["input", "whole", "matrix"] = "input",
+    side: Side = "input",
     resample: int | None = None,
     momentum: float | None = None,
+    nesterov: bool | None = None,
+    at_new_projection: AtNewProjection = "reset",
+    iterations: int = 5,
+    apart: float = 1.0,
     clipping: float | None = 1.0,
     decay: float = 0.8,
     skip_nonfinite: bool = False,
@@ -43,7 +53,12 @@ def build(
       side: The side of a weight that Flora projects.
       resample: Number of optimizer steps that share a projection: by default that of the advised preset, or under
         momentum the paper's.
-      momentum: Decay of Flora's momentum; None for none.
+      head: What Flora does to the matrix of the logits.
+      momentum: Decay of Flora's and Muon's momentum; None for the method's own.
+      nesterov: Whether the momentum is Nesterov's; None for the method's own choice.
+      at_new_projection: What Flora does to its momentum when the projection changes.
+      iterations: Number of Newton-Schulz iterations of Flora.
+      apart: A factor of the learning rate of compressed leaves alone.
       clipping: Adafactor's clipping threshold.
       decay: Adafactor's decay rate.
       skip_nonfinite: Whether Flora leaves out micro-steps that are not finite.
@@ -53,6 +68,25 @@ def build(
     if method == "multisteps":
         steps = optax.MultiSteps(base(learning_rate), accumulation)
         return steps.gradient_transformation(), None
+    if method in ("muon", "adam"):
+        scaled = optax.scale_by_learning_rate(learning_rate)
+        if method == "muon":
+            decay = 0.95 if momentum is None else momentum
+            own = optax.chain(
+                optax.contrib.scale_by_muon(
+                    beta=decay,
+                    nesterov=nesterov is not False,
+                    weight_dimension_numbers=partial(
+                        jax.tree.map, lambda _: optax.contrib.MuonDimensionNumbers(0, 1)
+                    ),
+                ),
+                _by_outputs(),
+                scaled,
+            )
+            tx = optax.partition({"matrix": own, "other": base(learning_rate)}, _matrices)
+        else:
+            tx = optax.chain(optax.scale_by_adam(b2=0.99), scaled)
+        return optax.MultiSteps(tx, accumulation).gradient_transformation(), None
     if method == "galore":
         galore = optax.contrib.galore(learning_rate, rank=rank)
         return optax.MultiSteps(galore, accumulation).gradient_transformation(), None
@@ -63,9 +97,32 @@ def build(
         distribution=distribution,
         side=side,
         embedding=embedding,
+        head=head,
         resample_every=accumulation * resample,
         seed=seed,
     )
+    if method == "flora" and (at_new_projection != "reset" or iterations != 5 or apart != 1):
+        return _varied(
+            learning_rate,
+            projection,
+            accumulation,
+            momentum,
+            nesterov,
+            at_new_projection,
+            iterations,
+            apart,
+        ), projection
+    if method == "flora":
+        chain = flora_jax.flora(
+            learning_rate,
+            projection=projection,
+            accumulation_steps=accumulation,
+            momentum=momentum,
+            nesterov=nesterov,
+            preset="advised",
+            skip_nonfinite=skip_nonfinite,
+        )
+        return chain, projection
     chain = flora_jax.flora(
         learning_rate,
         projection=projection,
@@ -77,6 +134,64 @@ def build(
         skip_nonfinite=skip_nonfinite,
     )
     return chain, projection
+
+
+def _varied(
+    learning_rate, projection, accumulation, momentum, nesterov, at_new_projection, iterations, apart
+) -> optax.GradientTransformation:
+    """Gives the chain of the advised preset, taken apart so that each of its choices can be another."""
+    decay = DECAY if momentum is None else momentum
+
+    def labels(tree):
+        kinds = ["compressed" if plan.spec else "other" for plan in leaf_plans(tree, projection)]
+        return jax.tree.unflatten(jax.tree.structure(tree), kinds)
+
+    step = optax.chain(optax.scale(apart), optax.scale_by_learning_rate(learning_rate))
+    parts = {"compressed": step, "other": optax.adafactor(learning_rate)}
+    inner = [
+        flora_jax.orthogonalize(iterations),
+        flora_jax.decompress(),
+        flora_jax.scale_by_shape(projection),
+        optax.partition(parts, labels),
+    ]
+    if nesterov:
+        inner.insert(
+            0,
+            flora_jax.momentum(
+                decay,
+                projection=projection,
+                nesterov=True,
+                at_new_projection=at_new_projection,
+                compressed_only=True,
+            ),
+        )
+    return optax.chain(
+        flora_jax.project(projection),
+        flora_jax.accumulate(
+            optax.chain(*inner),
+            accumulation,
+            projection=projection,
+            decay=0.0 if nesterov else decay,
+            at_new_projection=at_new_projection,
+        ),
+    )
+
+
+def _matrices(tree: Any) -> Any:
+    """Says of each leaf whether it is a matrix inside the model, which Muon is for."""
+    plain = flora_jax.Projection(1, min_dim=2, embedding="whole", head="whole")
+    names = ["matrix" if plan.spec else "other" for plan in leaf_plans(tree, plain)]
+    return jax.tree.unflatten(jax.tree.structure(tree), names)
+
+
+def _by_outputs() -> optax.GradientTransformation:
+    """Multiplies the update of each matrix (inputs, outputs) by the root of outputs over inputs, at least 1."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def cosine(peak, steps: int, warmup: int = 10) -> optax.Schedule:

@@ -1,15 +1,15 @@
-"""This command compares the loss at a given rank with uncompressed accumulation, on the same batches.
+"""This command compares the loss of Flora's settings with that of uncompressed accumulation, on the same batches.
 
-    python -m experiments.quality --out runs/quality
+    python -m experiments.quality --study orthogonal --out runs/quality
 
-All settings have the same grid of learning rates. Each run appends one line to `results.jsonl`; the same command goes
-on where it stopped. The table is written to `quality.md`: it has for each setting the best learning rate of the grid,
-the validation loss there, and its ratio to the best uncompressed run.
+Every setting has a grid of learning rates, by factors of the root of two, which grows while its best rate is at an edge, on the
+first seed; the other seeds have the best one. Each run appends one line to `results.jsonl`; the same command goes on
+where it stopped. The table is written to `quality.md`: it has for each setting the best learning rate, the mean of the
+validation loss there, and its ratio to that of uncompressed MultiSteps over Adafactor.
 """
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,52 +22,68 @@ import optax
 import tyro
 
 import flora_jax
-from experiments import decoder, optimizers, text
-from flora_jax.chain.distributions import DISTRIBUTIONS, Distribution
+from experiments import decoder, optimizers, rates, text
+from flora_jax.chain.distributions import Distribution
+from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
+
+FIRST_RATES = {
+    "flora": (0.03, 0.042, 0.06),
+    "multisteps": (0.015, 0.03, 0.06),
+    "muon": (0.02, 0.03, 0.042),
+    "adam": (0.001, 0.002, 0.004),
+    "adafactor": (0.03, 0.06, 0.12),
+    "galore": (0.002, 0.004, 0.008),
+}
+"""The learning rates with which each method begins."""
+WIDER = 6
+"""The number of rates that a grid may grow by."""
+Study = Literal["orthogonal", "choices", "distributions", "rates", "accumulation"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table.
+    """One row of the table. Fields as in `optimizers.build`.
 
     Attributes:
-      method: The method.
-      rank: Rank of Flora's projections.
-      distribution: Distribution of Flora's projections.
-      shrink: Whether Flora's updates are scaled as advised.
-      embedding: What Flora does to embeddings.
-      factor: A factor of the updates of the matrices inside the layers.
-      side: The side of a matrix that Flora projects.
-      balanced: Whether ranks are in proportion to the root of (projected side / kept side), for the same memory.
-      resample: Number of optimizer steps between two projections.
-      momentum: Decay of Flora's momentum; None for none.
-      clipping: Adafactor's largest root mean square of an update.
-      decay: Exponent of the decay of Adafactor's second moments.
+      part: The rank is the width divided by this.
     """
 
     method: optimizers.Method = "flora"
-    rank: int = 64
-    distribution: Distribution = "gaussian"
-    shrink: bool = False
-    embedding: str = "whole"
-    factor: float = 1.0
-    side: Side = "larger"
-    balanced: bool = False
-    resample: int = 1
+    part: int = 4
+    side: Side = "input"
+    distribution: Distribution = "srtt"
+    embedding: Literal["output", "whole", "matrix"] = "whole"
+    head: Literal["input", "whole", "matrix"] = "whole"
+    resample: int = optimizers.ADVISED
     momentum: float | None = None
-    clipping: float | None = 1.0
-    decay: float = 0.8
+    nesterov: bool | None = None
+    at_new_projection: AtNewProjection = "reset"
+    iterations: int = 5
+    apart: float = 1.0
+    accumulation: int | None = None
 
     def __str__(self) -> str:
-        default = Setting()
-        fields = ("side", "balanced", "resample", "momentum", "clipping", "decay")
-        changed = [name for name in fields if getattr(self, name) != getattr(default, name)]
-        tail = "".join(f", {name} {getattr(self, name)}" for name in changed)
-        if self.method == "multisteps":
-            return f"uncompressed x{self.factor:g}{tail}"
-        scale = " shrink" if self.shrink else f" x{self.factor:g}"
-        return f"{self.distribution} r={self.rank}{scale}, embedding {self.embedding}{tail}"
+        default = Setting(method=self.method, part=self.part)
+        changed = {
+            name: value
+            for name, value in asdict(self).items()
+            if value != getattr(default, name) and name not in ("method", "part")
+        }
+        ranked = self.method in ("flora", "adafactor", "galore")
+        names = [NAMES[self.method] + (f" d/{self.part}" if ranked else "")]
+        return ", ".join(names + [f"{name} {value}" for name, value in changed.items()])
+
+
+NAMES = {
+    "flora": "orthogonalized",
+    "adafactor": "Adafactor after decompress",
+    "multisteps": "uncompressed Adafactor",
+    "muon": "uncompressed Muon",
+    "adam": "uncompressed Adam",
+    "galore": "GaLore",
+}
+GOAL = NAMES["multisteps"]
 
 
 @dataclass(frozen=True)
@@ -88,133 +104,88 @@ class Config:
     """Width d of the model."""
     layers: int = 3
     """Number of layers."""
-    rates: tuple[float, ...] = (0.03, 0.06, 0.12)
-    """Learning rates to try."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the weights, of the batches and of the projections."""
-    study: Literal["ranks", "distributions", "settings"] = "ranks"
-    """What is varied: `ranks` with the paper's and the advised settings, `distributions` at each rank, or
-    all other `settings` at rank d/4."""
+    parts: tuple[int, ...] = (4, 8, 16, 32)
+    """The ranks are the width divided by these."""
+    study: Study = "orthogonal"
+    """What is varied: the methods at each rank; the `choices` of the advised preset, one by one; the `distributions`;
+    `rates`, a loss for each of a fixed grid; or whether there is `accumulation`."""
 
 
-def settings(width: int) -> list[Setting]:
-    """Gives the rows of the study of ranks, the most telling first."""
-    base = Setting(rank=width // 4)
-    advised = replace(base, distribution="srht", shrink=True)
+def settings(config: Config) -> list[Setting]:
+    """Gives the rows of a study, the most telling first."""
     uncompressed = Setting(method="multisteps")
+    ours = [Setting(part=part) for part in config.parts]
+    if config.study == "orthogonal":
+        return [
+            uncompressed,
+            *ours,
+            Setting(method="muon"),
+            *(replace(one, nesterov=True) for one in ours),
+            *(replace(one, side="larger") for one in ours),
+            *(
+                Setting("adafactor", one.part, "larger", "srht", resample=64)
+                for one in ours
+            ),
+            Setting(method="adam"),
+            Setting(method="galore"),
+        ]
+    first = ours[0]
+    if config.study == "choices":
+        return [
+            uncompressed,
+            first,
+            *(replace(first, resample=count) for count in (16, 256, 2**20)),
+            replace(first, resample=16, at_new_projection="shorten"),
+            replace(first, resample=16, at_new_projection="transfer"),
+            replace(first, at_new_projection="shorten"),
+            replace(first, at_new_projection="transfer"),
+            replace(first, momentum=0.95),
+            replace(first, momentum=0.8),
+            replace(first, iterations=3),
+            replace(first, iterations=7),
+            replace(first, apart=0.5),
+            replace(first, apart=2.0),
+            replace(first, embedding="output"),
+            replace(first, head="input"),
+        ]
+    if config.study == "distributions":
+        return [
+            uncompressed,
+            *(
+                replace(one, distribution=distribution)
+                for one in ours
+                for distribution in ("srtt", "srht", "orthonormal", "gaussian", "rademacher")
+            ),
+        ]
+    if config.study == "rates":
+        return ours
     return [
-        uncompressed,
-        base,
-        advised,
-        replace(base, distribution="srht"),
-        replace(advised, rank=width // 2),
-        replace(uncompressed, factor=0.5),
-        replace(advised, rank=width // 8),
-        replace(base, shrink=True),
-        replace(advised, embedding="output"),
-        replace(base, rank=width // 2),
-        replace(base, rank=width // 8),
-        replace(uncompressed, factor=0.25),
-        replace(advised, distribution="rademacher"),
-        replace(advised, distribution="orthonormal"),
+        replace(one, accumulation=accumulation)
+        for accumulation in (config.accumulation, 1)
+        for one in (uncompressed, Setting(method="muon"), *ours)
     ]
-
-
-def each_distribution(width: int) -> list[Setting]:
-    """Gives rows of every distribution at every rank, as advised: shrunk, with a projection for 64 optimizer steps.
-
-    The orthonormal one, whose every sample is a QR decomposition, takes most of the time and comes last.
-    """
-    order = sorted(DISTRIBUTIONS, key="orthonormal".__eq__)
-    advised = Setting(shrink=True, resample=optimizers.ADVISED)
-    return [
-        Setting(method="multisteps"),
-        *(
-            replace(advised, rank=width // part, distribution=distribution)
-            for distribution in order
-            for part in (4, 8, 2)
-        ),
-    ]
-
-
-def other_settings(width: int) -> list[Setting]:
-    """Gives rows that vary all that costs no memory, one by one, from the advised setting at rank d/4."""
-    advised = Setting(rank=width // 4, distribution="srht", shrink=True)
-    uncompressed = Setting(method="multisteps")
-    return [
-        uncompressed,
-        advised,
-        replace(advised, balanced=True),
-        replace(advised, side="input"),
-        replace(advised, side="output"),
-        replace(advised, resample=4),
-        replace(advised, resample=16),
-        replace(advised, resample=64),
-        replace(advised, resample=1024),
-        replace(advised, resample=16, side="input"),
-        replace(advised, resample=64, side="input"),
-        replace(advised, resample=16, distribution="orthonormal"),
-        replace(advised, resample=16, distribution="gaussian"),
-        replace(advised, clipping=None),
-        replace(advised, clipping=0.5),
-        replace(advised, decay=0.9),
-        replace(advised, decay=0.95),
-        replace(uncompressed, decay=0.95),
-        replace(advised, momentum=0.9),
-    ]
-
-
-def balanced_ranks(shapes: Any, rank: int) -> Callable[[str, tuple[int, ...]], int]:
-    """Gives the ranks of matrices with the least noise for their memory; the larger side of each is projected.
-
-    A sketch of an `n × m` gradient takes `r n` numbers, and its estimate has a relative variance near
-    `m / r`. The sum of the variances is least, where the sum of the numbers is that of one
-    `rank` for all, at `r` in proportion to the root of `m / n`.
-    """
-    sides = [sorted(shape) for shape in shapes if min(shape) >= 128]
-    total = sum(small for small, _ in sides)
-    root = sum(small * (large / small) ** 0.5 for small, large in sides)
-
-    def of(path: str, shape: tuple[int, ...]) -> int:
-        del path
-        small, large = sorted(shape)
-        return min(small, round(rank * total / root * (large / small) ** 0.5))
-
-    return of
 
 
 def train(config: Config, setting: Setting, seed: int):
     """Gives a function of the peak learning rate that trains and gives the validation loss."""
     corpus = text.load()
-    shape = decoder.Shape(width=config.width, layers=config.layers)
-    model = decoder.model(shape)
+    model = decoder.model(decoder.Shape(width=config.width, layers=config.layers))
+    # without accumulation each micro-step is an optimizer step
+    accumulation = setting.accumulation or config.accumulation
     steps = config.optimizer_steps * config.accumulation
     windows = partial(text.batch, size=config.batch, length=config.length)
-    rank: Any = setting.rank
-    if setting.balanced:
-        tokens = jnp.zeros((1, 8), jnp.int32)
-        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
-        layers = {k: v for k, v in shapes.items() if k.startswith("layer")}
-        matrices = [leaf.shape for leaf in jax.tree.leaves(layers) if leaf.ndim == 2]
-        rank = balanced_ranks(matrices, setting.rank)
 
     def transformation(peak):
-        tx, projection = optimizers.build(
-            setting.method,
-            optimizers.cosine(peak, config.optimizer_steps),
-            accumulation=config.accumulation,
-            rank=rank,
-            distribution=setting.distribution,
-            shrink=setting.shrink,
-            embedding=setting.embedding,  # type: ignore[arg-type]
-            side=setting.side,
-            resample=setting.resample if setting.momentum is None else None,
-            momentum=setting.momentum,
-            clipping=setting.clipping,
-            decay=setting.decay,
+        fields = asdict(setting)
+        part = fields.pop("part")
+        return optimizers.build(
+            learning_rate=optimizers.cosine(peak, steps // accumulation),
+            rank=config.width // part,
             seed=seed,
+            **{**fields, "accumulation": accumulation},
         )
-        return optax.chain(tx, _scale_layers(setting.factor)), projection
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def optimizer_step(params, opt_state, batches, peak):
@@ -246,76 +217,87 @@ def train(config: Config, setting: Setting, seed: int):
         held_out = [
             text.batch(corpus.validation, 1, i, 64, config.length) for i in range(8)
         ]  # the same for every run
-        return float(np.mean([evaluate(params, batch) for batch in held_out]))
+        loss = float(np.mean([evaluate(params, batch) for batch in held_out]))
+        return loss if np.isfinite(loss) else float("inf")
 
     return run
 
 
 def table(results: list[dict]) -> str:
-    """Gives a Markdown table of each row's best learning rate, its loss, and its ratio to the best uncompressed one."""
-    means: dict[str, dict[float, list[float]]] = {}
-    for result in results:
-        rates = means.setdefault(result["name"], {})
-        rates.setdefault(result["rate"], []).append(result["loss"])
-    best = {
-        name: min((float(np.mean(losses)), rate, len(losses)) for rate, losses in rates.items())
-        for name, rates in means.items()
-    }
-    goal = min(loss for name, (loss, _, _) in best.items() if name.startswith("uncompressed"))
+    """Gives a Markdown table of each row's best learning rate, its loss, and its ratio to uncompressed Adafactor."""
+    best = _best(results)
+    goals = best.get(GOAL, {})
     lines = [
-        "| setting | best learning rate | seeds | validation loss | ratio to uncompressed |",
+        "| setting | learning rate | seeds | validation loss | ratio to uncompressed Adafactor |",
         "|---|---|---|---|---|",
     ]
-    for name, (loss, rate, seeds) in best.items():
-        lines.append(f"| {name} | {rate:g} | {seeds} | {loss:.3f} | {loss / goal:.3f} |")
+    for name, by_seed in best.items():
+        losses = [loss for _, loss in by_seed.values()]
+        (rate, _), *_ = by_seed.values()
+        ratios = [loss / goals[seed][1] for seed, (_, loss) in by_seed.items() if seed in goals]
+        ratio = f"{np.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})" if ratios else ""
+        lines.append(f"| {name} | {rate:g} | {len(losses)} | {np.mean(losses):.3f} | {ratio} |")
     return "\n".join(lines) + "\n"
 
 
-def _scale_layers(factor: float) -> optax.GradientTransformation:
-    def is_inner(path, leaf) -> bool:
-        return leaf.ndim == 2 and "layer" in jax.tree_util.keystr(path)
-
-    def mask(tree):
-        return jax.tree_util.tree_map_with_path(is_inner, tree)
-
-    return optax.masked(optax.scale(factor), mask) if factor != 1 else optax.identity()
+def _best(results: list[dict]) -> dict[str, dict[int, tuple[float, float]]]:
+    """Gives for each setting and seed the rate that is best on the first seed, and the loss there."""
+    losses: dict[str, dict[int, dict[float, float]]] = {}
+    for one in results:
+        losses.setdefault(one["name"], {}).setdefault(one["seed"], {})[one["rate"]] = one["loss"]
+    best: dict[str, dict[int, tuple[float, float]]] = {}
+    for name, by_seed in losses.items():
+        first = min(by_seed)
+        rate = min(by_seed[first], key=by_seed[first].__getitem__)
+        best[name] = {
+            seed: (rate, found[rate]) for seed, found in sorted(by_seed.items()) if rate in found
+        }
+    return best
 
 
 def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     log = config.out / "results.jsonl"
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    budget = {
-        k: v for k, v in asdict(config).items() if k not in ("out", "rates", "seeds", "study")
-    }
+    shared = ("out", "seeds", "study", "parts")
+    budget = {k: v for k, v in asdict(config).items() if k not in shared}
     results = [result for result in results if result["budget"] == budget]
-    done = {(result["name"], result["rate"], result["seed"]) for result in results}
-    studies = {
-        "ranks": settings,
-        "distributions": each_distribution,
-        "settings": other_settings,
-    }
-    for seed in config.seeds:
-        for setting in studies[config.study](config.width):
-            run = None
-            for rate in config.rates:
-                if (str(setting), rate, seed) in done:
-                    continue
-                run = run or train(config, setting, seed)
-                start = time.perf_counter()
-                loss = run(rate)
-                seconds = time.perf_counter() - start
-                result = {"name": str(setting), "rate": rate, "seed": seed, "loss": loss}
-                results.append({**result, "seconds": seconds, "budget": budget})
-                with log.open("a") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
-                print(
-                    f"{setting}  lr {rate:g}  seed {seed}: {loss:.4f}  ({seconds:.0f} s)",
-                    flush=True,
-                )
-                if any(r["name"].startswith("uncompressed") for r in results):
-                    (config.out / "quality.md").write_text(table(results))
+
+    def run(trained: Any, setting: Setting, seed: int, rate: float) -> None:
+        start = time.perf_counter()
+        loss = trained(rate)
+        seconds = time.perf_counter() - start
+        one = {"name": str(setting), "rate": rate, "seed": seed, "loss": loss}
+        results.append({**one, "seconds": round(seconds, 1), "budget": budget})
+        with log.open("a") as file:
+            file.write(json.dumps(results[-1]) + "\n")
+        print(f"{setting}  lr {rate:g}  seed {seed}: {loss:.4f}  ({seconds:.0f} s)", flush=True)
+        (config.out / "quality.md").write_text(table(results))
+
+    for setting in settings(config):
+        first, *others = config.seeds
+
+        def known(seed: int) -> dict[float, float]:
+            found = [r for r in results if (r["name"], r["seed"]) == (str(setting), seed)]
+            return {r["rate"]: r["loss"] for r in found}
+
+        trained = None
+        grid, wider = FIRST_RATES[setting.method], WIDER
+        if config.study == "rates":
+            grid, wider = tuple(0.01 * 2 ** (i / 2) for i in range(9)), 0
+        while rate := rates.next_rate(grid, known(first), wider, _beyond):
+            trained = trained or train(config, setting, first)
+            run(trained, setting, first, rate)
+        best = min(known(first), key=known(first).__getitem__)
+        for seed in others:
+            if best not in known(seed) and config.study != "rates":
+                run(train(config, setting, seed), setting, seed, best)
     print(table(results))
+
+
+def _beyond(edge: float, beside: float) -> float:
+    factor = edge / beside if edge != beside else 2**0.5
+    return float(f"{edge * factor:.2g}")
 
 
 if __name__ == "__main__":

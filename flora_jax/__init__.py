@@ -12,6 +12,7 @@ from flora_jax.chain.decompress import decompress as decompress
 from flora_jax.chain.flora import flora as flora
 from flora_jax.chain.leaf_plan import LeafPlan as LeafPlan
 from flora_jax.chain.momentum import momentum as momentum
+from flora_jax.chain.orthogonalize import orthogonalize as orthogonalize
 from flora_jax.chain.plan import Plan as Plan
 from flora_jax.chain.plan import Use as Use
 from flora_jax.chain.plan import plan as plan
@@ -19,6 +20,7 @@ from flora_jax.chain.project import cycle as cycle
 from flora_jax.chain.project import project as project
 from flora_jax.chain.projection import DimensionNumbers as DimensionNumbers
 from flora_jax.chain.projection import Projection as Projection
+from flora_jax.chain.scale_by_shape import scale_by_shape as scale_by_shape
 from flora_jax.chain.shrink import shrink as shrink
 from flora_jax.chain.sketch import Sketch as Sketch
 from flora_jax.chain.sketch import Spec as Spec

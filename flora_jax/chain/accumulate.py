@@ -16,8 +16,9 @@ import optax
 
 from flora_jax import dtypes
 from flora_jax.chain import states, storage, wrappers
+from flora_jax.chain.momentum import AtNewProjection, check_decay, mover
 from flora_jax.chain.projection import Projection, check_every, check_projection
-from flora_jax.chain.sketch import Every
+from flora_jax.chain.sketch import Every, is_sketch
 from flora_jax.chain.transformation import transformation
 from flora_jax.sharding import manual
 
@@ -29,7 +30,7 @@ class AccumulateState(NamedTuple):
       mini_step: The number of micro-steps since the last optimizer step, an int32 scalar.
       gradient_step: The number of optimizer steps so far, an int32 scalar.
       accumulated: A tree like the params. Each leaf has the shape of the sketch, or of the weight where
-        it is uncompressed.
+        it is uncompressed. With a decay it holds the momentum as well.
       inner_state: The state of the wrapped transformation.
     """
 
@@ -65,12 +66,15 @@ def accumulate(
     projection: Projection | None = None,
     use_grad_mean: bool = True,
     accumulator_dtype: storage.StateDtype = "float32",
+    decay: float = 0.0,
+    at_new_projection: AtNewProjection = "reset",
 ) -> optax.GradientTransformationExtraArgs:
     """Sums the gradients of several micro-steps, then takes one optimizer step with the sum.
 
     It does for trees of sketches and uncompressed gradients what `optax.MultiSteps` does for trees of
     gradients: on the micro-step that completes an optimizer step, the sum is passed to `inner`; on all
-    others the updates are zero. To leave out micro-steps with a NaN or an infinity, put
+    others the updates are zero. With `decay` the accumulator is the momentum as well: after an optimizer
+    step its sketches are multiplied by `β` where they would be set to zero. To leave out micro-steps with a NaN or an infinity, put
     `skip_nonfinite` around the entire chain.
 
     Args:
@@ -84,6 +88,9 @@ def accumulate(
         sum.
       accumulator_dtype: The dtype of the sum between micro-steps: `float32`, `float64`, or, with
         stochastic rounding, `bfloat16` or `int8`.
+      decay: The decay `β`, at least 0 and below 1: `inner` receives `M ← β M + C` for each sketch `C`, the
+        mean of the micro-steps. Uncompressed gradients have no momentum here.
+      at_new_projection: What becomes of `M` when a new `A` is sampled, as in `momentum`.
 
     Returns:
       A transformation with the state `AccumulateState`.
@@ -100,6 +107,12 @@ def accumulate(
     if projection is not None:
         check_projection(projection)
         check_cycles(projection.resample_every, every, "every")
+    check_decay(decay)
+    if projection is None and not isinstance(decay, jax.Array) and decay:
+        raise ValueError(
+            f"projection must be given beside decay={decay!r}, which is that of sketches, found None"
+        )
+    move = mover(at_new_projection)
     inner = optax.with_extra_args_support(inner)
     warned = projection is not None  # then project warns
 
@@ -131,8 +144,31 @@ def accumulate(
         def optimizer_step(sums, inner_state):
             total = states.with_numbers(sketches, sums)
             result, inner_state = inner.update(total, inner_state, params, **extra_args)
-            kept = states.zeros(updates, projection, accumulator_dtype)
-            return result, inner_state, kept
+            return result, inner_state, kept_after(sums)
+
+        def kept_after(sums):
+            if projection is None or (not isinstance(decay, jax.Array) and not decay):
+                return states.zeros(updates, projection, accumulator_dtype)
+            ends = _ends_cycle(projection.resample_every, every, state.gradient_step)
+            cycles = [leaf.cycle for leaf in states.leaves(sketches) if is_sketch(leaf)]
+            with dtypes.promoting():
+                left = jax.tree.map(
+                    lambda leaf, data: decay * data if is_sketch(leaf) else jnp.zeros_like(data),
+                    sketches,
+                    sums,
+                    is_leaf=is_sketch,
+                )
+            if cycles:
+                left = manual.switch(
+                    ends,
+                    (
+                        lambda tree: tree,
+                        lambda tree: move(sketches, cycles[0], cycles[0] + 1, tree),
+                    ),
+                    left,
+                )
+            count = (state.gradient_step, state.mini_step)
+            return states.store(left, projection, sketches, accumulator_dtype, count)
 
         result_shape, _, _ = jax.eval_shape(optimizer_step, sums, state.inner_state)
 
@@ -156,6 +192,15 @@ def accumulate(
         )
 
     return transformation(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+
+
+def _ends_cycle(resample_every: Every, every: Every, gradient_step: Any) -> Any:
+    """Returns whether the cycle ends with this optimizer step; `check_cycles` has seen both numbers."""
+    if isinstance(resample_every, int) and isinstance(every, int):
+        count = resample_every // every
+    else:
+        count = resample_every.count if isinstance(resample_every, StepsPerCycle) else 1
+    return (gradient_step + 1) % count == 0
 
 
 def has_updated(opt_state: Any) -> jax.Array:

@@ -1,23 +1,15 @@
 """decompress: estimates gradients from sketches, `Ĝ = C A`, for the base optimizer (arXiv 2402.03293)."""
 
-import contextlib
-import contextvars
-import functools
-from collections.abc import Iterator
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend import core
 
 from flora_jax.chain import products, recorder
-from flora_jax.chain.sketch import Spec, is_sketch
+from flora_jax.chain.leaf_operations import LeafOperation
+from flora_jax.chain.sketch import Sketch, is_sketch
 from flora_jax.chain.transformation import transformation
 
-_tracing = contextvars.ContextVar("tracing", default=False)
-decompress_p = core.Primitive("flora_decompress")
-"""`products.decompress` of one leaf as a single operation of a jaxpr; it is traced and never run."""
+_decompress = LeafOperation("flora_decompress", products.decompress_with, expands=True)
 
 
 def decompress() -> optax.GradientTransformation:
@@ -42,38 +34,23 @@ def decompress() -> optax.GradientTransformation:
         def expand(leaf):
             if not is_sketch(leaf):
                 return leaf
-            leaf = leaf.resolved()
-            if leaf.cycle is None:
-                raise ValueError(
-                    f"{leaf.spec.path!r}: decompress found a sketch without a cycle, expected one "
-                    "that flora_jax.project has passed on"
-                )
-            return _decompressed(leaf.spec, leaf.cycle, leaf.data)
+            leaf = with_cycle("decompress", leaf)
+            recorder.note(leaf.spec.path)
+            if recorder.outlines():
+                return jnp.zeros(leaf.spec.part_shape, leaf.spec.dtype)
+            return _decompress(leaf.spec, leaf.cycle, leaf.data)
 
         return jax.tree.map(expand, updates, is_leaf=is_sketch), state
 
     return transformation(optax.GradientTransformation(optax.init_empty_state, update_fn))
 
 
-@contextlib.contextmanager
-def as_one_operation() -> Iterator[None]:
-    """Makes `decompress` write one `decompress_p` for each leaf into the jaxprs traced inside this context."""
-    token = _tracing.set(True)
-    try:
-        yield
-    finally:
-        _tracing.reset(token)
-
-
-def _decompressed(spec: Spec, cycle: Any, data: jax.Array) -> jax.Array:
-    recorder.note(spec.path)
-    if recorder.outlines():
-        return jnp.zeros(spec.part_shape, spec.dtype)
-    if _tracing.get():
-        return decompress_p.bind(jnp.asarray(cycle), data, spec=spec)
-    return products.decompress(spec, cycle, data)
-
-
-@decompress_p.def_abstract_eval
-def _(cycle, data, *, spec):
-    return jax.make_jaxpr(functools.partial(products.decompress, spec))(cycle, data).out_avals[0]
+def with_cycle(name: str, leaf: Sketch) -> Sketch:
+    """Returns the sketch; raises a ValueError if no `project` has set its cycle."""
+    leaf = leaf.resolved()
+    if leaf.cycle is None:
+        raise ValueError(
+            f"{leaf.spec.path!r}: {name} found a sketch without a cycle, expected one that "
+            "flora_jax.project has passed on"
+        )
+    return leaf

@@ -13,27 +13,40 @@ device samples the columns that it needs, and a loop holds no more of `A` than a
 The entries are computed in integers and converted to floating point by one exact step. A compiler
 rounds floating-point formulas (an inverse error function, say) differently as it fuses them; integers
 come out the same to the last bit on every backend and for every sharding. `orthonormal` is the
-exception, since its QR decomposition is in floating point.
+exception, since its QR decomposition is in floating point. Those of `srtt` are looked up in a table that
+the host computes.
 
 `srht` is the fastest. An entry of a subsampled randomised Hadamard transform is the parity of
 `popcount(row & column)`: integer arithmetic, with no random bits but `r` row numbers and one sign for
 each column, and the contraction stays a dense one, which accelerators are built for. (A sparse sign
 sketch would need scatters, which are slow there.)
+
+`srtt`, a subsampled randomised trigonometric transform, has orthogonal rows for every `m`, without a QR
+decomposition. With `m = q 2ᵏ` and `q` odd, its rows are those of `H_q ⊗ H_2 ⊗ … ⊗ H_2`, where `H_q` is
+the Hartley matrix, `cos + sin` of `2π a c / q`, and `H_2` that of Hadamard; each column has a random
+sign. Where `m` is a power of two it is `srht`.
 """
 
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Int32, Key
 
-Distribution = Literal["gaussian", "rademacher", "orthonormal", "srht"]
+Distribution = Literal["gaussian", "rademacher", "orthonormal", "srht", "srtt"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
 
 
 def is_columnwise(distribution: Distribution) -> bool:
     """Returns whether a block of columns can be sampled without the others."""
     return distribution != "orthonormal"
+
+
+def is_orthogonal(distribution: Distribution, size: int) -> bool:
+    """Returns whether the rows of `A` are orthogonal, so that `A Aᵀ = (m/r) I`."""
+    power_of_two = size & (size - 1) == 0
+    return distribution in ("orthonormal", "srtt") or (distribution == "srht" and power_of_two)
 
 
 def scale(distribution: Distribution, rank: int, size: int) -> float:
@@ -49,13 +62,13 @@ def variance(distribution: Distribution, rank: int, size: int) -> float:
     It is the same for any row `g` of `size` numbers, and follows from the variances of the entries of
     `AᵀA`. An off-diagonal entry has variance `1/r` (Gaussian and Rademacher) or
     `(M − r) / (r (M − 1))` (`srht`, where `M` is the next power of two), a diagonal one `2/r` (Gaussian)
-    or 0. For orthonormal rows `AᵀA AᵀA = (m/r) AᵀA`.
+    or 0. For orthogonal rows `AᵀA AᵀA = (m/r) AᵀA`.
     """
     if distribution == "gaussian":
         return (size + 1) / rank
     if distribution == "rademacher":
         return (size - 1) / rank
-    if distribution == "orthonormal":
+    if is_orthogonal(distribution, size):
         return size / rank - 1
     padded = _next_power_of_two(size)
     return (size - 1) * (padded - rank) / (rank * (padded - 1)) if padded > 1 else 0.0
@@ -129,11 +142,42 @@ def _srht(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array
     return _sign(hadamard ^ signs[..., None])
 
 
+def _srtt(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array:
+    row_key, sign_key = jax.random.split(key)
+    rows = jax.random.permutation(row_key, size)[:rank].astype(jnp.uint32)
+    signs = _by_column(sign_key, indices, lambda k: jax.random.bits(k, (), jnp.uint32))
+    columns = indices[..., None].astype(jnp.uint32)
+    power = (size & -size).bit_length() - 1
+    odd, low = size >> power, jnp.uint32((1 << power) - 1)
+    signed = _sign(jax.lax.population_count(columns & rows & low) ^ signs[..., None])
+    if odd == 1:
+        return signed
+    angles = 2 * np.pi * np.arange(odd) / odd
+    table = jnp.asarray(np.float32(np.cos(angles) + np.sin(angles)))
+    if odd < indices.size:  # look up rows of all of H_q, which is smaller than what is asked for
+        each = jnp.arange(odd, dtype=jnp.uint32)[:, None]
+        return signed * table[_times(each, rows >> power, odd)][indices >> power]
+    return signed * table[_times(columns >> power, rows >> power, odd)]
+
+
+def _times(left: jax.Array, right: jax.Array, modulus: int) -> jax.Array:
+    """Returns `left · right` modulo a number below 2²⁴; both are below it."""
+    if modulus >= 2**24:
+        raise ValueError(f"srtt takes sides whose odd factor is below 2**24, found {modulus}")
+    if modulus < 2**16:
+        return left * right % modulus
+    product = jnp.zeros((), jnp.uint32)
+    for shift in (16, 8, 0):
+        product = ((product << 8) % modulus + left * (right >> shift & 255) % modulus) % modulus
+    return product
+
+
 _RULES = {
     "gaussian": _gaussian,
     "rademacher": _rademacher,
     "orthonormal": _orthonormal,
     "srht": _srht,
+    "srtt": _srtt,
 }
 
 

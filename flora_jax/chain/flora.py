@@ -10,11 +10,14 @@ from flora_jax.chain import official, storage
 from flora_jax.chain import skip_nonfinite as skipping
 from flora_jax.chain.accumulate import StepsPerCycle, accumulate, check_cycles
 from flora_jax.chain.decompress import decompress
+from flora_jax.chain.leaf_plan import leaf_plans
+from flora_jax.chain.momentum import check_decay
 from flora_jax.chain.momentum import momentum as sketched_momentum
+from flora_jax.chain.orthogonalize import orthogonalize
 from flora_jax.chain.project import project
 from flora_jax.chain.projection import Projection, as_int, check_every, check_projection
-from flora_jax.chain.shrink import shrink
-from flora_jax.chain.sketch import Every
+from flora_jax.chain.scale_by_shape import scale_by_shape
+from flora_jax.chain.sketch import Every, is_sketch
 from flora_jax.chain.transformation import transformation
 
 Preset = Literal["paper", "advised", "official"]
@@ -22,6 +25,8 @@ KAPPA = 1000
 """The number of optimizer steps between transfers under momentum: the paper's best κ."""
 ADVISED = 64
 """The number of optimizer steps that share a projection in the advised preset."""
+DECAY = 0.9
+"""The decay of the momentum in the advised preset."""
 
 
 def flora(
@@ -31,6 +36,7 @@ def flora(
     projection: Projection | None = None,
     accumulation_steps: Every = 1,
     momentum: float | None = None,
+    nesterov: bool | None = None,
     optimizer: optax.GradientTransformation | None = None,
     preset: Preset = "paper",
     seed: int = 0,
@@ -45,11 +51,12 @@ def flora(
     weight_decay_mask: Any = None,
     eps: Any = 1e-30,
 ) -> optax.GradientTransformationExtraArgs:
-    """The Flora optimizer: Adafactor on gradients that are accumulated, and averaged, as low-rank sketches.
+    """The Flora optimizer: gradients are accumulated, and averaged, as low-rank sketches.
 
-    It is the chain `project → accumulate → (momentum →) decompress → Adafactor`, where the middle two
-    are present as `accumulation_steps` and `momentum` say. Each micro-step's gradient `G` is kept as
-    the sketch `C = G Aᵀ` only.
+    In the paper's preset it is the chain `project → accumulate → (momentum →) decompress → Adafactor`, where the
+    middle two are present as `accumulation_steps` and `momentum` say. In the advised one it is
+    `project → accumulate → (momentum →) orthogonalize → decompress → scale_by_shape`, with Adafactor for
+    uncompressed leaves alone. Each micro-step's gradient `G` is kept as the sketch `C = G Aᵀ` only.
 
     Args:
       learning_rate: The learning rate: a number, or a schedule of the optimizer step; None where
@@ -58,18 +65,21 @@ def flora(
         or `projection`.
       projection: A `Projection`, for all other choices. Its `resample_every` counts micro-steps and must
         be a multiple of `accumulation_steps`. Where `rank` is given instead, a new `A` is sampled after
-        every optimizer step, after every 64 in the advised preset, and after every 1000 under
-        momentum.
+        every 64 optimizer steps in the advised preset; in the paper's after each one, and after every 1000
+        under momentum.
       accumulation_steps: The number of micro-steps in an optimizer step: an int, or a schedule of the
         optimizer step.
-      momentum: The decay `β` of Algorithm 2, or None for no momentum.
+      momentum: The decay `β` of the momentum. By default it is 0.9 in the advised preset, where it is kept in the
+        accumulator itself, and in the paper's there is none; there it is that of Algorithm 2.
+      nesterov: Whether the momentum is Nesterov's, which beside an accumulator takes a second sketch of each
+        weight. By default it is so in the advised preset without accumulation.
       optimizer: An optax optimizer to use in place of Adafactor. The arguments from
-        `min_dim_size_to_factor` on are then not used.
+        `min_dim_size_to_factor` on are then not used, but that `weight_decay_rate` and `weight_decay_mask` hold
+        for the compressed leaves in the advised preset.
       preset: The variant of the method. `paper` has Gaussian projections and Algorithms 1 and 2.
-        `advised` has in addition what was measured to be better at no cost in memory: the updates of
-        compressed leaves are scaled by `shrink`, and where `rank` is given, the projections are `srht`,
-        each kept for 64 optimizer steps. `official` is the authors' JAX optimizer as it behaves; see
-        `flora_jax.chain.official`.
+        `advised` is what was measured to be best: compressed leaves have orthogonalized momentum, and where
+        `rank` is given, the projections are `srtt` and of the input side. `official` is the authors' JAX
+        optimizer as it behaves; see `flora_jax.chain.official`.
       seed: The seed of the projections, used where `rank` is given.
       use_grad_mean: Whether the optimizer receives the mean of the micro-steps' gradients rather than
         their sum.
@@ -126,19 +136,24 @@ def flora(
             raise ValueError("preset='official' takes rank and momentum, and no projection")
         assert learning_rate is not None  # as was checked
         return official.flora(learning_rate, rank=rank, decay=momentum, seed=seed)
+    advised = preset == "advised"
+    if advised and momentum is None:
+        momentum = DECAY
+    if nesterov is None:
+        nesterov = advised and accumulation_steps == 1
     if projection is None:
-        steps = ADVISED if preset == "advised" else 1
-        if momentum is not None:
-            steps = KAPPA
+        steps = ADVISED if advised else KAPPA if momentum is not None else 1
         projection = Projection(
             rank,
-            distribution="srht" if preset == "advised" else "gaussian",
+            distribution="srtt" if advised else "gaussian",
+            side="input" if advised else "larger",
             resample_every=_cycle_length(accumulation_steps, steps),
             seed=seed,
         )
     check_projection(projection)
     if accumulation_steps != 1:
         check_cycles(projection.resample_every, accumulation_steps, "accumulation_steps")
+    own = optimizer is not None
     if optimizer is None:
         optimizer = optax.adafactor(
             learning_rate,
@@ -150,11 +165,22 @@ def flora(
             weight_decay_mask=weight_decay_mask,
             eps=eps,
         )
-    inner = [decompress(), optimizer]
-    if preset == "advised":
-        inner.append(shrink(projection))
-    if momentum is not None:
-        inner.insert(0, sketched_momentum(momentum, projection=projection, dtype=state_dtype))
+    inner: list[Any] = [decompress(), optimizer]
+    if advised:
+        assert learning_rate is not None  # as was checked
+        inner = [orthogonalize(), decompress(), _by_kind(projection, learning_rate, optimizer)]
+    # in the advised preset the accumulator is the momentum as well
+    in_accumulator = advised and accumulation_steps != 1 and not nesterov
+    if momentum is not None and not in_accumulator:
+        sketched = sketched_momentum(
+            momentum,
+            projection=projection,
+            dtype=state_dtype,
+            nesterov=nesterov,
+            at_new_projection="reset" if advised else "transfer",
+            compressed_only=advised,
+        )
+        inner.insert(0, sketched)
     chain = optax.chain(*inner)
     if accumulation_steps != 1:
         chain = accumulate(
@@ -163,11 +189,28 @@ def flora(
             projection=projection,
             use_grad_mean=use_grad_mean,
             accumulator_dtype=state_dtype,
+            decay=momentum if momentum is not None and in_accumulator else 0.0,
         )
     chain = optax.chain(project(projection), chain)
     if skip_nonfinite:
         chain = skipping.skip_nonfinite(chain)
     return transformation(chain)
+
+
+def _by_kind(
+    projection: Projection,
+    learning_rate: optax.ScalarOrSchedule,
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Returns the end of the advised chain: a step for compressed leaves, `optimizer` for all others."""
+
+    def labels(tree):
+        names = ["compressed" if plan.spec else "uncompressed" for plan in leaf_plans(tree, projection)]
+        return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_sketch), names)
+
+    step = optax.scale_by_learning_rate(learning_rate)
+    parts = {"compressed": step, "uncompressed": optimizer}
+    return optax.chain(scale_by_shape(projection), optax.partition(parts, labels))
 
 
 def _check_learning_rate(learning_rate: Any, optimizer: Any, preset: str) -> None:

@@ -120,7 +120,7 @@ def _leaf_plan(
         side = "input" if inputs >= outputs else "output"
     size = inputs if side == "input" else outputs
     rank = _rank(path, shape, min(inputs, outputs), projection)
-    exact = rank == size and projection.distribution == "orthonormal"
+    exact = rank == size and projection.distribution in ("orthonormal", "srtt")
     if rank >= size and not exact:
         return uncompressed(f"rank {rank} is not below the {side} side's {size}")
     key_path, key_index = path, None

@@ -6,6 +6,7 @@
 | `C = G Aᵀ` | `project` |
 | `Ĝ = C A` | `decompress` |
 | `C A A′ᵀ` | `transfer` |
+| `K = A Aᵀ`, and any function of `K` and `Cᵀ C` times `C` | `times_function` |
 
 In the descriptions of shapes `B` stands for the batch axes of a weight, `P` for its projected axes
 (whose sizes multiply to `m`), and `r` for the rank. No axis is merged or moved: the sketch has the
@@ -31,6 +32,9 @@ from flora_jax.chain import distributions, keys
 from flora_jax.chain.blocks import MOST_RUNS, Block, over_blocks, runs
 from flora_jax.chain.sketch import Spec
 from flora_jax.sharding import manual
+
+PRECISION = jax.lax.Precision.HIGHEST
+"""The precision of Gram matrices, whose small eigenvalues rounding to bfloat16 would drown."""
 
 
 @dtypes.promoting()
@@ -163,6 +167,52 @@ def transfer(
     return _over_batch(spec, one, pairs, data, data_batch(spec), data_batch(spec))
 
 
+@dtypes.promoting()
+def times_function(
+    spec: Spec, keys: jax.Array, data: Float[Array, "*data"], function: Callable[..., jax.Array]
+) -> Float[Array, "*data"]:
+    """Multiplies a sketch by a matrix `r × r` that depends on the Gram matrices of the sketch and of `A`.
+
+    Where the weight is sharded, those two are all that devices exchange.
+
+    Args:
+      spec: The `Spec` of the leaf.
+      keys: The `matrix_keys` of the cycle that the sketch belongs to.
+      data: The sketch `C`, of shape `spec.data_shape`.
+      function: A function of `Cᵀ C` and `K = A Aᵀ`, float32 arrays of shape `(r, r)`, that returns the
+        matrix. Where the rows of `A` are orthogonal, `K` is a number, `m / r`.
+
+    Returns:
+      The product, with the shape and dtype of `data`.
+    """
+
+    def one(axes, key, sketch):
+        numbers = sketch.astype(dtypes.sums(sketch.dtype))
+        place = axes.projected[0]
+        kept = tuple(axis for axis in range(sketch.ndim) if axis != place)
+        gram = jnp.tensordot(numbers, numbers, (kept, kept), precision=PRECISION)
+        gram = manual.total(gram, axes.kept_names)
+        factor = function(gram, _projection_gram(axes, key))
+        result = jnp.tensordot(numbers, factor, ((place,), (0,)), precision=PRECISION)
+        return jnp.moveaxis(result, -1, place).astype(sketch.dtype)
+
+    return _over_batch(spec, one, keys, data, data_batch(spec), data_batch(spec))
+
+
+def _projection_gram(axes: "_Axes", key: jax.Array) -> Any:
+    spec = axes.spec
+    if distributions.is_orthogonal(spec.distribution, spec.size):
+        return spec.size / spec.rank
+
+    def add(block, product):
+        columns = axes.columns(key, block, repeat=False)
+        over = tuple(range(len(axes.projected)))
+        return product + jnp.tensordot(columns, columns, (over, over), precision=PRECISION)
+
+    product = axes.loop(add, jnp.zeros((spec.rank, spec.rank), jnp.float32))
+    return manual.total(product, spec.summed) * _scale(spec) ** 2
+
+
 class _Axes:
     """The axes of one matrix of a leaf, without batch axes: einsum equations, and blocks of columns."""
 
@@ -171,6 +221,9 @@ class _Axes:
         self.spec = spec
         self.shape = tuple(spec.part_shape[axis] for axis in kept)
         self.projected = tuple(kept.index(axis) for axis in spec.projected)
+        self.kept_names = tuple(
+            name for axis in spec.kept if spec.sharded for name in spec.sharded[axis]
+        )
         labels = string.ascii_lowercase[: len(kept)]
         data = "".join(
             "r" if axis == self.projected[0] else label

@@ -83,7 +83,7 @@ def check_shapes(name: str, updates: Any, params: Any) -> None:
             )
 
 
-def check_fits(name: str, sketches: Any, kept: Any) -> None:
+def check_fits(name: str, sketches: Any, kept: Any, compressed_only: bool = False) -> None:
     """Raises a ValueError unless each sketch, or uncompressed gradient, has the shape of the kept numbers."""
     paths = jax.tree_util.tree_flatten_with_path(sketches, is_leaf=is_sketch)[0]
     others = jax.tree.leaves(kept.values if storage.is_quantized(kept) else kept)
@@ -91,6 +91,8 @@ def check_fits(name: str, sketches: Any, kept: Any) -> None:
         return  # JAX says it
     for (path, leaf), other in zip(paths, others, strict=True):
         found = leaf.data.shape if is_sketch(leaf) else leaf.shape
+        if compressed_only and not is_sketch(leaf):
+            continue
         if found != other.shape:
             kind = "a sketch" if is_sketch(leaf) else "an uncompressed gradient"
             raise ValueError(
@@ -156,12 +158,20 @@ def with_numbers(sketches: Any, numbers: Any) -> Any:
     return jax.tree.map(put, sketches, numbers, is_leaf=is_sketch)
 
 
-def zeros(tree: Any, projection: Projection | None, dtype: storage.StateDtype) -> Any:
-    """Returns zeros, as they are kept in this dtype, for each leaf of the params or gradients."""
+def zeros(
+    tree: Any,
+    projection: Projection | None,
+    dtype: storage.StateDtype,
+    compressed_only: bool = False,
+) -> Any:
+    """Returns zeros, as they are kept in this dtype, for each leaf of the params or gradients.
+
+    With `compressed_only` there is a single zero for an uncompressed leaf.
+    """
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_sketch)
     plans = _plans(tree, projection)
     zeros = [
-        storage.zeros(dtype, plan.data_shape, plan.data_dtype)
+        storage.zeros(dtype, (1,) if compressed_only and not plan.spec else plan.data_shape, plan.data_dtype)
         for plan, _ in zip(plans, leaves, strict=True)
     ]
     return storage.transposed(dtype, zeros, structure)

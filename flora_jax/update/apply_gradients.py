@@ -20,8 +20,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from flora_jax import dtypes
-from flora_jax.chain import products, project
-from flora_jax.chain.decompress import as_one_operation, decompress_p
+from flora_jax.chain import leaf_operations, project
 from flora_jax.fused.leaves import combine, partition
 from flora_jax.fused.program import Atom, Const, Node, Values, Var, flatten, needed
 from flora_jax.paths import path_name
@@ -101,7 +100,7 @@ def _apply(
     update: Callable, args: tuple[Any, ...], slice_above: int, shardings: Sequence[Any]
 ) -> tuple[Any, Any]:
     params = args[2]
-    with as_one_operation():
+    with leaf_operations.as_one_operation():
         closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
     leaves = [jax.tree.leaves(arg) for arg in args]
     inputs = [Var(aval) for aval in closed.in_avals]
@@ -204,14 +203,14 @@ def _optimizer_step(program: _Program) -> Node | None:
     for node in conds:
         if any(_has_decompress(branch.jaxpr) for branch in node.eqn.params["branches"]):
             return node
-    if not conds or any(node.eqn.primitive is decompress_p for node in program.nodes):
+    if not conds or any(map(_is_decompress, (node.eqn for node in program.nodes))):
         return None
     return conds[-1]
 
 
 def _has_decompress(jaxpr: Any) -> bool:
     for eqn in jaxpr.eqns:
-        if eqn.primitive is decompress_p:
+        if _is_decompress(eqn):
             return True
         bodies = itertools.chain(
             *(p if isinstance(p, tuple) else (p,) for p in eqn.params.values())
@@ -219,6 +218,11 @@ def _has_decompress(jaxpr: Any) -> bool:
         if any(_has_decompress(getattr(b, "jaxpr", b)) for b in bodies if hasattr(b, "eqns")):
             return True
     return False
+
+
+def _is_decompress(equation: Any) -> bool:
+    operation = leaf_operations.of(equation)
+    return operation is not None and operation.expands
 
 
 def _depending(nodes: Sequence[Node], roots: Sequence[Var]) -> list[Node]:
@@ -303,20 +307,18 @@ def _foreign(
 def _leaf(program: _Program, values: Values, param: Var, goals: list[Atom]) -> list[Any]:
     """Evaluates what belongs to one leaf, slice by slice if its operations allow it."""
     nodes = needed(values.maker, goals, values.known)
-    marks = [node for node in nodes if node.eqn.primitive is decompress_p]
-    if len(marks) == 1 and math.prod(param.shape) >= program.slice_above:
-        spec = marks[0].eqn.params["spec"]
-        if spec.batch:
+    marks = [node for node in nodes if leaf_operations.of(node.eqn)]
+    if marks and math.prod(param.shape) >= program.slice_above:
+        if marks[0].eqn.params["spec"].batch:
             try:
-                return Slices(program, values, param, marks[0], nodes, goals).run()
+                return Slices(program, values, param, marks, nodes, goals).run()
             except Unsliceable:
                 pass
     local = Values([], values.known)
     local.maker = values.maker
     for node in nodes:
-        if node.eqn.primitive is decompress_p:
-            cycle, data = (local(atom) for atom in node.ins)
-            outs = [products.decompress(node.eqn.params["spec"], cycle, data)]
+        if leaf_operations.of(node.eqn):
+            outs = [leaf_operations.run(node.eqn, *(local(atom) for atom in node.ins))]
         else:
             outs = node.run([local(atom) for atom in node.ins])
         local.known.update(zip(node.outs, outs, strict=True))

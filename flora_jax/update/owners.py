@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.chain.decompress import decompress_p
+from flora_jax.chain import leaf_operations
 from flora_jax.fused.program import Atom, Const, Node, Var, flatten
 from flora_jax.sharding import manual
 
@@ -48,7 +48,7 @@ class Owners:
     def _visit(self, node: Node, index: Mapping[str, int]) -> None:
         arrays = (var for var in node.variables() if not _single(var))
         owner = frozenset().union(*(self.of.get(var, frozenset()) for var in arrays))
-        if node.eqn.primitive is decompress_p:
+        if leaf_operations.of(node.eqn):
             owner = frozenset([index[node.eqn.params["spec"].path]])
         if len(owner) > 1 and node.name == "cond":
             for part in _as_choice(node):

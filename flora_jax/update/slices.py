@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.chain import products
+from flora_jax.chain import leaf_operations, products
 from flora_jax.chain.blocks import Block
 from flora_jax.chain.sketch import Spec
 from flora_jax.fused.interpreter import apply
@@ -95,9 +95,9 @@ class Slices:
     variable.
     """
 
-    def __init__(self, program, values: Values, param: Var, mark: Node, nodes, goals):
-        self.values, self.mark, self.nodes, self.goals = values, mark, nodes, goals
-        self.spec: Spec = mark.eqn.params["spec"]
+    def __init__(self, program, values: Values, param: Var, marks: list[Node], nodes, goals):
+        self.values, self.marks, self.nodes, self.goals = values, marks, nodes, goals
+        self.spec: Spec = marks[0].eqn.params["spec"]
         self.axis = self.spec.batch[0]
         self.length = param.shape[self.axis]
         sharding = program.shardings[param]
@@ -111,7 +111,7 @@ class Slices:
         # not strict: some states have more in them after their first update
         self.buffers = dict(zip(program.outs, program.buffers, strict=False))
         self.maker = {out: node for node in nodes for out in node.outs}
-        before = set(needed(self.maker, mark.ins, values.known))
+        before = set(needed(self.maker, marks[0].ins, values.known))
         after = [node for node in nodes if node not in before]
         alike = {
             var
@@ -124,8 +124,10 @@ class Slices:
         self.reductions: list[Node] = []
         for node in after:
             self._classify(node)
-        cycle = values(mark.ins[0])
-        self.keys = products.matrix_keys(self.spec, cycle)
+        cycle = marks[0].ins[0]
+        if any(mark.ins[0] is not cycle for mark in marks):
+            raise Unsliceable
+        self.keys = products.matrix_keys(self.spec, values(cycle))
 
     def run(self) -> list[Any]:
         """Evaluates the goals; raises `Unsliceable` where that is not possible slice by slice."""
@@ -142,8 +144,12 @@ class Slices:
         return self._write(full)
 
     def _classify(self, node: Node) -> None:
-        if node is self.mark:
-            self.axes[node.outs[0]] = self.axis
+        if node in self.marks:
+            place = products.data_batch(self.spec)[0]
+            if self.axes.get(node.ins[1], place) != place:
+                raise Unsliceable
+            expands = leaf_operations.OPERATIONS[node.eqn.primitive].expands
+            self.axes[node.outs[0]] = self.axis if expands else place
             return
         places = {self.axes[var] for var in node.variables() if var in self.axes}
         if not places:
@@ -220,8 +226,11 @@ class Slices:
         return value
 
     def _step(self, node: Node, value, take, found) -> None:
-        if node is self.mark:
-            found[node.outs[0]] = self._decompressed(take, value(node.ins[1]))
+        if node in self.marks:
+            data = value(node.ins[1])
+            if node.ins[1] not in self.axes:
+                data = take(data, products.data_batch(self.spec)[0])
+            found[node.outs[0]] = self._run(node, take, data)
             return
         sliced_in = [var for var in node.variables() if var in self.axes]
         place, shape = (self.axes[sliced_in[0]], sliced_in[0].shape) if sliced_in else (0, None)
@@ -240,15 +249,14 @@ class Slices:
                 changes[name] = tuple(sizes)
         found[node.outs[0]] = apply(node.eqn, *ins, **changes)
 
-    def _decompressed(self, take, data) -> jax.Array:
+    def _run(self, mark: Node, take, data) -> jax.Array:
         shape, names = list(self.spec.shape), list(self.spec.sharded)
         shape[self.axis] = self.width  # one for each device, which has a block of its own in memory
         if names:
             names[self.axis] = ()
         block = self.spec.block * self.width
         spec = dataclasses.replace(self.spec, shape=tuple(shape), sharded=tuple(names), block=block)
-        place = products.data_batch(self.spec)[0]
-        return products.decompress_with(spec, take(self.keys, 0), take(data, place))
+        return leaf_operations.run_with(mark.eqn, spec, take(self.keys, 0), data)
 
     def _reduce(self, nodes: list[Node], full: Values) -> list[Any]:
         """Computes the reductions that are ready, in one pass over the slices."""

@@ -1,0 +1,48 @@
+"""scale_by_shape: makes one learning rate serve orthogonalized updates of all shapes and ranks."""
+
+import math
+
+import optax
+
+from flora_jax.chain import states
+from flora_jax.chain.leaf_plan import LeafPlan
+from flora_jax.chain.projection import Projection, check_projection
+
+
+def scale_by_shape(projection: Projection) -> optax.GradientTransformation:
+    """Multiplies the updates of compressed leaves by `√max(1, outputs / inputs)`. It goes after `decompress`.
+
+    An orthogonalized update has a spectral norm of 1, for every rank. With this factor, that of Muon, the
+    change of a layer's outputs is bounded by the learning rate relative to its inputs, both measured as root
+    mean squares, for matrices with more outputs than inputs. The updates of uncompressed leaves stay as
+    they are.
+
+    Args:
+      projection: The `Projection` of the chain.
+
+    Returns:
+      A transformation without state.
+
+    References:
+      Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+    """
+    check_projection(projection)
+
+    def update_fn(updates, state, params=None):
+        del params
+
+        def scale(plan: LeafPlan, leaf):
+            return leaf * factor(plan) if plan.spec else leaf
+
+        return states.map_leaves(scale, projection, updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
+def factor(plan: LeafPlan) -> float:
+    """Returns the factor for a compressed leaf."""
+    spec = plan.spec
+    assert spec is not None
+    kept = math.prod(spec.shape[axis] for axis in spec.kept)
+    outputs, inputs = (kept, spec.size) if plan.side == "input" else (spec.size, kept)
+    return max(1.0, outputs / inputs) ** 0.5
