@@ -108,6 +108,8 @@ class Config:
     """Seeds of the weights, of the batches and of the projections."""
     parts: tuple[int, ...] = (4, 8, 16, 32)
     """The ranks are the width divided by these."""
+    rows: int | None = None
+    """How many of the study's settings, from the first; None for all."""
     study: Study = "orthogonal"
     """What is varied: the methods at each rank; the `choices` of the advised preset, one by one; the `distributions`;
     `rates`, a loss for each of a fixed grid; or whether there is `accumulation`."""
@@ -259,7 +261,7 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     log = config.out / "results.jsonl"
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    shared = ("out", "seeds", "study", "parts")
+    shared = ("out", "seeds", "study", "parts", "rows")
     budget = {k: v for k, v in asdict(config).items() if k not in shared}
     results = [result for result in results if result["budget"] == budget]
 
@@ -274,7 +276,7 @@ def main(config: Config) -> None:
         print(f"{setting}  lr {rate:g}  seed {seed}: {loss:.4f}  ({seconds:.0f} s)", flush=True)
         (config.out / "quality.md").write_text(table(results))
 
-    for setting in settings(config):
+    for setting in settings(config)[: config.rows]:
         first, *others = config.seeds
 
         def known(seed: int) -> dict[float, float]:

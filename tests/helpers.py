@@ -10,7 +10,7 @@ import optax
 from flora_jax.chain import products
 from flora_jax.chain.sketch import Spec
 
-DISTRIBUTIONS = ("gaussian", "rademacher", "orthonormal", "srht")
+DISTRIBUTIONS = ("gaussian", "rademacher", "orthonormal", "srht", "srtt")
 
 
 def make_spec(shape, projected, batch=(), rank=5, distribution="gaussian", **others):

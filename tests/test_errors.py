@@ -53,7 +53,7 @@ WRONG = {
     ),
     "distribution": (
         lambda: projection(distribution="normal"),
-        "distribution must be one of gaussian, rademacher, orthonormal, srht, found 'normal'",
+        "distribution must be one of gaussian, rademacher, orthonormal, srht, srtt, found 'normal'",
     ),
     "side": (lambda: projection(side="left"), "side must be one of input, output, larger, found"),
     "head": (lambda: projection(head="output"), "head must be one of input, whole"),

@@ -1,6 +1,7 @@
 """flora: the transformations of this folder put together, with arguments named as optax names them."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,7 +18,7 @@ from flora_jax.chain.orthogonalize import orthogonalize
 from flora_jax.chain.project import project
 from flora_jax.chain.projection import Projection, as_int, check_every, check_projection
 from flora_jax.chain.scale_by_shape import scale_by_shape
-from flora_jax.chain.sketch import Every, is_sketch
+from flora_jax.chain.sketch import Every
 from flora_jax.chain.transformation import transformation
 
 Preset = Literal["paper", "advised", "official"]
@@ -59,8 +60,9 @@ def flora(
     uncompressed leaves alone. Each micro-step's gradient `G` is kept as the sketch `C = G Aᵀ` only.
 
     Args:
-      learning_rate: The learning rate: a number, or a schedule of the optimizer step; None where
-        `optimizer` is given, which has its own.
+      learning_rate: The learning rate: a number, or a schedule of the optimizer step. None where
+        `optimizer` is given, which has its own; in the advised preset it then gets the orthogonalized updates of
+        compressed leaves too.
       rank: The rank `r` of the projections, with the same meaning as in `Projection`. Give either this
         or `projection`.
       projection: A `Projection`, for all other choices. Its `resample_every` counts micro-steps and must
@@ -74,8 +76,8 @@ def flora(
       nesterov: Whether the momentum is Nesterov's, which beside an accumulator takes a second sketch of each
         weight. By default it is so in the advised preset without accumulation.
       optimizer: An optax optimizer to use in place of Adafactor. The arguments from
-        `min_dim_size_to_factor` on are then not used, but that `weight_decay_rate` and `weight_decay_mask` hold
-        for the compressed leaves in the advised preset.
+        `min_dim_size_to_factor` on are then not used, except that in the advised preset the weight decay is that of
+        compressed leaves.
       preset: The variant of the method. `paper` has Gaussian projections and Algorithms 1 and 2.
         `advised` is what was measured to be best: compressed leaves have orthogonalized momentum, and where
         `rank` is given, the projections are `srtt` and of the input side. `official` is the authors' JAX
@@ -129,6 +131,7 @@ def flora(
                 "name it in static_args"
             )
     accumulation_steps = check_every("accumulation_steps", accumulation_steps)
+    check_decay(0.0 if momentum is None else momentum)
     _check_learning_rate(learning_rate, optimizer, preset)
     storage.check("state_dtype", state_dtype)
     if preset == "official":
@@ -161,14 +164,18 @@ def flora(
             decay_rate=decay_rate,
             multiply_by_parameter_scale=multiply_by_parameter_scale,
             clipping_threshold=clipping_threshold,
-            weight_decay_rate=weight_decay_rate,
+            weight_decay_rate=None if advised else weight_decay_rate,
             weight_decay_mask=weight_decay_mask,
             eps=eps,
         )
     inner: list[Any] = [decompress(), optimizer]
     if advised:
-        assert learning_rate is not None  # as was checked
-        inner = [orthogonalize(), decompress(), _by_kind(projection, learning_rate, optimizer)]
+        if learning_rate is not None:
+            optimizer = _by_kind(projection, learning_rate, optimizer)
+        inner = [orthogonalize(), decompress(), scale_by_shape(projection), optimizer]
+        if weight_decay_rate is not None:
+            mask = _compressed(projection, weight_decay_mask) if own else weight_decay_mask
+            inner.append(optax.add_decayed_weights(-weight_decay_rate, mask))
     # in the advised preset the accumulator is the momentum as well
     in_accumulator = advised and accumulation_steps != 1 and not nesterov
     if momentum is not None and not in_accumulator:
@@ -202,23 +209,36 @@ def _by_kind(
     learning_rate: optax.ScalarOrSchedule,
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Returns the end of the advised chain: a step for compressed leaves, `optimizer` for all others."""
+    """Returns a step of this rate for compressed leaves, and `optimizer` for all others."""
 
     def labels(tree):
-        names = ["compressed" if plan.spec else "uncompressed" for plan in leaf_plans(tree, projection)]
-        return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_sketch), names)
+        kinds = {True: "compressed", False: "uncompressed"}
+        return jax.tree.map(kinds.__getitem__, _compressed(projection, None)(tree))
 
     step = optax.scale_by_learning_rate(learning_rate)
-    parts = {"compressed": step, "uncompressed": optimizer}
-    return optax.chain(scale_by_shape(projection), optax.partition(parts, labels))
+    return optax.partition({"compressed": step, "uncompressed": optimizer}, labels)
+
+
+def _compressed(projection: Projection, mask: Any) -> Callable[[Any], Any]:
+    """Returns a function from params to a tree of bools: which leaves are compressed, and in the mask."""
+
+    def chosen(tree):
+        leaves = [plan.spec is not None for plan in leaf_plans(tree, projection)]
+        ours = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        if mask is None:
+            return ours
+        given = mask(tree) if callable(mask) else mask
+        return jax.tree.map(lambda one, part: jax.tree.map(lambda leaf: one and leaf, part), given, ours)
+
+    return chosen
 
 
 def _check_learning_rate(learning_rate: Any, optimizer: Any, preset: str) -> None:
-    used = optimizer is None or preset == "official"
-    if learning_rate is None and used:
+    if learning_rate is None and (optimizer is None or preset == "official"):
         raise ValueError(
             "learning_rate must be a number or a schedule without optimizer, found None"
         )
+    used = optimizer is None or preset != "paper"
     if learning_rate is not None and not used:
         warnings.warn(
             "flora does not use learning_rate beside optimizer, which has its own; give learning_rate=None",

@@ -43,7 +43,7 @@ class LeafOperation:
         self.function, self.expands = function, expands
         self.primitive = core.Primitive(name)
         self.primitive.def_abstract_eval(self._shape)
-        OPERATIONS[self.primitive] = self
+        _OPERATIONS[self.primitive.name] = self
 
     def __call__(self, spec: Spec, cycle: Any, data: jax.Array, **settings: Any) -> jax.Array:
         """Applies the function, given the cycle in place of the keys."""
@@ -58,22 +58,21 @@ class LeafOperation:
         return jax.make_jaxpr(call)(cycle, data).out_avals[0]
 
 
-OPERATIONS: dict[Any, LeafOperation] = {}
-"""The operation of each primitive."""
+_OPERATIONS: dict[str, LeafOperation] = {}
 
 
 def of(equation: Any) -> LeafOperation | None:
     """Returns the operation that an equation of a jaxpr is, or None."""
-    return OPERATIONS.get(equation.primitive)
+    return _OPERATIONS.get(equation.primitive.name)
 
 
 def run(equation: Any, cycle: Any, data: jax.Array) -> jax.Array:
     """Applies the operation that an equation of a jaxpr is."""
     settings = dict(equation.params)
-    return OPERATIONS[equation.primitive](settings.pop("spec"), cycle, data, **settings)
+    return _OPERATIONS[equation.primitive.name](settings.pop("spec"), cycle, data, **settings)
 
 
 def run_with(equation: Any, spec: Spec, keys: jax.Array, data: jax.Array) -> jax.Array:
     """Applies the operation that an equation of a jaxpr is to a part of the leaf, with a `Spec` and keys of its own."""
     settings = {k: v for k, v in equation.params.items() if k != "spec"}
-    return OPERATIONS[equation.primitive].function(spec, keys, data, **settings)
+    return _OPERATIONS[equation.primitive.name].function(spec, keys, data, **settings)

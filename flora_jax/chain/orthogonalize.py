@@ -124,6 +124,8 @@ _orthogonalize = LeafOperation("flora_orthogonalize", _matrix, expands=False)
 def _inverse_root(gram: jax.Array, iterations: int) -> jax.Array:
     """Returns a polynomial of a positive semidefinite matrix `Y` near `Y^(−1/2)`; zero for zero."""
     one = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    largest = jnp.max(jnp.diagonal(gram))  # taken out first, since squares of small numbers underflow
+    gram = gram / jnp.where(largest > 0, largest, 1.0)
     bound = jnp.linalg.norm(gram)  # (Σ σ⁴)^(1/2), at least the largest eigenvalue
     gram = gram / jnp.where(bound > 0, bound, 1.0)
     result = one
@@ -133,7 +135,7 @@ def _inverse_root(gram: jax.Array, iterations: int) -> jax.Array:
         result = step if number == 0 else _times(result, step)
         if number + 1 < len(coefficients):
             gram = _times(_times(step, gram), step)
-    return result * jnp.where(bound > 0, bound, 1.0) ** -0.5
+    return result * jnp.where(largest > 0, bound * largest, 1.0) ** -0.5
 
 
 def _times(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -144,6 +144,10 @@ class Spec:
         return distributions.variance(self.distribution, self.rank, self.size)
 
 
+def _where() -> Any:
+    return _trace_state(), jax.sharding.get_abstract_mesh()
+
+
 class _Origin:
     """Remembers which cycle and tag a sketch had, through arithmetic in the trace in which it got them.
 
@@ -155,7 +159,7 @@ class _Origin:
 
     def __init__(self, cycle: Any, tag: Any):
         self._cycle, self._tag = weakref.ref(cycle), weakref.ref(tag)
-        self._trace = _trace_state()
+        self._trace = _where()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Origin)
@@ -165,8 +169,8 @@ class _Origin:
 
     @property
     def cycle(self) -> Any:
-        """The cycle; None in another trace, where it means nothing."""
-        return self._cycle() if self._trace == _trace_state() else None
+        """The cycle; None in another trace, or where explicit axes are automatic: there it means nothing."""
+        return self._cycle() if self._trace == _where() else None
 
     def is_untouched(self, tag: Any) -> bool:
         return self._tag() is tag

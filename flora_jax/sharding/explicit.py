@@ -62,8 +62,10 @@ def call(fun: Callable, goals: Any, *args: Any) -> Any:
         replicated = NamedSharding(mesh, PartitionSpec())
         goals = jax.tree.map(lambda _: replicated, _shapes(mesh, fun, args))
 
-    def wrapped(*args):  # the result may have no array at all
-        return (fun(*args),)
+    def wrapped(*args):
+        result = fun(*args)
+        jax.tree.leaves(result)  # in here, where a sketch can make its tag of a cycle that is automatic
+        return (result,)  # which may have no array at all
 
     run: Any = jax.sharding.auto_axes(wrapped, axes=_explicit(mesh), out_sharding=(goals,))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):

@@ -148,8 +148,9 @@ class Slices:
             place = products.data_batch(self.spec)[0]
             if self.axes.get(node.ins[1], place) != place:
                 raise Unsliceable
-            expands = leaf_operations.OPERATIONS[node.eqn.primitive].expands
-            self.axes[node.outs[0]] = self.axis if expands else place
+            operation = leaf_operations.of(node.eqn)
+            assert operation is not None
+            self.axes[node.outs[0]] = self.axis if operation.expands else place
             return
         places = {self.axes[var] for var in node.variables() if var in self.axes}
         if not places:

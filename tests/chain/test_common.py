@@ -28,6 +28,7 @@ def flora(**settings):
 TRANSFORMATIONS = {
     "paper": flora(),
     "advised": flora(preset="advised"),
+    "advised, Nesterov, int8": flora(preset="advised", nesterov=True, state_dtype="int8"),
     "official": flora_jax.flora(
         1e-2, rank=4, momentum=0.9, preset="official", min_dim_size_to_factor=8
     ),
@@ -48,6 +49,12 @@ TRANSFORMATIONS = {
     ),
     "project, momentum": optax.chain(
         flora_jax.project(RULE), flora_jax.momentum(0.9, projection=RULE), DECOMPRESS
+    ),
+    "project, orthogonalize": optax.chain(
+        flora_jax.project(RULE),
+        flora_jax.orthogonalize(),
+        DECOMPRESS,
+        flora_jax.scale_by_shape(RULE),
     ),
     "shrink": optax.chain(flora_jax.project(RULE), DECOMPRESS, flora_jax.shrink(RULE)),
     "accumulate alone": flora_jax.accumulate(optax.sgd(0.1), 2),
@@ -92,12 +99,23 @@ def test_unknown_extra_arguments_pass(name):
     assert kinds(updates) == kinds(own)
 
 
+def is_masked(node):
+    """What optax.partition, and so the advised preset, has in place of the leaves of the other part."""
+    return isinstance(node, optax.MaskedNode)
+
+
 @EVERY
 def test_map_params_finds_what_belongs_to_a_parameter(name):
     tx, own = TRANSFORMATIONS[name], params()
     names = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), own)
     state = jax.eval_shape(tx.init, own)
-    mapped = optax.tree.map_params(tx, lambda leaf, name: name, state, names)
+    mapped = optax.tree.map_params(
+        tx,
+        lambda leaf, name: leaf if is_masked(leaf) else name,
+        state,
+        names,
+        is_leaf=is_masked,
+    )
     found = [leaf for leaf in jax.tree.leaves(mapped) if isinstance(leaf, str)]
     counts = [
         leaf for leaf in jax.tree.leaves(mapped) if not isinstance(leaf, str) and leaf.shape == ()

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flora_jax.chain import distributions
 from tests.helpers import DISTRIBUTIONS, make_spec, normal, sample
@@ -44,10 +46,11 @@ def test_variance_is_the_stated_one(distribution, size):
     assert measured == pytest.approx(distributions.variance(distribution, RANK, size), rel=0.1)
 
 
+@pytest.mark.parametrize("distribution", ["orthonormal", "srtt"])
 @pytest.mark.parametrize("size", [9, 16])
 @pytest.mark.parametrize("rank", [4, 9])
-def test_orthonormal_rows_and_their_scale(size, rank):
-    spec = make_spec((size, 5), (0,), rank=rank, distribution="orthonormal")
+def test_orthonormal_rows_and_their_scale(size, rank, distribution):
+    spec = make_spec((size, 5), (0,), rank=rank, distribution=distribution)
     a = np.asarray(sample(spec, 2), np.float64)
     np.testing.assert_allclose(a @ a.T, np.eye(rank) * size / rank, atol=1e-5)
 
@@ -70,6 +73,43 @@ def test_srht_is_signs_times_rows_of_the_hadamard_matrix():
         for j in range(i)
     ]
     assert all(sum(row) == 1 for row in hits)  # products of two rows cancel the signs
+
+
+@given(st.integers(1, 90))
+@settings(max_examples=15, deadline=None)
+def test_srtt_is_signs_times_rows_of_hartley_by_hadamard(size):
+    """A row of signs alone times any other cancels the random signs: what is left are the rows, in another order."""
+    every = jnp.arange(size, dtype=jnp.int32)
+    a = np.asarray(distributions.columns("srtt", jax.random.key(7), size, size, every), np.float64).T
+    odd, expected = size, np.ones((1, 1))
+    while odd % 2 == 0:
+        odd //= 2
+        expected = np.kron(expected, [[1, 1], [1, -1]])
+    angles = 2 * np.pi * np.outer(np.arange(odd), np.arange(odd)) / odd
+    expected = np.kron(np.cos(angles) + np.sin(angles), expected)
+    signs = a[np.argmin(np.abs(np.abs(a) - 1).max(1))]
+    overlap = (a * signs) @ expected.T / size
+    assert sorted(np.argmax(overlap, 1)) == list(range(size))
+    np.testing.assert_allclose(overlap.max(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_srtt_is_srht_on_a_power_of_two(size):
+    every, key = jnp.arange(size, dtype=jnp.int32), jax.random.key(3)
+    rank = max(1, size // 2)
+    np.testing.assert_array_equal(
+        distributions.columns("srtt", key, rank, size, every),
+        distributions.columns("srht", key, rank, size, every),
+    )
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_products_modulo_an_odd_side_do_not_overflow(data):
+    modulus = data.draw(st.integers(2**15, 2**24 - 1))
+    left, right = (data.draw(st.integers(0, modulus - 1)) for _ in range(2))
+    found = distributions._times(jnp.uint32(left), jnp.uint32(right), modulus)
+    assert int(found) == left * right % modulus
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "srht"])
@@ -122,10 +162,11 @@ GOLDEN = {
     ],
     "rademacher": [[-1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]],
     "srht": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]],
+    "srtt": [[1.0, 1.0, 1.0, 1.0], [1.2817127704620361, 1.366025447845459, 0.8111595511436462, -1.0]],
 }
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "srht"])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher", "srht", "srtt"])
 def test_values_of_the_first_release(distribution):
     """What checkpoints rely on: columns 0 and 5 under key 42."""
     columns = distributions.columns(distribution, jax.random.key(42), 4, 9, jnp.array([0, 5]))
@@ -145,7 +186,7 @@ def test_values_do_not_depend_on_xla_flags(flags):
     program = (
         "import jax, jax.numpy as jnp\n"
         "from flora_jax.chain import distributions\n"
-        "for name in ('gaussian', 'rademacher', 'srht'):\n"
+        "for name in ('gaussian', 'rademacher', 'srht', 'srtt'):\n"
         "    sample = jax.jit(lambda: distributions.columns(\n"
         "        name, jax.random.key(42), 4, 9, jnp.array([0, 5])))\n"
         "    print(sample().tolist())\n"
@@ -158,4 +199,4 @@ def test_values_do_not_depend_on_xla_flags(flags):
     )
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert dict(zip(("gaussian", "rademacher", "srht"), lines, strict=True)) == GOLDEN
+    assert dict(zip(("gaussian", "rademacher", "srht", "srtt"), lines, strict=True)) == GOLDEN

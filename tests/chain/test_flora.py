@@ -8,7 +8,7 @@ import pytest
 
 import flora_jax
 from flora_jax.chain import storage
-from tests.helpers import normal
+from tests.helpers import Naive, matrix_of_a, normal
 
 INPUTS = jnp.asarray(normal(0, (64, 32)))
 TARGETS = jnp.tanh(INPUTS @ normal(1, (32, 24)) / 6)
@@ -136,20 +136,82 @@ def test_masked_parameter_stays_with_the_gradient_as_its_update():
     np.testing.assert_array_equal(updates["hidden"], 0.0)
 
 
-def test_advised_scales_by_the_stated_factor():
-    """srht of rank 8 on a side of 32: v = 3, so the update is half of the one without."""
-    grads = jax.tree.map(lambda x: jnp.asarray(normal(5, x.shape)), start())
-    both = []
-    for preset in ("paper", "advised"):
-        rule = flora_jax.Projection(8, min_dim=16, distribution="srht")
-        tx = flora_jax.flora(0.1, projection=rule, preset=preset)
-        both.append(tx.update(grads, tx.init(start()), start())[0])
-    v = 31 * (32 - 8) / (8 * 31)
-    v_out = 47 * (64 - 8) / (8 * 63)  # the larger side is padded from 48 to 64
-    np.testing.assert_allclose(both[1]["bias"], both[0]["bias"])
-    for name, size in (("hidden", v_out), ("out", v_out)):
-        np.testing.assert_allclose(both[1][name], both[0][name] / (1 + size) ** 0.5, rtol=1e-5)
-    assert v == 3.0
+def test_advised_is_the_orthogonalized_momentum_for_matrices_and_adafactor_for_all_else():
+    """Against numpy, over two cycles of two optimizer steps: the momentum is in the accumulator, and begins anew."""
+    params = start()
+    rule = projection(distribution="srtt", resample_every=4, side="output")
+    tx = flora_jax.flora(0.1, projection=rule, accumulation_steps=2, momentum=0.8, preset="advised")
+    state, adafactor = tx.init(params), optax.adafactor(0.1)
+    bias = adafactor.init(params["bias"])
+    specs = {leaf.path: leaf.spec for leaf in flora_jax.plan(params, rule).leaves}
+    momentum = {name: np.zeros(specs[name].data_shape) for name in ("hidden", "out")}
+    for i in range(8):
+        first, second = (
+            jax.tree.map(lambda x, seed=2 * i + j: jnp.asarray(normal(seed, x.shape)), params)
+            for j in range(2)
+        )
+        zeros, state = tx.update(first, state, params)
+        assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(zeros))
+        updates, state = tx.update(second, state, params)
+        wanted, bias = adafactor.update((first["bias"] + second["bias"]) / 2, bias, params["bias"])
+        np.testing.assert_allclose(updates["bias"], wanted, rtol=1e-4)
+        for name, kept in momentum.items():
+            naive, a = Naive(specs[name]), matrix_of_a(specs[name], i // 2)
+            mean = (np.asarray(first[name], np.float64) + second[name]) / 2
+            kept[:] = (0.8 * kept if i % 2 else 0) + naive.project(a, mean)
+            u, s, v = np.linalg.svd(naive.decompress(a, kept), full_matrices=False)
+            values = np.linalg.svd(u.T @ updates[name] @ v.T, compute_uv=False)[:8]
+            longer = max(1, params[name].shape[1] / params[name].shape[0]) ** 0.5
+            np.testing.assert_allclose(values, 0.1 * longer, rtol=0.15)  # of 5 iterations
+            aligned = np.sum(updates[name] * (u[:, :8] @ v[:8])) / np.linalg.norm(updates[name])
+            assert -aligned / 8**0.5 > 0.99
+            assert np.all(s[8:] < 1e-5)
+
+
+def test_nesterov_takes_a_second_sketch_of_compressed_leaves_alone():
+    params = start()
+    rule = projection(distribution="srtt", resample_every=4)
+    sizes = {}
+    for nesterov in (False, True):
+        tx = flora_jax.flora(
+            0.1, projection=rule, accumulation_steps=2, nesterov=nesterov, preset="advised"
+        )
+        sizes[nesterov] = sum(leaf.size for leaf in jax.tree.leaves(tx.init(params)))
+        assert fall(tx)[0] < 0.4
+    sketches = 8 * 24 + 8 * 32  # the larger sides, of 48, are projected
+    assert sketches <= sizes[True] - sizes[False] <= sketches + 3  # two counts, and a zero for the bias
+
+
+def test_weight_decay_of_the_advised_preset():
+    """As in optax.adafactor: each optimizer step, not multiplied by the learning rate."""
+    params = start()
+    grads = jax.tree.map(lambda x: jnp.asarray(normal(5, x.shape)), params)
+
+    def updates(**others):
+        tx = flora_jax.flora(0.1, projection=projection(), preset="advised", **others)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    params["bias"] = jnp.ones(24)
+    plain, decayed = updates(), updates(weight_decay_rate=0.01)
+    masked = updates(weight_decay_rate=0.01, weight_decay_mask={"hidden": True, "out": False, "bias": False})
+    other = updates(weight_decay_rate=0.01, optimizer=optax.sgd(0.1))
+    for name in params:
+        moved = 0.01 * params[name]
+        np.testing.assert_allclose(plain[name] - decayed[name], moved, atol=1e-6)
+        np.testing.assert_allclose(plain[name] - masked[name], moved if name == "hidden" else 0, atol=1e-6)
+        if name != "bias":
+            np.testing.assert_allclose(plain[name] - other[name], moved, atol=1e-6)
+    np.testing.assert_allclose(other["bias"], -0.1 * grads["bias"], atol=1e-6)
+
+
+def test_an_optimizer_without_a_rate_beside_it_gets_orthogonalized_updates():
+    params = start()
+    grads = jax.tree.map(lambda x: jnp.asarray(normal(5, x.shape)), params)
+    rule = projection()
+    every = flora_jax.flora(None, projection=rule, preset="advised", optimizer=optax.sgd(0.1))
+    split = flora_jax.flora(0.1, projection=rule, preset="advised", optimizer=optax.sgd(0.1))
+    found, expected = (tx.update(grads, tx.init(params), params)[0] for tx in (every, split))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), found, expected)
 
 
 def test_rank_alone_resamples_each_optimizer_step_and_each_thousandth_under_momentum():

@@ -104,6 +104,48 @@ def test_algorithm_two_against_numpy():
         assert_close(updates["w"], naive.decompress(a, moment), 1e-5)
 
 
+@pytest.mark.parametrize("where", ["momentum", "accumulate"])
+@pytest.mark.parametrize("way", ["transfer", "shorten", "reset"])
+def test_momentum_at_a_new_projection_against_numpy(way, where):
+    """Nesterov's in a sketch of its own, and the plain one in the accumulator."""
+    params = make_params()
+    rule = projection(resample_every=4, distribution="srtt")
+    decompressed = flora_jax.decompress()
+    if where == "momentum":
+        kept = flora_jax.momentum(
+            0.8, projection=rule, nesterov=True, at_new_projection=way, compressed_only=True
+        )
+        inner = flora_jax.accumulate(optax.chain(kept, decompressed), 2, projection=rule)
+    else:
+        inner = flora_jax.accumulate(
+            decompressed, 2, projection=rule, decay=0.8, at_new_projection=way
+        )
+    tx = optax.chain(flora_jax.project(rule), inner)
+    state, step = tx.init(params), jax.jit(tx.update)
+    plans = {leaf.path: leaf.spec for leaf in flora_jax.plan(params, rule).leaves}
+    spec = plans["dense/kernel"]
+    naive, moment = Naive(spec), np.zeros(spec.data_shape)
+    gradients = make_gradients(params, 12)
+    for i in range(0, 12, 2):
+        _, state = step(gradients[i], state, params)
+        updates, state = step(gradients[i + 1], state, params)
+        mean = jax.tree.map(lambda *x: np.mean(np.asarray(x, np.float64), 0), *gradients[i : i + 2])
+        assert_close(updates["dense"]["bias"], mean["dense"]["bias"], 1e-6)  # no momentum
+        a = matrix_of_a(spec, i // 4)
+        if i and i % 4 == 0:
+            moved = naive.transfer(matrix_of_a(spec, i // 4 - 1), a, moment)
+            share = {"transfer": 1, "shorten": spec.rank / spec.size, "reset": 0}[way]
+            moment = share * moved
+        sketch = naive.project(a, mean["dense"]["kernel"])
+        if where == "momentum":
+            moment = 0.8 * moment + 0.2 * sketch
+            expected = naive.decompress(a, 0.8 * moment + 0.2 * sketch)
+        else:
+            moment = 0.8 * moment + sketch
+            expected = naive.decompress(a, moment)
+        assert_close(updates["dense"]["kernel"], expected, 1e-5)
+
+
 def test_momentum_of_uncompressed_leaves_is_an_average():
     params = {"b": jnp.zeros(5)}
     tx = flora_jax.momentum(0.5)

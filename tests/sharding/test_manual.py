@@ -64,6 +64,9 @@ def specs_of_state(tx):
     return jax.tree.map(lambda sharding: sharding.spec, shardings)
 
 
+ADVISED = {"learning_rate": 1e-2, "optimizer": optax.sgd(1e-2), "preset": "advised"}
+
+
 def naive(projection, grads):
     """`G Aᵀ` in numpy float64 of full gradients, with all of `A` as one device samples it."""
     sketches = flora_jax.project(projection)
@@ -122,15 +125,17 @@ def test_a_device_has_its_part_of_the_one_sketch(side, distribution, block):
     [
         ("input", {"optimizer": optax.adamw(1e-2), "accumulation_steps": 2}),
         ("output", {"optimizer": optax.sgd(1.0), "momentum": 0.9, "skip_nonfinite": True}),
+        ("input", ADVISED),
+        ("output", {**ADVISED, "accumulation_steps": 2}),
     ],
-    ids=["accumulation", "momentum"],
+    ids=["accumulation", "momentum", "advised", "advised, accumulation"],
 )
 def test_training_is_that_of_one_device(side, others):
     """Five micro-steps over cycles of two; the state is created, and stays, sharded as the weights are."""
     projection = flora_jax.Projection(
         8, min_dim=16, side=side, resample_every=2, partition_specs=SPECS
     )
-    tx = flora_jax.flora(None, projection=projection, **others)
+    tx = flora_jax.flora(**{"learning_rate": None, **others}, projection=projection)
 
     def step(of, params, state, x):
         gradient = flora_jax.value_and_grad(of, projection)

@@ -59,7 +59,10 @@ TRANSFORMATIONS = {
     "clipped_by_block": flora(optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(1e-2))),
     "momentum": flora(momentum=0.9),
     "skip_nonfinite": flora(skip_nonfinite=True),
-    "advised": flora(preset="advised"),
+    "advised": flora(preset="advised", weight_decay_rate=1e-3),
+    "advised, Nesterov, skip_nonfinite": flora(preset="advised", nesterov=True, skip_nonfinite=True),
+    "advised, int8": flora(preset="advised", state_dtype="int8"),
+    "advised, any optimizer": flora(optax.adamw(1e-2), preset="advised"),
     "int8": flora(state_dtype="int8"),
     "every_step": flora(
         projection=flora_jax.Projection(4, min_dim=8), accumulation_steps=1
