@@ -13,9 +13,9 @@ from flora_jax.chain.flora import ADVISED, DECAY, KAPPA
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
 
-Method = Literal["flora", "adafactor", "multisteps", "muon", "adam", "galore"]
-"""`flora` is the advised preset; `adafactor` is Adafactor after `decompress`; all others are uncompressed, or
-are baselines."""
+Method = Literal["flora", "flora_adafactor", "multisteps", "muon", "adam", "galore"]
+"""`flora` is the advised preset, and `flora_adafactor` Adafactor after `decompress`; the others are baselines:
+`multisteps` is uncompressed Adafactor."""
 
 
 def build(
@@ -48,11 +48,11 @@ def build(
       accumulation: Number of micro-steps in an optimizer step.
       rank: Rank of Flora's and GaLore's projections.
       distribution: Distribution of Flora's projections.
-      shrink: Whether Flora's updates are scaled as advised.
+      shrink: Whether the updates of Adafactor after `decompress` are shortened by `flora_jax.shrink`.
       embedding: What Flora does to embeddings, as in `flora_jax.Projection`.
       side: The side of a weight that Flora projects.
-      resample: Number of optimizer steps that share a projection: by default that of the advised preset, or under
-        momentum the paper's.
+      resample: Number of optimizer steps that share a projection: by default that of the advised preset, or before
+        Adafactor under momentum the paper's.
       head: What Flora does to the matrix of the logits.
       momentum: Decay of Flora's and Muon's momentum; None for the method's own.
       nesterov: Whether the momentum is Nesterov's; None for the method's own choice.
@@ -91,7 +91,7 @@ def build(
         galore = optax.contrib.galore(learning_rate, rank=rank)
         return optax.MultiSteps(galore, accumulation).gradient_transformation(), None
     if resample is None:
-        resample = ADVISED if momentum is None else KAPPA
+        resample = KAPPA if method == "flora_adafactor" and momentum is not None else ADVISED
     projection = flora_jax.Projection(
         rank,
         distribution=distribution,
@@ -123,14 +123,13 @@ def build(
             skip_nonfinite=skip_nonfinite,
         )
         return chain, projection
+    steps = [base(learning_rate)] + ([flora_jax.shrink(projection)] if shrink else [])
     chain = flora_jax.flora(
-        learning_rate,
+        None,
         projection=projection,
         accumulation_steps=accumulation,
         momentum=momentum,
-        clipping_threshold=clipping,
-        decay_rate=decay,
-        preset="advised" if shrink else "paper",
+        optimizer=optax.chain(*steps),
         skip_nonfinite=skip_nonfinite,
     )
     return chain, projection

@@ -32,7 +32,7 @@ FIRST_RATES = {
     "multisteps": (0.015, 0.03, 0.06),
     "muon": (0.02, 0.03, 0.042),
     "adam": (0.001, 0.002, 0.004),
-    "adafactor": (0.03, 0.06, 0.12),
+    "flora_adafactor": (0.03, 0.06, 0.12),
     "galore": (0.002, 0.004, 0.008),
 }
 """The learning rates with which each method begins."""
@@ -70,14 +70,14 @@ class Setting:
             for name, value in asdict(self).items()
             if value != getattr(default, name) and name not in ("method", "part")
         }
-        ranked = self.method in ("flora", "adafactor", "galore")
+        ranked = self.method in ("flora", "flora_adafactor", "galore")
         names = [NAMES[self.method] + (f" d/{self.part}" if ranked else "")]
         return ", ".join(names + [f"{name} {value}" for name, value in changed.items()])
 
 
 NAMES = {
     "flora": "orthogonalized",
-    "adafactor": "Adafactor after decompress",
+    "flora_adafactor": "Adafactor after decompress",
     "multisteps": "uncompressed Adafactor",
     "muon": "uncompressed Muon",
     "adam": "uncompressed Adam",
@@ -123,15 +123,12 @@ def settings(config: Config) -> list[Setting]:
         return [
             uncompressed,
             *ours,
-            Setting(method="muon"),
-            *(replace(one, nesterov=True) for one in ours),
             *(replace(one, side="larger") for one in ours),
-            *(
-                Setting("adafactor", one.part, "larger", "srht", resample=64)
-                for one in ours
-            ),
+            *(Setting("flora_adafactor", one.part, "larger", "srht") for one in ours),
+            *(replace(one, nesterov=True) for one in ours),
             Setting(method="adam"),
             Setting(method="galore"),
+            Setting(method="muon"),
         ]
     first = ours[0]
     if config.study == "choices":

@@ -68,21 +68,20 @@ class Config:
     """The settings of one run."""
 
     optimizer: optimizers.Method = "flora"
-    """The optimizer: `flora`, `multisteps` (MultiSteps over Adafactor) or `galore` (MultiSteps over GaLore)."""
+    """The optimizer: `flora` as advised, `flora_adafactor` (Adafactor after `decompress`), or MultiSteps over Adafactor
+    (`multisteps`), Muon, Adam or GaLore."""
     learning_rate: float = 0.06
     """Peak of a cosine schedule over the optimizer steps."""
     rank: int = 64
     """Rank of Flora's and GaLore's projections."""
-    distribution: Distribution = "srht"
+    distribution: Distribution = "srtt"
     """Distribution of Flora's projections."""
-    side: Side = "larger"
+    side: Side = "input"
     """The side of each matrix that Flora projects."""
     resample: int | None = None
-    """Number of optimizer steps that share a projection: by default 64, or 1000 under momentum."""
-    shrink: bool = True
-    """Whether the updates of compressed leaves are scaled by 1/sqrt(1 + variance), as advised."""
+    """Number of optimizer steps that share a projection, by default 64."""
     momentum: float | None = None
-    """Decay of Flora's compressed momentum; none by default."""
+    """Decay of Flora's momentum: by default that of the advised preset, and none before Adafactor."""
     optimizer_steps: int = 250
     """Number of optimizer steps."""
     accumulation: int = 4
@@ -144,7 +143,6 @@ def transformation(config: Config, method: optimizers.Method):
         distribution=config.distribution,
         side=config.side,
         resample=config.resample,
-        shrink=config.shrink,
         momentum=config.momentum,
         skip_nonfinite=True,
         seed=config.seed,

@@ -93,17 +93,18 @@ def build(
             base = optax.chain(optax.ema(method.momentum, debias=False), base)
         return optax.MultiSteps(base, accumulation).gradient_transformation(), None
     advised = method.preset == "advised"
-    kappa = method.kappa or (KAPPA if method.momentum is not None else ADVISED if advised else 1)
+    kappa = method.kappa or (ADVISED if advised else KAPPA if method.momentum is not None else 1)
     projection = flora_jax.Projection(
         method.rank,
-        distribution="srht" if advised else "gaussian",
+        distribution="srtt" if advised else "gaussian",
+        side="input" if advised else "larger",
         resample_every=accumulation * kappa,
         min_dim=factored,
         embedding="whole" if method.uncompressed_embeddings else "output",
         head="whole" if method.uncompressed_embeddings else "input",
     )
     tx = flora_jax.flora(
-        None,
+        rate if advised else None,
         projection=projection,
         accumulation_steps=accumulation,
         momentum=method.momentum,

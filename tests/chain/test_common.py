@@ -28,7 +28,7 @@ def flora(**settings):
 TRANSFORMATIONS = {
     "paper": flora(),
     "advised": flora(preset="advised"),
-    "advised, Nesterov, int8": flora(preset="advised", nesterov=True, state_dtype="int8"),
+    "advised with Nesterov in int8": flora(preset="advised", nesterov=True, state_dtype="int8"),
     "official": flora_jax.flora(
         1e-2, rank=4, momentum=0.9, preset="official", min_dim_size_to_factor=8
     ),

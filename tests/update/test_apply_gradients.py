@@ -122,7 +122,7 @@ def test_params_and_state_are_those_of_the_chain(name, slice_above):
     assert min(jax.tree.leaves(moved)) > 0
 
 
-@pytest.mark.parametrize("name", ["adafactor", "adamw", "lion", "clipped_by_global_norm"])
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "lion", "clipped_by_global_norm", "advised"])
 def test_the_gradient_of_a_stacked_weight_is_never_materialized(name):
     """XLA's own count of temporaries: far below one gradient of the stack in float32."""
     shape = (16, 128, 256)
@@ -136,7 +136,10 @@ def test_the_gradient_of_a_stacked_weight_is_never_materialized(name):
             optax.clip_by_global_norm(1.0), optax.adafactor(1e-2)
         ),
     }
-    tx = flora_jax.flora(None, projection=projection, optimizer=optimizers[name])
+    if name == "advised":
+        tx = flora_jax.flora(1e-2, projection=projection, preset="advised")
+    else:
+        tx = flora_jax.flora(None, projection=projection, optimizer=optimizers[name])
     state = jax.eval_shape(tx.init, params)
     (plan,) = flora_jax.plan(params, projection).leaves
     data = jax.ShapeDtypeStruct(plan.data_shape, jnp.float32)

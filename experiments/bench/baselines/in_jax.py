@@ -78,10 +78,11 @@ def build(
         )
     if key == "flora-paper":
         return optimizers.build(
-            "flora",
+            "flora_adafactor",
             rate,
             accumulation=size.accumulation,
             rank=size.rank,
+            side="larger",
             distribution="gaussian",
             shrink=False,
             resample=1,
