@@ -7,9 +7,9 @@ import jax
 import optax
 
 import flora_jax
-from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.flora import ADVISED, DECAY, KAPPA
+from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
 
@@ -136,7 +136,14 @@ def build(
 
 
 def _varied(
-    learning_rate, projection, accumulation, momentum, nesterov, at_new_projection, iterations, apart
+    learning_rate,
+    projection,
+    accumulation,
+    momentum,
+    nesterov,
+    at_new_projection,
+    iterations,
+    apart,
 ) -> optax.GradientTransformation:
     """Gives the chain of the advised preset, taken apart so that each of its choices can be another."""
     decay = DECAY if momentum is None else momentum
@@ -146,7 +153,7 @@ def _varied(
         return jax.tree.unflatten(jax.tree.structure(tree), kinds)
 
     step = optax.chain(optax.scale(apart), optax.scale_by_learning_rate(learning_rate))
-    parts = {"compressed": step, "other": optax.adafactor(learning_rate)}
+    parts: dict[Any, Any] = {"compressed": step, "other": optax.adafactor(learning_rate)}
     inner = [
         flora_jax.orthogonalize(iterations),
         flora_jax.decompress(),
@@ -188,7 +195,9 @@ def _by_outputs() -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates), state
+        return jax.tree.map(
+            lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates
+        ), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 

@@ -262,6 +262,10 @@ def main(config: Config) -> None:
     budget = {k: v for k, v in asdict(config).items() if k not in shared}
     results = [result for result in results if result["budget"] == budget]
 
+    def known(setting: Setting, seed: int) -> dict[float, float]:
+        found = [r for r in results if (r["name"], r["seed"]) == (str(setting), seed)]
+        return {r["rate"]: r["loss"] for r in found}
+
     def run(trained: Any, setting: Setting, seed: int, rate: float) -> None:
         start = time.perf_counter()
         loss = trained(rate)
@@ -276,20 +280,17 @@ def main(config: Config) -> None:
     for setting in settings(config)[: config.rows]:
         first, *others = config.seeds
 
-        def known(seed: int) -> dict[float, float]:
-            found = [r for r in results if (r["name"], r["seed"]) == (str(setting), seed)]
-            return {r["rate"]: r["loss"] for r in found}
-
         trained = None
         grid, wider = FIRST_RATES[setting.method], WIDER
         if config.study == "rates":
-            grid, wider = tuple(0.01 * 2 ** (i / 2) for i in range(9)), 0
-        while rate := rates.next_rate(grid, known(first), wider, _beyond):
+            grid, wider = tuple(float(f"{0.015 * 2 ** (i / 2):.2g}") for i in range(7)), 0
+        while rate := rates.next_rate(grid, known(setting, first), wider, _beyond):
             trained = trained or train(config, setting, first)
             run(trained, setting, first, rate)
-        best = min(known(first), key=known(first).__getitem__)
+        losses = known(setting, first)
+        best = min(losses, key=losses.__getitem__)
         for seed in others:
-            if best not in known(seed) and config.study != "rates":
+            if best not in known(setting, seed) and config.study != "rates":
                 run(train(config, setting, seed), setting, seed, best)
     print(table(results))
 

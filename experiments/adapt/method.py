@@ -111,7 +111,12 @@ def of_params(
     """Builds a method that trains the model's own params: in full, or by Flora at this rank."""
     if method == "flora":
         projection = Projection(
-            rank, distribution="srtt", side="input", embedding="whole", min_dim=64, resample_every=64
+            rank,
+            distribution="srtt",
+            side="input",
+            embedding="whole",
+            min_dim=64,
+            resample_every=64,
         )
         tx = flora_jax.flora(schedule, projection=projection, preset="advised")
         fused = flora_jax.value_and_grad(loss, projection)

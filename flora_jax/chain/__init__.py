@@ -30,12 +30,16 @@ of the projected ones. A weight of shape `(m, n)` whose input side is projected 
 | `M ← β M + (1 − β) G Aᵀ` | `momentum.py` |
 | the base optimizer's step with `M A` | `decompress.py`, and any optax optimizer after it |
 
+**Orthogonalized sketches**, the advised preset, are not in the paper. `orthogonalize.py`, between
+`accumulate.py`, whose `decay` makes the accumulator the momentum, and `decompress.py`, does what Muon does to
+a matrix; `scale_by_shape.py` comes after.
+
 **Reading order.** `flora.py` puts the chain together. `project.py`, `accumulate.py`, `momentum.py` and
 `decompress.py` are its transformations, and `sketch.py` is what passes between them. `projection.py` has
 the settings, `keys.py` and `distributions.py` sample `A`, and `products.py` multiplies by it.
 
 The rest is needed in practice. `leaf_plan.py` and `plan.py` say which weights are compressed and what
-the state takes; `states.py` and `storage.py` are what the states have in common; `blocks.py` keeps no
+the state takes; `leaf_operations.py` lets an update be evaluated leaf by leaf; `states.py` and `storage.py` are what the states have in common; `blocks.py` keeps no
 more than a part of `A` in memory; `transformation.py` is for meshes with explicit axes. `shrink.py`,
 `skip_nonfinite.py` and `carry_over.py` are options, and `official.py` is the authors' own optimizer, for
 comparison.

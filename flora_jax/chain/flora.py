@@ -228,7 +228,9 @@ def _compressed(projection: Projection, mask: Any) -> Callable[[Any], Any]:
         if mask is None:
             return ours
         given = mask(tree) if callable(mask) else mask
-        return jax.tree.map(lambda one, part: jax.tree.map(lambda leaf: one and leaf, part), given, ours)
+        return jax.tree.map(
+            lambda one, part: jax.tree.map(lambda leaf: one and leaf, part), given, ours
+        )
 
     return chosen
 

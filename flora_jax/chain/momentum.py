@@ -21,7 +21,6 @@ from flora_jax.chain.sketch import is_sketch
 from flora_jax.chain.transformation import transformation
 from flora_jax.sharding import manual
 
-
 AtNewProjection = Literal["transfer", "shorten", "reset"]
 """What is done to a momentum when its projection changes: see `momentum`."""
 

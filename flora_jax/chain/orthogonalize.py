@@ -97,11 +97,9 @@ def polynomials(iterations: int) -> list[tuple[float, float, float]]:
 
     All but the last leave room for rounding, by a factor of 1.01, as their source says.
     """
-    chosen = [POLYNOMIALS[min(i, len(POLYNOMIALS) - 1)] for i in range(iterations)]
-    return [
-        (a / 1.01, b / 1.01**3, c / 1.01**5) if i < min(iterations, len(POLYNOMIALS)) - 1 else (a, b, c)
-        for i, (a, b, c) in enumerate(chosen)
-    ]
+    repeated = [POLYNOMIALS[-1]] * (iterations - len(POLYNOMIALS))
+    *first, last = POLYNOMIALS[: min(iterations, len(POLYNOMIALS))]
+    return [*((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in first), last, *repeated]
 
 
 def _matrix(spec: Spec, keys: jax.Array, data: jax.Array, *, iterations: int) -> jax.Array:
@@ -124,7 +122,7 @@ _orthogonalize = LeafOperation("flora_orthogonalize", _matrix, expands=False)
 def _inverse_root(gram: jax.Array, iterations: int) -> jax.Array:
     """Returns a polynomial of a positive semidefinite matrix `Y` near `Y^(−1/2)`; zero for zero."""
     one = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    largest = jnp.max(jnp.diagonal(gram))  # taken out first, since squares of small numbers underflow
+    largest = jnp.max(jnp.diagonal(gram))  # taken out first: squares of small numbers underflow
     gram = gram / jnp.where(largest > 0, largest, 1.0)
     bound = jnp.linalg.norm(gram)  # (Σ σ⁴)^(1/2), at least the largest eigenvalue
     gram = gram / jnp.where(bound > 0, bound, 1.0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax.chain import storage
-from flora_jax.chain.flora import flora
+from flora_jax.chain.flora import Preset, flora
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.projection import Projection, check_projection
 
@@ -106,6 +106,8 @@ def plan(
     *,
     accumulation_steps: Any = 1,
     momentum: float | None = None,
+    nesterov: bool | None = None,
+    preset: Preset = "paper",
     dtype: storage.StateDtype = "float32",
     tx: optax.GradientTransformation | None = None,
 ) -> Plan:
@@ -119,6 +121,8 @@ def plan(
       projection: The `Projection`.
       accumulation_steps: The number of micro-steps in an optimizer step, as in `flora`.
       momentum: The decay of the momentum, as in `flora`.
+      nesterov: Whether the momentum is Nesterov's, as in `flora`.
+      preset: The variant of the method, `paper` or `advised`, as in `flora`.
       dtype: The dtype of the sketches in the state, with the meaning of `state_dtype` in `flora`.
       tx: The transformation whose state is counted under the name `Flora`. By default it is
         `flora_jax.flora` with these arguments, over Adafactor.
@@ -139,6 +143,8 @@ def plan(
             projection=projection,
             accumulation_steps=accumulation_steps,
             momentum=momentum,
+            nesterov=nesterov,
+            preset=preset,
             state_dtype=dtype,
         )
     adafactor = optax.adafactor(1.0)

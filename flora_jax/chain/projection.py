@@ -48,7 +48,8 @@ class Projection:
         side of each matrix, or a function of the leaf's path and shape that returns an int.
       distribution: The distribution of `A`: `gaussian` (entries `N(0, 1/r)`, as in the paper),
         `rademacher` (entries `±1/√r`), `orthonormal` (orthogonal rows, scaled by `√(m/r)`; exact when
-        `r = m`) or `srht` (a subsampled randomised Hadamard transform).
+        `r = m`), `srht` (a subsampled randomised Hadamard transform) or `srtt` (a trigonometric one, whose
+        rows are orthogonal for every `m`, as those of `orthonormal`, at the cost of `srht`).
       side: The side of the matrix that is projected: `input`, `output`, or `larger`, which means the
         input side where the two are equal.
       resample_every: The number of micro-steps in a cycle, after which a new `A` is sampled: an int, or

@@ -171,7 +171,9 @@ def zeros(
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_sketch)
     plans = _plans(tree, projection)
     zeros = [
-        storage.zeros(dtype, (1,) if compressed_only and not plan.spec else plan.data_shape, plan.data_dtype)
+        storage.zeros(
+            dtype, (1,) if compressed_only and not plan.spec else plan.data_shape, plan.data_dtype
+        )
         for plan, _ in zip(plans, leaves, strict=True)
     ]
     return storage.transposed(dtype, zeros, structure)

@@ -35,6 +35,7 @@ class Request:
       batch: Sequences of a micro-step, over all chips.
       rank: The rank of Flora, GaLore and LoRA.
       dtype: The dtype of the parameters.
+      preset: Flora's variant, as in `flora_jax.flora`.
     """
 
     model: str = "LLaMA-7B"
@@ -46,6 +47,7 @@ class Request:
     batch: int = 1
     rank: int = 128
     dtype: Dtype = "bfloat16"
+    preset: Literal["paper", "advised"] = "paper"
 
     def setting(self) -> estimate.Setting:
         """Returns the same with the model's outline and the chip's bytes.
@@ -64,7 +66,9 @@ class Request:
         )
         hbm = estimate.CHIPS[self.chip] if self.hbm is None else self.hbm
         capacity = round(hbm * estimate.GIB)
-        return estimate.Setting(found, self.rank, self.length, self.batch, self.chips, capacity)
+        return estimate.Setting(
+            found, self.rank, self.length, self.batch, self.chips, capacity, self.preset
+        )
 
 
 def table(setting: estimate.Setting, found: list[estimate.Estimate]) -> Any:

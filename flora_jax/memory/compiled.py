@@ -17,7 +17,7 @@ from flora_jax.adapters import lora
 from flora_jax.chain.flora import flora
 from flora_jax.chain.plan import plan
 from flora_jax.chain.projection import Projection
-from flora_jax.memory.estimate import CHIPS, GIB, METHODS, Setting
+from flora_jax.memory.estimate import CHIPS, GIB, METHODS, Setting, projection_of
 from flora_jax.models import families
 from flora_jax.sharding.state import state_shardings
 from flora_jax.update.ordinary_step import ordinary_step
@@ -80,7 +80,7 @@ def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
     if setting.chips > 1 and setting.batch % setting.chips == 0:
         batched = NamedSharding(mesh, PartitionSpec("chips"))
         model = families.module(dataclasses.replace(model.shape, sharded=("chips",)))
-    projection = Projection(setting.rank, distribution="srht", resample_every=STEPS)
+    projection = projection_of(setting, setting.rank, STEPS)
     weights = _sharded(setting.model.params, projection, mesh)
     batch = families.batch(model, setting.batch, setting.length)
     batch = jax.tree.map(lambda x: _placed(x, batched), batch)
@@ -105,7 +105,7 @@ def _step(
     Where that is an adapter, the weights are the first part of the step's batch.
     """
     if method.startswith("Flora"):
-        tx = flora(1e-3, projection=projection, accumulation_steps=STEPS)
+        tx = flora(1e-3, projection=projection, accumulation_steps=STEPS, preset=setting.preset)
         if method == "Flora, fused":
             return make_train_step(loss, tx, projection), tx, params
         return ordinary_step(loss, tx), tx, params

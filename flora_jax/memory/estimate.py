@@ -23,7 +23,7 @@ that were compiled afterwards (Qwen2-0.5B, TinyLlama-1.1B on one and on four chi
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +125,7 @@ class Setting:
       batch: The sequences of a micro-step, over all chips.
       chips: The chips over which every weight is sharded evenly, and the batch where they divide it.
       capacity: The bytes of a chip that a program may use.
+      preset: Flora's variant, as in `flora_jax.flora`.
 
     Raises:
       ValueError: A number is below 1.
@@ -136,11 +137,23 @@ class Setting:
     batch: int = 1
     chips: int = 1
     capacity: int = round(CHIPS["v5e"] * GIB)
+    preset: Literal["paper", "advised"] = "paper"
 
     def __post_init__(self):
         for name in ("rank", "length", "batch", "chips", "capacity"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+
+
+def projection_of(setting: Setting, rank: int, steps: int) -> Projection:
+    """Returns Flora's projection at a rank, for cycles of so many micro-steps."""
+    advised = setting.preset == "advised"
+    return Projection(
+        rank,
+        distribution="srtt" if advised else "srht",
+        side="input" if advised else "larger",
+        resample_every=steps,
+    )
 
 
 def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate:
@@ -157,8 +170,8 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
     if method not in METHODS:
         raise ValueError(f"method must be one of {'; '.join(METHODS)}, found {method!r}")
     rank = (rank or setting.rank) if method in RANKED else None
-    projection = Projection(rank or setting.rank, resample_every=2)
-    planned = plan(setting.model.params, projection, accumulation_steps=2)
+    projection = projection_of(setting, rank or setting.rank, 2)
+    planned = plan(setting.model.params, projection, accumulation_steps=2, preset=setting.preset)
     held = _held(setting.model, planned, method, rank)
     gathered = _gathered(setting, gradients=method not in ("Flora, fused", "LoRA + Adam"))
     activations = max(0, _activations(setting) - _late(setting, planned, method) // setting.chips)
@@ -194,7 +207,7 @@ def largest_rank(setting: Setting, method: str) -> int | None:
     """
     if method not in RANKED:
         return None
-    planned = plan(setting.model.params, Projection(8))
+    planned = plan(setting.model.params, projection_of(setting, 8, 1))
     sides = [_smaller(leaf) for leaf in planned.leaves if leaf.spec]
     low, high = 0, (min(sides, default=8) - 1) // 8
     while low < high:

@@ -64,7 +64,7 @@ def call(fun: Callable, goals: Any, *args: Any) -> Any:
 
     def wrapped(*args):
         result = fun(*args)
-        jax.tree.leaves(result)  # in here, where a sketch can make its tag of a cycle that is automatic
+        jax.tree.leaves(result)  # in here a sketch can make its tag, of a cycle that is automatic
         return (result,)  # which may have no array at all
 
     run: Any = jax.sharding.auto_axes(wrapped, axes=_explicit(mesh), out_sharding=(goals,))

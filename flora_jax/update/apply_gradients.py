@@ -308,12 +308,12 @@ def _leaf(program: _Program, values: Values, param: Var, goals: list[Atom]) -> l
     """Evaluates what belongs to one leaf, slice by slice if its operations allow it."""
     nodes = needed(values.maker, goals, values.known)
     marks = [node for node in nodes if leaf_operations.of(node.eqn)]
-    if marks and math.prod(param.shape) >= program.slice_above:
-        if marks[0].eqn.params["spec"].batch:
-            try:
-                return Slices(program, values, param, marks, nodes, goals).run()
-            except Unsliceable:
-                pass
+    stacked = bool(marks) and marks[0].eqn.params["spec"].batch
+    if stacked and math.prod(param.shape) >= program.slice_above:
+        try:
+            return Slices(program, values, param, marks, nodes, goals).run()
+        except Unsliceable:
+            pass
     local = Values([], values.known)
     local.maker = values.maker
     for node in nodes:

@@ -146,7 +146,8 @@ class Slices:
     def _classify(self, node: Node) -> None:
         if node in self.marks:
             place = products.data_batch(self.spec)[0]
-            if self.axes.get(node.ins[1], place) != place:
+            data = node.ins[1]
+            if isinstance(data, Var) and self.axes.get(data, place) != place:
                 raise Unsliceable
             operation = leaf_operations.of(node.eqn)
             assert operation is not None

@@ -80,7 +80,9 @@ def test_srht_is_signs_times_rows_of_the_hadamard_matrix():
 def test_srtt_is_signs_times_rows_of_hartley_by_hadamard(size):
     """A row of signs alone times any other cancels the random signs: what is left are the rows, in another order."""
     every = jnp.arange(size, dtype=jnp.int32)
-    a = np.asarray(distributions.columns("srtt", jax.random.key(7), size, size, every), np.float64).T
+    a = np.asarray(
+        distributions.columns("srtt", jax.random.key(7), size, size, every), np.float64
+    ).T
     odd, expected = size, np.ones((1, 1))
     while odd % 2 == 0:
         odd //= 2
@@ -162,7 +164,10 @@ GOLDEN = {
     ],
     "rademacher": [[-1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]],
     "srht": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]],
-    "srtt": [[1.0, 1.0, 1.0, 1.0], [1.2817127704620361, 1.366025447845459, 0.8111595511436462, -1.0]],
+    "srtt": [
+        [1.0, 1.0, 1.0, 1.0],
+        [1.2817127704620361, 1.366025447845459, 0.8111595511436462, -1.0],
+    ],
 }
 
 

@@ -179,7 +179,8 @@ def test_nesterov_takes_a_second_sketch_of_compressed_leaves_alone():
         sizes[nesterov] = sum(leaf.size for leaf in jax.tree.leaves(tx.init(params)))
         assert fall(tx)[0] < 0.4
     sketches = 8 * 24 + 8 * 32  # the larger sides, of 48, are projected
-    assert sketches <= sizes[True] - sizes[False] <= sketches + 3  # two counts, and a zero for the bias
+    counts = 3  # two, and a zero for the bias
+    assert sketches <= sizes[True] - sizes[False] <= sketches + counts
 
 
 def test_weight_decay_of_the_advised_preset():
@@ -193,12 +194,16 @@ def test_weight_decay_of_the_advised_preset():
 
     params["bias"] = jnp.ones(24)
     plain, decayed = updates(), updates(weight_decay_rate=0.01)
-    masked = updates(weight_decay_rate=0.01, weight_decay_mask={"hidden": True, "out": False, "bias": False})
+    masked = updates(
+        weight_decay_rate=0.01, weight_decay_mask={"hidden": True, "out": False, "bias": False}
+    )
     other = updates(weight_decay_rate=0.01, optimizer=optax.sgd(0.1))
     for name in params:
         moved = 0.01 * params[name]
         np.testing.assert_allclose(plain[name] - decayed[name], moved, atol=1e-6)
-        np.testing.assert_allclose(plain[name] - masked[name], moved if name == "hidden" else 0, atol=1e-6)
+        np.testing.assert_allclose(
+            plain[name] - masked[name], moved if name == "hidden" else 0, atol=1e-6
+        )
         if name != "bias":
             np.testing.assert_allclose(plain[name] - other[name], moved, atol=1e-6)
     np.testing.assert_allclose(other["bias"], -0.1 * grads["bias"], atol=1e-6)

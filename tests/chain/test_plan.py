@@ -78,6 +78,26 @@ def test_bytes_are_those_of_the_state(dtype, momentum, steps):
     assert plan.state_bytes["Flora"] == alone + counts + copies * sum(plan.sketch_bytes)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("steps", "nesterov", "sketches"), [(4, None, 1), (4, True, 2), (1, None, 1)]
+)
+def test_bytes_of_the_advised_state(dtype, steps, nesterov, sketches):
+    """Sketches alone for compressed leaves; uncompressed ones have Adafactor, and are accumulated."""
+    rule = projection(resample_every=steps)
+    arguments = {"accumulation_steps": steps, "nesterov": nesterov, "preset": "advised"}
+    tx = flora_jax.flora(1.0, projection=rule, state_dtype=dtype, **arguments)
+    plan = flora_jax.plan(PARAMS, rule, dtype=dtype, **arguments)
+    assert plan.state_bytes["Flora"] == real_bytes(tx.init(PARAMS))
+    own = [bool(leaf.spec) for leaf in plan.leaves]
+    rest = [x for x, compressed in zip(jax.tree.leaves(PARAMS), own, strict=True) if not compressed]
+    adafactor = real_bytes(optax.adafactor(1.0).init(rest))
+    kept = sum(size for size, compressed in zip(plan.sketch_bytes, own, strict=True) if compressed)
+    accumulated = sum(plan.sketch_bytes) - kept if steps > 1 else 0
+    found = plan.state_bytes["Flora"] - adafactor - accumulated - sketches * kept
+    assert 0 <= found <= 100  # counts, and a zero for each uncompressed leaf
+
+
 def test_bytes_of_the_others():
     rule = projection()
     plan = flora_jax.plan(FLAT, rule)

@@ -56,7 +56,7 @@ def test_only_gram_matrices_are_exchanged(layout, mesh, distribution):
         found = compiled(*given)
     assert_close(found, orthogonalized(spec, jnp.int32(2), jnp.asarray(data)), 1e-4)
     exchanged = COLLECTIVE.findall(compiled.as_text())
-    assert ("layers" == layout) == (not exchanged)
+    assert (layout == "layers") == (not exchanged)
     for array, kind in exchanged:
         assert kind.startswith("all-reduce")
         lengths = [int(n) for n in re.findall(r"\d+", array.split("[")[1])]

@@ -122,7 +122,9 @@ def test_params_and_state_are_those_of_the_chain(name, slice_above):
     assert min(jax.tree.leaves(moved)) > 0
 
 
-@pytest.mark.parametrize("name", ["adafactor", "adamw", "lion", "clipped_by_global_norm", "advised"])
+@pytest.mark.parametrize(
+    "name", ["adafactor", "adamw", "lion", "clipped_by_global_norm", "advised"]
+)
 def test_the_gradient_of_a_stacked_weight_is_never_materialized(name):
     """XLA's own count of temporaries: far below one gradient of the stack in float32."""
     shape = (16, 128, 256)

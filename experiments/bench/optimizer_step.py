@@ -1,0 +1,129 @@
+"""This command compares time of the micro-steps with and without an optimizer step, by method.
+
+    python -m experiments.bench.optimizer_step
+
+The model is a LLaMA in float32 with layers under `scan`, and an optimizer step is every second micro-step. All methods run in
+turn in one process; times are medians, as ratios to Adafactor after `decompress` with `srht` projections, which was the
+advised preset before sketches were orthogonalized. Bytes of state are beside them.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+import flora_jax
+from experiments import optimizers, report
+from experiments.bench import setting
+from flora_jax.chain.distributions import Distribution
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.models import llama
+from flora_jax.update.ordinary_step import ordinary_step
+
+EVERY = 2
+"""Number of micro-steps in an optimizer step."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the model and of a micro-step."""
+
+    width: int = 512
+    """Width of the model."""
+    layers: int = 4
+    """Number of layers."""
+    batch: int = 8
+    """Number of windows in a micro-step."""
+    length: int = 128
+    """Number of tokens in a window."""
+    part: int = 4
+    """The rank is the width divided by this."""
+    rounds: int = 9
+    """Number of timed optimizer steps, after one that compiles."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method."""
+
+    method: optimizers.Method
+    distribution: Distribution = "srtt"
+    nesterov: bool = False
+
+
+ROWS = {
+    "Adafactor after decompress, srht": Row("flora_adafactor", "srht"),
+    "orthogonalized, srtt": Row("flora"),
+    "orthogonalized, srtt, Nesterov": Row("flora", nesterov=True),
+    "orthogonalized, orthonormal": Row("flora", "orthonormal"),
+    "orthogonalized, gaussian": Row("flora", "gaussian"),
+    "uncompressed Adafactor": Row("multisteps"),
+    "uncompressed Muon": Row("muon"),
+}
+
+
+def main(config: Config) -> None:
+    model = setting.small(config.width, config.layers, dtype=jnp.float32, scan=True, remat=False)
+    windows = jnp.asarray(
+        np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
+    )
+    params = jax.jit(model.init)(jax.random.key(0), windows[:, :8])["params"]
+    loss = partial(llama.loss, model)
+    held: dict[str, tuple[Any, Any, Any]] = {}
+    for name, row in ROWS.items():
+        tx, projection = optimizers.build(
+            row.method,
+            1e-3,
+            accumulation=EVERY,
+            rank=config.width // config.part,
+            distribution=row.distribution,
+            embedding="whole",
+            head="whole",
+            nesterov=row.nesterov,
+        )
+        step: Any = ordinary_step(loss, tx)
+        if projection is not None:
+            step = flora_jax.make_train_step(loss, tx, projection)
+        held[name] = (step, jax.tree.map(jnp.copy, params), tx.init(params))
+    seconds: dict[tuple[str, int], list[float]] = {
+        (name, kind): [] for name in held for kind in range(EVERY)
+    }
+    for count in range(EVERY * (config.rounds + 1)):
+        for name, (step, own, state) in held.items():
+            start = time.perf_counter()
+            own, state, _ = jax.block_until_ready(step(own, state, windows))
+            if count >= EVERY:
+                seconds[name, count % EVERY].append(time.perf_counter() - start)
+            held[name] = (step, own, state)
+    times = {key: median(found) for key, found in seconds.items()}
+    base, size = next(iter(held)), tree_bytes(params)
+    rows = [
+        (
+            name,
+            *(f"{times[name, kind]:.3f}" for kind in range(EVERY)),
+            *(f"{times[name, kind] / times[base, kind]:.3f}" for kind in range(EVERY)),
+            f"{tree_bytes(state) / size:.3f}",
+        )
+        for name, (_, _, state) in held.items()
+    ]
+    heads = [
+        "method",
+        "micro-step, s",
+        "with an optimizer step, s",
+        "ratio",
+        "ratio",
+        "state / params",
+    ]
+    title = f"width {config.width}, {config.batch} x {config.length} tokens, rank d/{config.part}"
+    Console(width=120).print(report.table(title, heads, rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
