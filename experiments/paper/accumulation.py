@@ -18,11 +18,11 @@ TABLE = Table(
             Method("lora", 2),
             Method("lora", 8),
             Method("lora", 32),
-            Method("flora", 8),
             Method("flora", 32),
+            Method("flora", 8, "advised"),
             Method("flora", 32, "advised"),
-            Method("flora", 8, uncompressed_embeddings=True),
             Method("flora", 32, uncompressed_embeddings=True),
+            Method("flora", 8, "advised", uncompressed_embeddings=True),
             Method("flora", 32, "advised", uncompressed_embeddings=True),
         ),
         "full": (

@@ -23,6 +23,8 @@ TABLE = Table(
             Method("flora", 32),
             Method("flora", 32, "advised"),
             Method("flora", 32, uncompressed_embeddings=True),
+            Method("flora", 8, "advised"),
+            Method("flora", 8, "advised", uncompressed_embeddings=True),
             Method("flora", 32, "advised", uncompressed_embeddings=True),
         ),
         "full": (

@@ -43,7 +43,7 @@ def _flora(key: str, loss: Callable):
 
 METHODS = {
     "multisteps": memory.METHODS["MultiSteps + Adafactor"],
-    **{key: partial(_flora, key) for key in ("flora", "flora-input", "flora-paper")},
+    **{key: partial(_flora, key) for key in ("flora", "flora-larger", "flora-paper")},
     "galore": memory.METHODS["MultiSteps + GaLore, rank 128, at least"],
     "muon": memory.multisteps(in_jax.muon(1e-3)),
 }

@@ -67,14 +67,14 @@ def build(
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
     """Gives the transformation of a method, and Flora's projection or None."""
     rate = optimizers.cosine(peak, optimizer_steps)
-    if key in ("flora", "flora-input"):
+    if key in ("flora", "flora-larger"):
         return optimizers.build(
             "flora",
             rate,
             accumulation=size.accumulation,
             rank=size.rank,
             embedding="whole",
-            side="larger" if key == "flora" else "input",
+            side="input" if key == "flora" else "larger",
         )
     if key == "flora-paper":
         return optimizers.build(

@@ -37,7 +37,7 @@ TORCH = ("torch", "transformers")
 METHODS = {
     BASE: Method("MultiSteps + Adafactor (optax)", "jax", 0.03),
     OURS: Method("Flora, fused, advised", "jax", 0.06),
-    "flora-input": Method("Flora, fused, advised, input side", "jax", 0.06),
+    "flora-larger": Method("Flora, fused, advised, larger side", "jax", 0.06),
     "flora-paper": Method("Flora, the paper's, ordinary gradients", "jax", 0.03),
     "galore": Method("MultiSteps + GaLore (optax.contrib)", "jax", 0.01),
     "muon": Method("MultiSteps + Muon (optax.contrib)", "jax", 0.01),

@@ -34,7 +34,7 @@ MEASURES = {
 HEADS = dict(
     zip(MEASURES, ("micro-step", "optimizer step", "state", "peak", "HBM", "loss"), strict=True)
 )
-OUR_ROWS = (OURS, "flora-input")
+OUR_ROWS = (OURS, "flora-larger")
 NOISE = 0.02
 """Ratios of times and of losses that are nearer to 1 than this are called equal; bytes are exact."""
 
