@@ -10,12 +10,13 @@ from flora_jax.chain.projection import Projection, check_projection
 
 
 def scale_by_shape(projection: Projection) -> optax.GradientTransformation:
-    """Multiplies the updates of compressed leaves by `√max(1, outputs / inputs)`. It goes after `decompress`.
+    """Multiplies the updates of compressed leaves by `√max(1, outputs / inputs) · (d / r)^(1/4)`. It goes after `decompress`.
 
-    An orthogonalized update has a spectral norm of 1, for every rank. With this factor, that of Muon, the
-    change of a layer's outputs is bounded by the learning rate relative to its inputs, both measured as root
-    mean squares, for matrices with more outputs than inputs. The updates of uncompressed leaves stay as
-    they are.
+    Here `d` is the smaller side of the matrix and `r` the rank. An orthogonalized update has a spectral norm
+    of 1, and a root mean square in proportion to `√r`. The first factor, that of Muon, bounds the change of a
+    layer's outputs relative to its inputs. The second is between an equal spectral norm and an equal root mean
+    square for all ranks; with it the best learning rate was measured to be the same at d/4 to d/32, and that of
+    Muon, for which it is 1. The updates of uncompressed leaves stay as they are.
 
     Args:
       projection: The `Projection` of the chain.
@@ -45,4 +46,4 @@ def factor(plan: LeafPlan) -> float:
     assert spec is not None
     kept = math.prod(spec.shape[axis] for axis in spec.kept)
     outputs, inputs = (kept, spec.size) if plan.side == "input" else (spec.size, kept)
-    return max(1.0, outputs / inputs) ** 0.5
+    return max(1.0, outputs / inputs) ** 0.5 * (min(kept, spec.size) / spec.rank) ** 0.25
