@@ -22,13 +22,13 @@ import optax
 import tyro
 
 import flora_jax
-from experiments import decoder, optimizers, rates, text
+from experiments import decoder, optimizers, rates, report, text
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
 
 FIRST_RATES = {
-    "flora": (0.03, 0.042, 0.06),
+    "flora": (0.021, 0.03, 0.042),
     "multisteps": (0.015, 0.03, 0.06),
     "muon": (0.02, 0.03, 0.042),
     "adam": (0.001, 0.002, 0.004),
@@ -106,6 +106,8 @@ class Config:
     """Number of layers."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the weights, of the batches and of the projections."""
+    widths: tuple[int, ...] = (128, 256, 512)
+    """Widths of the study of `rates`, which has a picture for each."""
     parts: tuple[int, ...] = (4, 8, 16, 32)
     """The ranks are the width divided by these."""
     rows: int | None = None
@@ -254,11 +256,32 @@ def _best(results: list[dict]) -> dict[str, dict[int, tuple[float, float]]]:
     return best
 
 
+def picture(config: Config, results: list[dict]) -> None:
+    """Draws the losses over the learning rates, a panel for each width and a curve for each rank."""
+    losses: dict[tuple[str, str], dict[float, float]] = {}
+    for one in sorted(results, key=lambda one: one["budget"]["width"]):
+        panel = f"width {one['budget']['width']}"
+        losses.setdefault((panel, one["name"]), {})[one["rate"]] = one["loss"]
+    title = (
+        f"Loss over learning rate, {config.optimizer_steps} optimizer steps, {config.layers} layers"
+    )
+    report.losses_over_rates(config.out, losses, title)
+
+
 def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
+    if config.study != "rates":
+        study(config)
+        return
+    results = [one for width in config.widths for one in study(replace(config, width=width))]
+    picture(config, results)
+
+
+def study(config: Config) -> list[dict]:
+    """Runs what is missing of a study at one width, and gives all results."""
     log = config.out / "results.jsonl"
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    shared = ("out", "seeds", "study", "parts", "rows")
+    shared = ("out", "seeds", "study", "parts", "rows", "widths")
     budget = {k: v for k, v in asdict(config).items() if k not in shared}
     results = [result for result in results if result["budget"] == budget]
 
@@ -293,6 +316,7 @@ def main(config: Config) -> None:
             if best not in known(setting, seed) and config.study != "rates":
                 run(train(config, setting, seed), setting, seed, best)
     print(table(results))
+    return results
 
 
 def _beyond(edge: float, beside: float) -> float:

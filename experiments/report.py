@@ -27,6 +27,40 @@ def curves(folder: Path, history: dict[str, Any], lines: dict[str, float], title
     plt.close(figure)
 
 
+def losses_over_rates(
+    folder: Path, losses: dict[tuple[str, str], dict[float, float]], title: str
+) -> None:
+    """Plots final losses over learning rates, a panel for each first name and a curve for each second, as PNG and SVG."""
+    panels = list(dict.fromkeys(panel for panel, _ in losses))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.4 * len(panels), 3.4), layout="constrained", squeeze=False
+    )
+    names = list(dict.fromkeys(name for _, name in losses))
+    colours = plt.get_cmap("viridis")(
+        [0.1 + 0.75 * i / max(1, len(names) - 1) for i in range(len(names))]
+    )
+    for ax, panel in zip(axes[0], panels, strict=True):
+        for name, colour in zip(names, colours, strict=True):
+            found = losses.get((panel, name))
+            if not found:
+                continue
+            rates, values = zip(*sorted(found.items()), strict=True)
+            ax.plot(rates, values, color=colour, marker="o", ms=3, label=name)
+            best = min(found, key=found.__getitem__)
+            ax.plot([best], [found[best]], color=colour, marker="*", ms=13)
+        ax.set(title=panel, xscale="log", xlabel="learning rate")
+        ticks = sorted({rate for found in losses.values() for rate in found})[::2]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("validation loss (nats per byte)")
+    axes[0][0].legend(frameon=False)
+    figure.suptitle(title)
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"rates.{suffix}", dpi=150)
+    plt.close(figure)
+
+
 def table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Table:
     """Gives a table for the terminal."""
     result = Table(title=title)

@@ -13,10 +13,18 @@ def flora(**others):
     return flora_jax.flora(0.1, projection=RULE, accumulation_steps=4, **others)
 
 
-@pytest.mark.parametrize("momentum", [None, 0.9])
-def test_a_param_is_added_in_the_middle_of_a_cycle(momentum):
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"momentum": 0.9},
+        {"preset": "advised"},
+        {"preset": "advised", "nesterov": True, "state_dtype": "int8"},
+    ],
+)
+def test_a_param_is_added_in_the_middle_of_a_cycle(others):
     """What was there goes on to the last bit; what is new starts from nothing."""
-    tx = flora(momentum=momentum)
+    tx = flora(**others)
     params = make_params()
     gradients = make_gradients(params, 12)
     expected, _ = run(tx, params, gradients)

@@ -37,6 +37,20 @@ def test_every_method_trains(method):
     assert run(0.02) < run(0.0) - 0.1
 
 
+def test_rates_of_every_width_are_in_one_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        quality, "train", lambda config, setting, seed: lambda rate: config.width * rate
+    )
+    config = quality.Config(
+        out=tmp_path, study="rates", widths=(128, 256), parts=(4, 8), seeds=(0,)
+    )
+    quality.main(config)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 2 * 7
+    picture = (tmp_path / "rates.svg").read_text()
+    assert "width 128" in picture and "width 256" in picture
+
+
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     made = []
 
