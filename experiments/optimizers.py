@@ -13,6 +13,9 @@ from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
 
+MATRICES = 0.035
+"""Peak of the learning rate of the matrices that Flora orthogonalizes, in all experiments: it needs no search. That of
+all other leaves is searched for, on the same grid as that of the baselines."""
 Method = Literal["flora", "flora_adafactor", "multisteps", "muon", "adam", "galore"]
 """`flora` is the advised preset, and `flora_adafactor` Adafactor after `decompress`; the others are baselines:
 `multisteps` is uncompressed Adafactor."""
@@ -34,7 +37,7 @@ def build(
     nesterov: bool | None = None,
     at_new_projection: AtNewProjection = "reset",
     iterations: int = 5,
-    apart: float = 1.0,
+    matrices: Any = None,
     clipping: float | None = 1.0,
     decay: float = 0.8,
     skip_nonfinite: bool = False,
@@ -58,7 +61,8 @@ def build(
       nesterov: Whether the momentum is Nesterov's; None for the method's own choice.
       at_new_projection: What Flora does to its momentum when the projection changes.
       iterations: Number of Newton-Schulz iterations of Flora.
-      apart: A factor of the learning rate of compressed leaves alone.
+      matrices: Learning rate, or a schedule, of the matrices that Flora orthogonalizes; None for that of all other
+        leaves.
       clipping: Adafactor's clipping threshold.
       decay: Adafactor's decay rate.
       skip_nonfinite: Whether Flora leaves out micro-steps that are not finite.
@@ -101,8 +105,10 @@ def build(
         resample_every=accumulation * resample,
         seed=seed,
     )
-    if method == "flora" and (at_new_projection != "reset" or iterations != 5 or apart != 1):
+    own = learning_rate if matrices is None else matrices
+    if method == "flora" and (at_new_projection != "reset" or iterations != 5):
         return _varied(
+            own,
             learning_rate,
             projection,
             accumulation,
@@ -110,16 +116,18 @@ def build(
             nesterov,
             at_new_projection,
             iterations,
-            apart,
         ), projection
     if method == "flora":
         chain = flora_jax.flora(
-            learning_rate,
+            own,
             projection=projection,
             accumulation_steps=accumulation,
             momentum=momentum,
             nesterov=nesterov,
             preset="advised",
+            adafactor_learning_rate=learning_rate,
+            clipping_threshold=clipping,
+            decay_rate=decay,
             skip_nonfinite=skip_nonfinite,
         )
         return chain, projection
@@ -136,6 +144,7 @@ def build(
 
 
 def _varied(
+    of_matrices,
     learning_rate,
     projection,
     accumulation,
@@ -143,7 +152,6 @@ def _varied(
     nesterov,
     at_new_projection,
     iterations,
-    apart,
 ) -> optax.GradientTransformation:
     """Gives the chain of the advised preset, taken apart so that each of its choices can be another."""
     decay = DECAY if momentum is None else momentum
@@ -152,7 +160,7 @@ def _varied(
         kinds = ["compressed" if plan.spec else "other" for plan in leaf_plans(tree, projection)]
         return jax.tree.unflatten(jax.tree.structure(tree), kinds)
 
-    step = optax.chain(optax.scale(apart), optax.scale_by_learning_rate(learning_rate))
+    step = optax.scale_by_learning_rate(of_matrices)
     parts: dict[Any, Any] = {"compressed": step, "other": optax.adafactor(learning_rate)}
     inner = [
         flora_jax.orthogonalize(iterations),

@@ -60,7 +60,6 @@ class Setting:
     nesterov: bool | None = None
     at_new_projection: AtNewProjection = "reset"
     iterations: int = 5
-    apart: float = 1.0
     accumulation: int | None = None
 
     def __str__(self) -> str:
@@ -146,8 +145,8 @@ def settings(config: Config) -> list[Setting]:
             replace(first, momentum=0.8),
             replace(first, iterations=3),
             replace(first, iterations=7),
-            replace(first, apart=0.5),
-            replace(first, apart=2.0),
+
+
             replace(first, embedding="output"),
             replace(first, head="input"),
         ]

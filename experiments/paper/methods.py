@@ -8,7 +8,7 @@ import optax
 from optax.contrib import galore
 
 import flora_jax
-from experiments.optimizers import cosine
+from experiments.optimizers import MATRICES, cosine
 from flora_jax.chain.flora import ADVISED, KAPPA, Preset
 
 Base = Literal["adafactor", "adam", "sgd", "sign_sgd"]
@@ -104,7 +104,7 @@ def build(
         head="whole" if method.uncompressed_embeddings else "input",
     )
     tx = flora_jax.flora(
-        rate if advised else None,
+        cosine(MATRICES, optimizer_steps) if advised else None,
         projection=projection,
         accumulation_steps=accumulation,
         momentum=method.momentum,

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -18,7 +19,8 @@ from flora_jax.chain.orthogonalize import orthogonalize
 from flora_jax.chain.project import project
 from flora_jax.chain.projection import Projection, as_int, check_every, check_projection
 from flora_jax.chain.scale_by_shape import scale_by_shape
-from flora_jax.chain.sketch import Every
+from flora_jax.chain.shrink import shrink
+from flora_jax.chain.sketch import Every, is_sketch
 from flora_jax.chain.transformation import transformation
 
 Preset = Literal["paper", "advised", "official"]
@@ -45,6 +47,7 @@ def flora(
     state_dtype: storage.StateDtype = "float32",
     skip_nonfinite: bool = False,
     min_dim_size_to_factor: int = 128,
+    adafactor_learning_rate: optax.ScalarOrSchedule | None = None,
     decay_rate: Any = 0.8,
     multiply_by_parameter_scale: bool = True,
     clipping_threshold: Any = 1.0,
@@ -57,7 +60,8 @@ def flora(
     In the paper's preset it is the chain `project → accumulate → (momentum →) decompress → Adafactor`, where the
     middle two are present as `accumulation_steps` and `momentum` say. In the advised one it is
     `project → accumulate → (momentum →) orthogonalize → decompress → scale_by_shape`, with Adafactor for
-    uncompressed leaves alone. Each micro-step's gradient `G` is kept as the sketch `C = G Aᵀ` only.
+    all other leaves: uncompressed ones, and embeddings and heads, whose sketches are not orthogonalized. Each
+    micro-step's gradient `G` is kept as the sketch `C = G Aᵀ` only.
 
     Args:
       learning_rate: The learning rate: a number, or a schedule of the optimizer step. None where
@@ -79,9 +83,10 @@ def flora(
         `min_dim_size_to_factor` on are then not used, except that in the advised preset the weight decay is that of
         compressed leaves.
       preset: The variant of the method. `paper` has Gaussian projections and Algorithms 1 and 2.
-        `advised` is what was measured to be best: compressed leaves have orthogonalized momentum, and where
-        `rank` is given, the projections are `srtt` and of the input side. `official` is the authors' JAX
-        optimizer as it behaves; see `flora_jax.chain.official`.
+        `advised` is what was measured to be best: matrices have orthogonalized momentum, compressed embeddings
+        and heads Adafactor shortened by `shrink`, and where `rank` is given, the projections are `srtt` and of
+        the input side. `official` is the authors' JAX optimizer as it behaves; see
+        `flora_jax.chain.official`.
       seed: The seed of the projections, used where `rank` is given.
       use_grad_mean: Whether the optimizer receives the mean of the micro-steps' gradients rather than
         their sum.
@@ -90,6 +95,8 @@ def flora(
       skip_nonfinite: Whether to leave out every micro-step whose gradients have a NaN or an infinity, as
         if it had not been taken.
       min_dim_size_to_factor: An argument of `optax.adafactor`, like all those below.
+      adafactor_learning_rate: The learning rate of Adafactor in the advised preset, where it shall be another
+        than that of orthogonalized leaves.
       decay_rate: An argument of `optax.adafactor`.
       multiply_by_parameter_scale: An argument of `optax.adafactor`.
       clipping_threshold: An argument of `optax.adafactor`.
@@ -158,8 +165,9 @@ def flora(
         check_cycles(projection.resample_every, accumulation_steps, "accumulation_steps")
     own = optimizer is not None
     if optimizer is None:
+        apart = advised and adafactor_learning_rate is not None
         optimizer = optax.adafactor(
-            learning_rate,
+            adafactor_learning_rate if apart else learning_rate,
             min_dim_size_to_factor=min_dim_size_to_factor,
             decay_rate=decay_rate,
             multiply_by_parameter_scale=multiply_by_parameter_scale,
@@ -172,9 +180,11 @@ def flora(
     if advised:
         if learning_rate is not None:
             optimizer = _by_kind(projection, learning_rate, optimizer)
-        inner = [orthogonalize(), decompress(), scale_by_shape(projection), optimizer]
+        kind = partial(_orthogonalized, projection)
+        inner = [optax.masked(orthogonalize(), kind), decompress(), scale_by_shape(projection)]
+        inner.append(optimizer)
         if weight_decay_rate is not None:
-            mask = _compressed(projection, weight_decay_mask) if own else weight_decay_mask
+            mask = _both(kind, weight_decay_mask) if own else weight_decay_mask
             inner.append(optax.add_decayed_weights(-weight_decay_rate, mask))
     # in the advised preset the accumulator is the momentum as well
     in_accumulator = advised and accumulation_steps != 1 and not nesterov
@@ -209,22 +219,28 @@ def _by_kind(
     learning_rate: optax.ScalarOrSchedule,
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Returns a step of this rate for compressed leaves, and `optimizer` for all others."""
+    """Returns a step of this rate for orthogonalized leaves, and `optimizer`, shrunk, for all others."""
 
     def labels(tree):
-        kinds = {True: "compressed", False: "uncompressed"}
-        return jax.tree.map(kinds.__getitem__, _compressed(projection, None)(tree))
+        names = {True: "orthogonalized", False: "other"}
+        return jax.tree.map(names.__getitem__, _orthogonalized(projection, tree))
 
     step = optax.scale_by_learning_rate(learning_rate)
-    return optax.partition({"compressed": step, "uncompressed": optimizer}, labels)
+    parts = optax.partition({"orthogonalized": step, "other": optimizer}, labels)
+    return optax.chain(parts, shrink(projection, ("embedding", "head")))
 
 
-def _compressed(projection: Projection, mask: Any) -> Callable[[Any], Any]:
-    """Returns a function from params to a tree of bools: which leaves are compressed, and in the mask."""
+def _orthogonalized(projection: Projection, tree: Any) -> Any:
+    """Returns a tree of bools: which leaves of the params, or of their gradients, are orthogonalized."""
+    leaves = [bool(plan.spec) and plan.kind == "matrix" for plan in leaf_plans(tree, projection)]
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_sketch), leaves)
+
+
+def _both(first: Callable[[Any], Any], mask: Any) -> Callable[[Any], Any]:
+    """Returns a mask of the leaves that are in both masks; `mask` may be None, a tree, or a function of the params."""
 
     def chosen(tree):
-        leaves = [plan.spec is not None for plan in leaf_plans(tree, projection)]
-        ours = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        ours = first(tree)
         if mask is None:
             return ours
         given = mask(tree) if callable(mask) else mask

@@ -35,6 +35,7 @@ class LeafPlan:
       spec: The `Spec` of its sketch, or None where the leaf is uncompressed.
       side: The side that is projected, `input` or `output`, or None where the leaf is uncompressed.
       reason: The reason why the leaf is uncompressed; empty where it is compressed.
+      kind: `embedding` or `head` where the leaf is compressed by the rule of those, else `matrix`.
     """
 
     path: str
@@ -43,6 +44,7 @@ class LeafPlan:
     spec: Spec | None
     side: str | None
     reason: str
+    kind: str = "matrix"
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -142,7 +144,9 @@ def _leaf_plan(
         block=projection.block,
         sharded=sharded,
     )
-    return LeafPlan(path, spec.part_shape, dtype, spec, side, "")
+    return LeafPlan(
+        path, spec.part_shape, dtype, spec, side, "", "matrix" if rule == "matrix" else kind
+    )
 
 
 def _shardings(projection: Projection, tree: Any, names: list[str]) -> list[Any]:

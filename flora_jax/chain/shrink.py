@@ -1,13 +1,17 @@
 """shrink: shortens the updates of compressed leaves, since an estimate `C A` is longer than its gradient."""
 
+from collections.abc import Collection
+
 import optax
 
 from flora_jax.chain import states
 from flora_jax.chain.leaf_plan import LeafPlan
 from flora_jax.chain.projection import Projection, check_projection
 
+KINDS = ("matrix", "embedding", "head")
 
-def shrink(projection: Projection) -> optax.GradientTransformation:
+
+def shrink(projection: Projection, kinds: Collection[str] = KINDS) -> optax.GradientTransformation:
     """Scales the updates of compressed leaves by `1/√(1 + v)`. It goes after the base optimizer.
 
     Here `v` is the relative variance of the leaf's estimate, `Spec.variance`. The estimate is
@@ -19,6 +23,7 @@ def shrink(projection: Projection) -> optax.GradientTransformation:
 
     Args:
       projection: The `Projection` of the chain.
+      kinds: The kinds of compressed leaves whose updates are scaled, as in `LeafPlan.kind`.
 
     Returns:
       A transformation without state.
@@ -29,7 +34,9 @@ def shrink(projection: Projection) -> optax.GradientTransformation:
         del params
 
         def scale(plan: LeafPlan, leaf):
-            return leaf * (1 + plan.spec.variance) ** -0.5 if plan.spec else leaf
+            if plan.spec is None or plan.kind not in kinds:
+                return leaf
+            return leaf * (1 + plan.spec.variance) ** -0.5
 
         return states.map_leaves(scale, projection, updates), state
 

@@ -184,6 +184,26 @@ def test_nesterov_takes_a_second_sketch_of_compressed_leaves_alone():
     assert sketches <= sizes[True] - sizes[False] <= sketches + counts
 
 
+def test_compressed_embeddings_and_heads_have_adafactor_in_the_advised_preset():
+    params = {
+        "embed": jnp.asarray(normal(1, (64, 32))),
+        "lm_head": jnp.asarray(normal(2, (32, 64))),
+        "inner": jnp.asarray(normal(3, (32, 64))),
+    }
+    grads = jax.tree.map(lambda x: jnp.asarray(normal(4, x.shape)), params)
+    rule = projection(distribution="srtt", side="input")
+    advised = flora_jax.flora(
+        0.03, projection=rule, momentum=0.0, preset="advised", adafactor_learning_rate=0.1
+    )
+    inner = optax.chain(optax.adafactor(0.1), flora_jax.shrink(rule))
+    other = flora_jax.flora(None, projection=rule, optimizer=inner)
+    found, expected = (tx.update(grads, tx.init(params), params)[0] for tx in (advised, other))
+    for name in ("embed", "lm_head"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-7)
+    values = np.linalg.svd(found["inner"], compute_uv=False)[:8]
+    np.testing.assert_allclose(values, 0.03 * 2**0.5 * (32 / 8) ** 0.25, rtol=0.15)
+
+
 def test_weight_decay_of_the_advised_preset():
     """As in optax.adafactor: each optimizer step, not multiplied by the learning rate."""
     params = start()

@@ -83,14 +83,15 @@ def test_bytes_are_those_of_the_state(dtype, momentum, steps):
     ("steps", "nesterov", "sketches"), [(4, None, 1), (4, True, 2), (1, None, 1)]
 )
 def test_bytes_of_the_advised_state(dtype, steps, nesterov, sketches):
-    """Sketches alone for compressed leaves; uncompressed ones have Adafactor, and are accumulated."""
+    """Sketches alone for matrices; embeddings have Adafactor too, and uncompressed leaves are accumulated."""
     rule = projection(resample_every=steps)
     arguments = {"accumulation_steps": steps, "nesterov": nesterov, "preset": "advised"}
     tx = flora_jax.flora(1.0, projection=rule, state_dtype=dtype, **arguments)
     plan = flora_jax.plan(PARAMS, rule, dtype=dtype, **arguments)
     assert plan.state_bytes["Flora"] == real_bytes(tx.init(PARAMS))
     own = [bool(leaf.spec) for leaf in plan.leaves]
-    rest = [x for x, compressed in zip(jax.tree.leaves(PARAMS), own, strict=True) if not compressed]
+    matrices = [bool(leaf.spec) and "embed" not in leaf.path for leaf in plan.leaves]
+    rest = [x for x, matrix in zip(jax.tree.leaves(PARAMS), matrices, strict=True) if not matrix]
     adafactor = real_bytes(optax.adafactor(1.0).init(rest))
     kept = sum(size for size, compressed in zip(plan.sketch_bytes, own, strict=True) if compressed)
     accumulated = sum(plan.sketch_bytes) - kept if steps > 1 else 0
