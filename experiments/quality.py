@@ -2,8 +2,9 @@
 
     python -m experiments.quality --study orthogonal --out runs/quality
 
-Every setting has a grid of learning rates, by factors of the root of two, which grows while its best rate is at an edge, on the
-first seed; the other seeds have the best one. Each run appends one line to `results.jsonl`; the same command goes on
+Every setting has a grid of learning rates, which grows while its best rate is at an edge, on the first seed; the other
+seeds have the best one. Of Flora it is the rate of Adafactor, which embeddings, head and vectors have; that of the
+matrices is one number for all rows, `optimizers.MATRICES`. Each run appends one line to `results.jsonl`; the same command goes on
 where it stopped. The table is written to `quality.md`: it has for each setting the best learning rate, the mean of the
 validation loss there, and its ratio to that of uncompressed MultiSteps over Adafactor.
 """
@@ -28,7 +29,7 @@ from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
 
 FIRST_RATES = {
-    "flora": (0.021, 0.03, 0.042),
+    "flora": (0.03, 0.06),
     "multisteps": (0.015, 0.03, 0.06),
     "muon": (0.02, 0.03, 0.042),
     "adam": (0.001, 0.002, 0.004),
@@ -36,6 +37,8 @@ FIRST_RATES = {
     "galore": (0.002, 0.004, 0.008),
 }
 """The learning rates with which each method begins."""
+ADAFACTOR = 0.05
+"""The learning rate of leaves that are not orthogonalized in the study of `rates`, which is of the others'."""
 WIDER = 6
 """The number of rates that a grid may grow by."""
 Study = Literal["orthogonal", "choices", "distributions", "rates", "accumulation"]
@@ -126,7 +129,7 @@ def settings(config: Config) -> list[Setting]:
             *ours,
             *(replace(one, side="larger") for one in ours),
             *(Setting("flora_adafactor", one.part, "larger", "srht") for one in ours),
-            *(replace(one, nesterov=True) for one in ours),
+            replace(ours[0], nesterov=True),
             Setting(method="adam"),
             Setting(method="galore"),
             Setting(method="muon"),
@@ -141,12 +144,11 @@ def settings(config: Config) -> list[Setting]:
             replace(first, resample=16, at_new_projection="transfer"),
             replace(first, at_new_projection="shorten"),
             replace(first, at_new_projection="transfer"),
-            replace(first, momentum=0.95),
-            replace(first, momentum=0.8),
+            replace(first, momentum=0.9),
+            replace(first, momentum=0.7),
+            replace(first, momentum=0.5),
             replace(first, iterations=3),
             replace(first, iterations=7),
-
-
             replace(first, embedding="output"),
             replace(first, head="input"),
         ]
@@ -180,8 +182,12 @@ def train(config: Config, setting: Setting, seed: int):
     def transformation(peak):
         fields = asdict(setting)
         part = fields.pop("part")
+        of_matrices, others = optimizers.MATRICES, peak
+        if config.study == "rates":
+            of_matrices, others = peak, ADAFACTOR
         return optimizers.build(
-            learning_rate=optimizers.cosine(peak, steps // accumulation),
+            learning_rate=optimizers.cosine(others, steps // accumulation),
+            matrices=optimizers.cosine(of_matrices, steps // accumulation),
             rank=config.width // part,
             seed=seed,
             **{**fields, "accumulation": accumulation},

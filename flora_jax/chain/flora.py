@@ -28,7 +28,7 @@ KAPPA = 1000
 """The number of optimizer steps between transfers under momentum: the paper's best κ."""
 ADVISED = 64
 """The number of optimizer steps that share a projection in the advised preset."""
-DECAY = 0.9
+DECAY = 0.8
 """The decay of the momentum in the advised preset."""
 
 
@@ -75,7 +75,7 @@ def flora(
         under momentum.
       accumulation_steps: The number of micro-steps in an optimizer step: an int, or a schedule of the
         optimizer step.
-      momentum: The decay `β` of the momentum. By default it is 0.9 in the advised preset, where it is kept in the
+      momentum: The decay `β` of the momentum. By default it is 0.8 in the advised preset, where it is kept in the
         accumulator itself, and in the paper's there is none; there it is that of Algorithm 2.
       nesterov: Whether the momentum is Nesterov's, which beside an accumulator takes a second sketch of each
         weight. By default it is so in the advised preset without accumulation.
