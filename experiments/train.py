@@ -72,6 +72,8 @@ class Config:
     (`multisteps`), Muon, Adam or GaLore."""
     learning_rate: float = 0.06
     """Peak of a cosine schedule over the optimizer steps."""
+    matrices: float = optimizers.MATRICES
+    """The same for the matrices that `flora` orthogonalizes."""
     rank: int = 64
     """Rank of Flora's and GaLore's projections."""
     distribution: Distribution = "srtt"
@@ -142,6 +144,7 @@ def transformation(config: Config, method: optimizers.Method):
         rank=config.rank,
         distribution=config.distribution,
         side=config.side,
+        matrices=optimizers.cosine(config.matrices, config.optimizer_steps),
         resample=config.resample,
         momentum=config.momentum,
         skip_nonfinite=True,

@@ -73,6 +73,7 @@ def build(
             rate,
             accumulation=size.accumulation,
             rank=size.rank,
+            matrices=optimizers.cosine(optimizers.MATRICES, optimizer_steps),
             embedding="whole",
             side="input" if key == "flora" else "larger",
         )
