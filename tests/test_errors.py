@@ -105,6 +105,34 @@ WRONG = {
         "projection must be a flora_jax.Projection, found 8",
     ),
     "shrink": (lambda: flora_jax.shrink(8), "projection must be a flora_jax.Projection, found 8"),
+    "scale_by_shape": (
+        lambda: flora_jax.scale_by_shape(8),
+        "projection must be a flora_jax.Projection, found 8",
+    ),
+    "orthogonalize": (
+        lambda: flora_jax.orthogonalize(0),
+        "iterations must be an int of at least 1, found 0",
+    ),
+    "Nesterov without momentum": (
+        lambda: flora_jax.flora(1e-2, rank=4, nesterov=True),
+        "momentum must be given beside nesterov=True, found None",
+    ),
+    "a rate of Adafactor's beside the only one": (
+        lambda: flora_jax.flora(1e-2, rank=4, adafactor_learning_rate=0.1),
+        "adafactor_learning_rate must be None without preset='advised' or beside optimizer, found 0.1",
+    ),
+    "a momentum of what is not compressed": (
+        lambda: flora_jax.accumulate(optax.sgd(1.0), 2, decay=0.9),
+        "projection must be given beside decay=0.9, which is that of sketches, found None",
+    ),
+    "a decay of the accumulator": (
+        lambda: flora_jax.accumulate(optax.sgd(1.0), 2, decay=1.0),
+        "decay must be at least 0 and below 1, found 1.0",
+    ),
+    "a new projection": (
+        lambda: flora_jax.momentum(0.9, at_new_projection="keep"),
+        "at_new_projection must be one of transfer, shorten, reset, found 'keep'",
+    ),
     "flora": (
         lambda: flora_jax.flora(1e-2, projection=8),
         "projection must be a flora_jax.Projection, found 8",
@@ -135,7 +163,7 @@ WRONG = {
     ),
     "official without momentum": (
         lambda: flora_jax.flora(1e-2, rank=4, preset="official"),
-        "preset='official' takes rank and momentum",
+        "preset='official' takes rank and momentum, and neither projection nor nesterov",
     ),
     "state_dtype": (
         lambda: flora_jax.flora(1e-2, rank=4, state_dtype="float16"),

@@ -141,9 +141,16 @@ def flora(
     check_decay(0.0 if momentum is None else momentum)
     _check_learning_rate(learning_rate, optimizer, preset)
     storage.check("state_dtype", state_dtype)
+    if adafactor_learning_rate is not None and (preset != "advised" or optimizer is not None):
+        raise ValueError(
+            "adafactor_learning_rate must be None without preset='advised' or beside optimizer, found "
+            f"{adafactor_learning_rate!r}; give learning_rate, or the optimizer its own"
+        )
     if preset == "official":
-        if rank is None or momentum is None:
-            raise ValueError("preset='official' takes rank and momentum, and no projection")
+        if rank is None or momentum is None or nesterov:
+            raise ValueError(
+                "preset='official' takes rank and momentum, and neither projection nor nesterov"
+            )
         assert learning_rate is not None  # as was checked
         return official.flora(learning_rate, rank=rank, decay=momentum, seed=seed)
     advised = preset == "advised"
@@ -151,6 +158,8 @@ def flora(
         momentum = DECAY
     if nesterov is None:
         nesterov = advised and accumulation_steps == 1
+    if nesterov and momentum is None:
+        raise ValueError("momentum must be given beside nesterov=True, found None")
     if projection is None:
         steps = ADVISED if advised else KAPPA if momentum is not None else 1
         projection = Projection(

@@ -20,6 +20,7 @@ import optax
 from flora_jax.chain import products, recorder
 from flora_jax.chain.decompress import with_cycle
 from flora_jax.chain.leaf_operations import LeafOperation
+from flora_jax.chain.projection import as_int
 from flora_jax.chain.sketch import Sketch, Spec, is_sketch
 from flora_jax.chain.transformation import transformation
 
@@ -54,7 +55,7 @@ def orthogonalize(iterations: int = 5) -> optax.GradientTransformation:
       A transformation without state.
 
     Raises:
-      ValueError: `iterations` is below 1. On `update`, a sketch has no cycle, because no `project` has set
+      ValueError: `iterations` is no int of at least 1. On `update`, a sketch has no cycle, because no `project` has set
         it.
 
     Examples:
@@ -72,8 +73,9 @@ def orthogonalize(iterations: int = 5) -> optax.GradientTransformation:
       Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. Amsel et al., "The Polar
       Express", arXiv 2505.16932, Algorithm 1.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, found {iterations!r}")
+    iterations = as_int(iterations)
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be an int of at least 1, found {iterations!r}")
 
     def update_fn(updates, state, params=None):
         del params

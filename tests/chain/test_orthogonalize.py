@@ -110,7 +110,7 @@ def test_uncompressed_leaves_pass_and_what_it_needs_is_said():
     leaf = jnp.ones(3)
     tx = flora_jax.orthogonalize()
     assert tx.update({"b": leaf}, optax.EmptyState())[0]["b"] is leaf
-    with pytest.raises(ValueError, match="iterations must be at least 1, found 0"):
+    with pytest.raises(ValueError, match="iterations must be an int of at least 1, found 0"):
         flora_jax.orthogonalize(0)
     sketch = Sketch(jnp.ones((5, 24)), None, make_spec((40, 24), (0,)))
     with pytest.raises(ValueError, match="'w': orthogonalize found a sketch without a cycle"):
