@@ -13,9 +13,9 @@ from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
 
-MATRICES = 0.035
-"""Peak of the learning rate of the matrices that Flora orthogonalizes, in all experiments: it needs no search. That of
-all other leaves is searched for, on the same grid as that of the baselines."""
+MATRICES, OF_TRAINED = 0.035, 0.01
+"""Peak of the learning rate of the matrices that Flora orthogonalizes, in all experiments, from random weights and from
+trained ones. That of all other leaves is searched for, on the same grid as that of the baselines."""
 Method = Literal["flora", "flora_adafactor", "multisteps", "muon", "adam", "galore"]
 """`flora` is the advised preset, and `flora_adafactor` Adafactor after `decompress`; the others are baselines:
 `multisteps` is uncompressed Adafactor."""

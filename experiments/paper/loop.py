@@ -94,6 +94,7 @@ def program(problem: Problem, method: methods.Method, sizes: Sizes) -> Program:
         method,
         accumulation=sizes.accumulation,
         optimizer_steps=sizes.optimizer_steps,
+        trained=problem.params is not None,
     )
 
     def start(seed: int) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import optax
 from optax.contrib import galore
 
 import flora_jax
-from experiments.optimizers import MATRICES, cosine
+from experiments.optimizers import MATRICES, OF_TRAINED, cosine
 from flora_jax.chain.flora import ADVISED, KAPPA, Preset
 
 Base = Literal["adafactor", "adam", "sgd", "sign_sgd"]
@@ -72,7 +72,13 @@ class Method:
 
 
 def build(
-    method: Method, peak: Any, *, accumulation: int, optimizer_steps: int, factored: int = 128
+    method: Method,
+    peak: Any,
+    *,
+    accumulation: int,
+    optimizer_steps: int,
+    trained: bool = False,
+    factored: int = 128,
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
     """Gives the transformation of a method, and Flora's projection or None.
 
@@ -81,6 +87,7 @@ def build(
       peak: Peak of the learning rate, a number or an array (it may be traced); a cosine goes to zero.
       accumulation: Number of micro-steps in an optimizer step.
       optimizer_steps: Number of optimizer steps in the run.
+      trained: Whether the run begins from trained weights.
       factored: The smallest side that Adafactor factors, and that Flora compresses.
     """
     rate = cosine(peak, optimizer_steps)
@@ -104,7 +111,7 @@ def build(
         head="whole" if method.uncompressed_embeddings else "input",
     )
     tx = flora_jax.flora(
-        cosine(MATRICES, optimizer_steps) if advised else None,
+        cosine(OF_TRAINED if trained else MATRICES, optimizer_steps) if advised else None,
         projection=projection,
         accumulation_steps=accumulation,
         momentum=method.momentum,
