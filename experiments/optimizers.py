@@ -61,8 +61,8 @@ def build(
       nesterov: Whether the momentum is Nesterov's; None for the method's own choice.
       at_new_projection: What Flora does to its momentum when the projection changes.
       iterations: Number of Newton-Schulz iterations of Flora.
-      matrices: Learning rate, or a schedule, of the matrices that Flora orthogonalizes; None for that of all other
-        leaves.
+      matrices: Learning rate, or a schedule, of the matrices that Flora or Muon orthogonalizes; None for that of all
+        other leaves.
       clipping: Adafactor's clipping threshold.
       decay: Adafactor's decay rate.
       skip_nonfinite: Whether Flora leaves out micro-steps that are not finite.
@@ -73,7 +73,6 @@ def build(
         steps = optax.MultiSteps(base(learning_rate), accumulation)
         return steps.gradient_transformation(), None
     if method in ("muon", "adam"):
-        scaled = optax.scale_by_learning_rate(learning_rate)
         if method == "muon":
             decay = 0.95 if momentum is None else momentum
             own = optax.chain(
@@ -85,11 +84,11 @@ def build(
                     ),
                 ),
                 _by_outputs(),
-                scaled,
+                optax.scale_by_learning_rate(learning_rate if matrices is None else matrices),
             )
             tx = optax.partition({"matrix": own, "other": base(learning_rate)}, _matrices)
         else:
-            tx = optax.chain(optax.scale_by_adam(b2=0.99), scaled)
+            tx = optax.adam(learning_rate, b2=0.99)
         return optax.MultiSteps(tx, accumulation).gradient_transformation(), None
     if method == "galore":
         galore = optax.contrib.galore(learning_rate, rank=rank)
