@@ -74,7 +74,8 @@ def build(
             accumulation=size.accumulation,
             rank=size.rank,
             matrices=optimizers.cosine(optimizers.MATRICES, optimizer_steps),
-            embedding="whole",
+            embedding="whole",  # as all others have them
+            head="whole",
             side="input" if key == "flora" else "larger",
         )
     if key == "flora-paper":
