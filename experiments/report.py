@@ -54,7 +54,8 @@ def losses_over_rates(
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("validation loss (nats per byte)")
-    axes[0][0].legend(frameon=False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title)
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"rates.{suffix}", dpi=150)
