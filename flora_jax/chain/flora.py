@@ -83,7 +83,7 @@ def flora(
         `min_dim_size_to_factor` on are then not used, except that in the advised preset the weight decay is that of
         compressed leaves.
       preset: The variant of the method. `paper` has Gaussian projections and Algorithms 1 and 2.
-        `advised` is what was measured to be best: matrices have orthogonalized momentum, compressed embeddings
+        `advised` is what was measured to be best in runs of some hundred optimizer steps: matrices have orthogonalized momentum, compressed embeddings
         and heads Adafactor shortened by `shrink`, and where `rank` is given, the projections are `srtt` and of
         the input side. `official` is the authors' JAX optimizer as it behaves; see
         `flora_jax.chain.official`.
