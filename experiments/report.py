@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
+from experiments.bench import records
+
 
 def curves(folder: Path, history: dict[str, Any], lines: dict[str, float], title: str) -> None:
     """Saves training and validation loss over tokens, and level lines, as PNG and SVG."""
@@ -57,9 +59,7 @@ def losses_over_rates(
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"rates.{suffix}", dpi=150)
-    plt.close(figure)
+    records.save_figure(figure, folder / "rates")
 
 
 def table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Table:

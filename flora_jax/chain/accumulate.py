@@ -108,7 +108,8 @@ def accumulate(
         check_projection(projection)
         check_cycles(projection.resample_every, every, "every")
     check_decay(decay)
-    if projection is None and not isinstance(decay, jax.Array) and decay:
+    decays = isinstance(decay, jax.Array) or decay > 0
+    if projection is None and not isinstance(decay, jax.Array) and decays:
         raise ValueError(
             f"projection must be given beside decay={decay!r}, which is that of sketches, found None"
         )
@@ -147,7 +148,7 @@ def accumulate(
             return result, inner_state, kept_after(sums)
 
         def kept_after(sums):
-            if projection is None or (not isinstance(decay, jax.Array) and not decay):
+            if projection is None or not decays:
                 return states.zeros(updates, projection, accumulator_dtype)
             ends = _ends_cycle(projection.resample_every, every, state.gradient_step)
             cycles = [leaf.cycle for leaf in states.leaves(sketches) if is_sketch(leaf)]
