@@ -1,22 +1,22 @@
 """Program: a jaxpr as a flat list of operations, which can be evaluated in part and in any order."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
 
 from flora_jax.fused.interpreter import apply
 
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
+JITS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+"""Calls that mean nothing but their bodies."""
+CALLS = {
+    **JITS,
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
+"""Calls that are their bodies where nothing is differentiated."""
 
 
 class Var:
@@ -63,9 +63,9 @@ class Node:
 
 
 def flatten(
-    jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom]
+    jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], calls: Mapping[str, str] = CALLS
 ) -> tuple[list[Node], list[Atom]]:
-    """Returns the operations of a jaxpr, with the bodies of calls inlined, and what the jaxpr returns."""
+    """Returns the operations of a jaxpr, with the bodies of `calls` inlined, and what the jaxpr returns."""
     known: dict[Any, Atom] = dict(zip(jaxpr.constvars, map(Const, consts), strict=True))
     known.update(zip(jaxpr.invars, args, strict=True))
     nodes: list[Node] = []
@@ -75,9 +75,9 @@ def flatten(
 
     for eqn in jaxpr.eqns:
         ins = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name in _CALLS:
-            body = eqn.params[_CALLS[eqn.primitive.name]]
-            inner, outs = flatten(body.jaxpr, body.consts, ins)
+        if eqn.primitive.name in calls:
+            body = eqn.params[calls[eqn.primitive.name]]
+            inner, outs = flatten(body.jaxpr, body.consts, ins, calls)
             nodes += inner
         else:
             outs = [Var(var.aval) for var in eqn.outvars]

@@ -51,7 +51,7 @@ class Owners:
         if leaf_operations.of(node.eqn):
             owner = frozenset([index[node.eqn.params["spec"].path]])
         if len(owner) > 1 and node.name == "cond":
-            for part in _as_choice(node):
+            for part in as_choice(node):
                 self._visit(part, index)
             return
         self.nodes.append(node)
@@ -94,7 +94,7 @@ def _single(var: Var) -> bool:
     return math.prod(var.shape) == 1
 
 
-def _as_choice(cond: Node) -> list[Node]:
+def as_choice(cond: Node) -> list[Node]:
     """Returns the operations of all branches of a `cond`, and the choice between their results."""
     which, *operands = cond.ins
     branches = [

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -17,13 +17,16 @@ from flora_jax.fused.leaves import combine, partition, refuse_changing_modules, 
 from flora_jax.fused.value_and_grad import value_and_grad
 from flora_jax.sharding.partition import constrain, known
 from flora_jax.update.apply_gradients import apply_gradients
+from flora_jax.update.backward import Program, value_and_update
+from flora_jax.update.parameters import Parameters
 
 
 def make_train_step(
     loss: Callable[..., Any],
     tx: optax.GradientTransformation,
-    projection: Projection,
+    projection: Projection | None = None,
     *,
+    update: Literal["after", "backward"] = "after",
     has_aux: bool = False,
     micro_batches: int | None = None,
     donate: bool = True,
@@ -65,9 +68,17 @@ def make_train_step(
       >>> opt_state = tx.init(params)
       >>> params, opt_state, value = step(params, opt_state, jnp.ones((2, 16)))
     """
-    check_projection(projection)
+    if projection is not None:
+        check_projection(projection)
     if micro_batches is not None and micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, found {micro_batches}")
+    if update not in ("after", "backward"):
+        raise ValueError(f"update must be 'after' or 'backward', found {update!r}")
+    if update == "backward" and micro_batches is not None:
+        raise ValueError(
+            "micro_batches must be None with update='backward', in which each micro-batch is an optimizer step, "
+            f"found {micro_batches}"
+        )
 
     @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 4) if donate else ())
     def compiled(rest, shardings, params, held, opt_state, *batch):
@@ -75,6 +86,9 @@ def make_train_step(
             return loss(combine(params, combine(held, rest.tree())), *batch)
 
         of_params, of_state = shardings
+        if update == "backward":
+            params, opt_state, value = _backward(of, tx, params, opt_state, batch, of_params)
+            return _put(params, of_params), _put(opt_state, of_state), value
         taken = _only(projection, recorder.compressed(tx, opt_state, params))
         gradient = value_and_grad(of, taken, has_aux=has_aux, shardings=of_params)
         grad_fn = partial(gradient, cycle=project.cycle(opt_state))
@@ -102,6 +116,18 @@ def make_train_step(
 
     step.lower = lambda *args: compiled.lower(*prepared(*args))  # type: ignore[attr-defined]
     return step
+
+
+def _backward(of, tx, params, opt_state, batch, shardings) -> tuple[Any, Any, Any]:
+    """Updates the params in the backward pass."""
+    program = Program(of, params, batch)
+    updates = Parameters(tx, params, opt_state, program.stacks, {})
+    return value_and_update(program, updates, _applied, shardings)
+
+
+def _applied(leaf: int, param: Any, update: Any, index: Any) -> Any:
+    del leaf, index
+    return optax.apply_updates(param, update)
 
 
 def _mean(grad_fn: Callable, params: Any, batch: Any, count: int, has_aux: bool) -> Any:

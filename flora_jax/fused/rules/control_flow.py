@@ -61,7 +61,7 @@ def _remat(walk: Walk, eqn, ins):
 def _scan(walk: Walk, eqn, ins):
     """Evaluates a scan with weights as constants, or sliced along an axis that is not projected."""
     params = eqn.params
-    consts, carried = _scan_counts(params)
+    consts, carried = scan_counts(params)
     carried += consts
     body = params["jaxpr"]
     outer, first, slices = (
@@ -114,7 +114,7 @@ def _scan(walk: Walk, eqn, ins):
     return results + [Traced(y, active and is_inexact(y)) for y in ys]
 
 
-def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """Returns how many inputs of a scan are constants, and how many are carried."""
     if "ft_in" in params:  # JAX 0.12
         consts, carry, _ = (len(list(group)) for group in params["ft_in"].unpack())

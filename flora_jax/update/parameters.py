@@ -1,0 +1,270 @@
+"""Parameters: an optimizer's update of one parameter at a time, where a layer of a stack is a parameter of its own."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax import dtypes
+from flora_jax.chain import leaf_operations, products
+from flora_jax.fused.program import Atom, Values, Var, flatten, needed
+from flora_jax.paths import path_name
+from flora_jax.update.owners import as_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Says that a parameter is a stack of layers.
+
+    Attributes:
+      axis: The axis of the layers.
+      length: The number of layers.
+    """
+
+    axis: int
+    length: int
+
+    def dropped(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of one layer."""
+        return (*shape[: self.axis], *shape[self.axis + 1 :])
+
+
+class Parameters:
+    """The program of an optimizer's update, evaluated for one parameter at a time.
+
+    The optimizer is traced for a tree in which each stack has the shape of one layer. What its state has for a
+    stack is that of one layer, stacked along an axis of its own.
+
+    Attributes:
+      names: The names of the parameters, in the order of the leaves.
+      stacks: What is said of each parameter that is a stack, by its number.
+      owned: For each parameter, the numbers of the leaves of the state that are its own.
+      axes: For each leaf of the state of a stack, the axis of the layers.
+    """
+
+    def __init__(
+        self,
+        tx: optax.GradientTransformation,
+        params: Any,
+        state: Any,
+        stacks: Mapping[int, Stack],
+        extra_args: dict[str, Any],
+    ):
+        """Traces the update.
+
+        Raises:
+          ValueError: The update of a parameter needs the gradient of another, or the state does not have a leaf
+            for each layer where it must.
+        """
+        tx = optax.with_extra_args_support(tx)
+        paths = jax.tree_util.tree_flatten_with_path(params)[0]
+        self.names = [path_name(path) for path, _ in paths]
+        self.stacks = stacks
+        layer = _of_layers(params, stacks)
+        outline = jax.eval_shape(tx.init, layer)
+        self.structure = jax.tree.structure(state)
+        if jax.tree.structure(outline) != self.structure:
+            raise ValueError(
+                "opt_state must have the structure of tx.init(params), found another: make it by step.init(params)"
+            )
+        self.given = jax.tree.leaves(state)
+        one = [
+            jax.ShapeDtypeStruct(own.shape, jnp.result_type(leaf))
+            for own, leaf in zip(jax.tree.leaves(outline), self.given, strict=True)
+        ]
+
+        def update(grads, state, params, extra_args):
+            return tx.update(grads, state, params, **extra_args)
+
+        args = (layer, jax.tree.unflatten(self.structure, one), layer, extra_args)
+        with leaf_operations.as_one_operation():
+            closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
+        if jax.tree.structure(shapes[1]) != self.structure:
+            raise ValueError("tx must keep the structure of its state in each update, found another")
+        inputs = [Var(aval) for aval in closed.in_avals]
+        count, states = len(self.names), len(self.given)
+        self.grads, rest = inputs[:count], inputs[count:]
+        self.state, rest = rest[:states], rest[states:]
+        self.params, extras = rest[:count], rest[count:]
+        nodes, outs = flatten(closed.jaxpr, closed.consts, inputs)
+        self.updates, self.new_state = outs[:count], outs[count:]
+        self.known = dict(zip(extras, jax.tree.leaves(extra_args), strict=True))
+        self._find_owners(nodes)
+        self._find_axes([x.shape for x in one])
+
+    def _find_owners(self, nodes: Iterable[Any]) -> None:
+        """Says which parameter each leaf of the state belongs to."""
+        count = len(self.names)
+        owner: dict[int, frozenset[int]] = {}
+        while True:  # what a leaf of the state belongs to, all that is computed from it does
+            of = {var: frozenset([i]) for vars in (self.grads, self.params) for i, var in enumerate(vars)}
+            of |= {self.state[place]: found for place, found in owner.items()}
+            self.maker: dict[Var, Any] = {}
+            pending = list(nodes)[::-1]
+            while pending:
+                node = pending.pop()
+                found = frozenset().union(*(of.get(var, frozenset()) for var in node.variables()))
+                if len(found) > 1 and node.name == "cond":
+                    pending += as_choice(node)[::-1]
+                    continue
+                for out in node.outs:
+                    of[out], self.maker[out] = found, node
+            new = {
+                place: found
+                for place, out in enumerate(self.new_state)
+                if (found := of.get(out, frozenset()) if isinstance(out, Var) else frozenset())
+            }
+            for goals in (self.updates, self.new_state):
+                for place, out in enumerate(goals):
+                    found = of.get(out, frozenset()) if isinstance(out, Var) else frozenset()
+                    if goals is self.updates:
+                        found = found | {place}
+                    if len(found) > 1:
+                        self._refuse(sorted(found, key=lambda i: i != place), goals is self.updates)
+            if new == owner:
+                break
+            owner = new
+        self.owned: list[list[int]] = [[] for _ in range(count)]
+        for place, (leaf,) in owner.items():
+            self.owned[leaf].append(place)
+        self.shared = [place for place in range(len(self.state)) if place not in owner]
+        self.known |= {self.state[place]: self.given[place] for place in self.shared}
+
+    def _refuse(self, found: Sequence[int], update: bool) -> None:
+        own, other = (self.names[i] for i in found[:2])
+        what = f"the update of {own!r}" if update else f"its state of {own!r}"
+        raise ValueError(
+            f"tx must be leaf-wise with update='backward', found that {what} needs {other!r} as well, whose gradient "
+            "does not exist at that time; in the place of clipping by the global norm take optax.clip_by_block_rms "
+            "or optax.adaptive_grad_clip, which clip each parameter by itself"
+        )
+
+    def _find_axes(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Finds the axis of the layers in each leaf of the state of a stack."""
+        self.axes: dict[int, int] = {}
+        for leaf, places in enumerate(self.owned):
+            stack = self.stacks.get(leaf)
+            for place in places:
+                found, one = jnp.shape(self.given[place]), shapes[place]
+                if stack is None:
+                    if found != one:
+                        self._refuse_state(leaf, found, one)
+                    continue
+                fitting = [
+                    axis
+                    for axis in range(len(found))
+                    if found[axis] == stack.length and (*found[:axis], *found[axis + 1 :]) == one
+                ]
+                if not fitting:
+                    self._refuse_state(leaf, found, (stack.length, *one))
+                self.axes[place] = stack.axis if stack.axis in fitting else fitting[0]
+        for place in self.shared:
+            if (found := jnp.shape(self.given[place])) != shapes[place]:
+                raise ValueError(
+                    f"opt_state must have a leaf of shape {shapes[place]} that belongs to no parameter, found {found}; "
+                    "make it by step.init(params)"
+                )
+
+    def _refuse_state(self, leaf: int, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        raise ValueError(
+            f"opt_state must have shape {expected} where it is of {self.names[leaf]!r}, since with update='backward' "
+            f"each layer is a parameter of its own, found {found}; make it by step.init(params)"
+        )
+
+    def update(
+        self, leaf: int, grad: Any, param: Any, state: Mapping[int, Any], index: Any = None
+    ) -> tuple[Any, dict[int, Any]]:
+        """Returns the update of a parameter and its new state, by the places of its leaves.
+
+        Args:
+          leaf: The number of the parameter.
+          grad: Its gradient, or that of one layer.
+          param: The parameter, or one layer of it.
+          state: The leaves of its state by their places, or one layer of each.
+          index: The number of the layer; None where it is no stack.
+        """
+        known = {
+            **self.known,
+            self.grads[leaf]: grad,
+            self.params[leaf]: param,
+            **{self.state[place]: value for place, value in state.items()},
+        }
+        goals = [self.updates[leaf], *(self.new_state[place] for place in self.owned[leaf])]
+        found = self._evaluate(goals, known, index)
+        return found[0], dict(zip(self.owned[leaf], found[1:], strict=True))
+
+    def finish(self, states: Mapping[int, Any]) -> Any:
+        """Returns the new state, given the leaves of it that belong to parameters, by their places."""
+        rest = self._evaluate([self.new_state[place] for place in self.shared], self.known, None)
+        new = {**states, **dict(zip(self.shared, rest, strict=True))}
+        return jax.tree.unflatten(self.structure, [new[i] for i in range(len(self.given))])
+
+    def _evaluate(self, goals: list[Atom], known: dict[Var, Any], index: Any) -> list[Any]:
+        values = Values([], known)
+        with dtypes.promoting():
+            for node in needed(self.maker, goals, known):
+                ins = [values(atom) for atom in node.ins]
+                if not leaf_operations.of(node.eqn):
+                    outs = node.run(ins)
+                elif index is None:
+                    outs = [leaf_operations.run(node.eqn, *ins)]
+                else:
+                    spec = node.eqn.params["spec"]
+                    keys = products.matrix_keys(spec, ins[0])
+                    fold: Callable = jax.random.fold_in
+                    for _ in spec.batch:
+                        fold = jax.vmap(fold, (0, None))
+                    outs = [leaf_operations.run_with(node.eqn, spec, fold(keys, index), ins[1])]
+                values.known.update(zip(node.outs, outs, strict=True))
+            return [values(goal) for goal in goals]
+
+
+def init(
+    tx: optax.GradientTransformation, params: Any, stacks: Mapping[int, Stack]
+) -> Any:
+    """Returns the state of an optimizer for which each layer of a stack is a parameter of its own."""
+    layer = _of_layers(params, stacks)
+    outline, structure = jax.tree.flatten(jax.eval_shape(tx.init, layer))
+    plain = [
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+        for x in jax.tree.leaves(layer)
+    ]
+    first = jax.tree.unflatten(structure, outline)
+    leaves = jax.tree.leaves(params)
+    firsts = [
+        jax.lax.index_in_dim(leaf, 0, stacks[i].axis, keepdims=False) if i in stacks else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    del plain
+    tree = jax.tree.structure(params)
+    state = jax.tree.leaves(tx.init(jax.tree.unflatten(tree, firsts)))
+    owned = Parameters(tx, jax.tree.unflatten(tree, jax.tree.leaves(layer)), first, {}, {}).owned
+    for i, stack in stacks.items():
+        if not owned[i]:
+            continue
+
+        def one(part, i=i):
+            given = jax.tree.unflatten(tree, [*firsts[:i], part, *firsts[i + 1 :]])
+            found = jax.tree.leaves(tx.init(given))
+            return [found[place] for place in owned[i]]
+
+        stacked = jax.vmap(one, in_axes=stack.axis, axis_size=stack.length)(leaves[i])
+        for place, value in zip(owned[i], stacked, strict=True):
+            state[place] = value
+    return jax.tree.unflatten(structure, state)
+
+
+def _of_layers(params: Any, stacks: Mapping[int, Stack]) -> Any:
+    """Returns the shapes of the params, each stack with the shape of one layer."""
+    leaves, structure = jax.tree.flatten(params)
+    shapes = [
+        jax.ShapeDtypeStruct(
+            stacks[i].dropped(jnp.shape(leaf)) if i in stacks else jnp.shape(leaf),
+            jnp.result_type(leaf),
+        )
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, shapes)

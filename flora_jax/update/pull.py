@@ -1,0 +1,137 @@
+"""Pull: the derivative of a part of a function, with what it keeps from the forward pass apart from what can be had again."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import dtypes
+
+from flora_jax.fused.interpreter import is_inexact
+from flora_jax.fused.program import JITS, Atom, Const, Values, Var, flatten, needed
+
+
+def zeros_for(value: Any) -> Any:
+    """Returns the cotangent of an array through which nothing flows back."""
+    if is_inexact(value):
+        return jnp.zeros_like(value)
+    return np.zeros(jnp.shape(value), dtypes.float0)
+
+
+def vjp(fun: Callable, given: Sequence[Any], active: Sequence[bool]) -> tuple[list[Any], Callable]:
+    """Returns the outputs of a function of a list, and a function from their cotangents to those of its active inputs."""
+
+    def of(*moving):
+        moving = iter(moving)
+        return fun([next(moving) if flag else x for x, flag in zip(given, active, strict=True)])
+
+    outs, pull = jax.vjp(of, *(x for x, flag in zip(given, active, strict=True) if flag))
+
+    def pulled(cotangents):
+        return list(
+            pull(
+                [
+                    zeros_for(out) if cotangent is None else cotangent
+                    for out, cotangent in zip(outs, cotangents, strict=True)
+                ]
+            )
+        )
+
+    return outs, pulled
+
+
+@dataclasses.dataclass
+class Layer:
+    """The body of a scan with its derivative, as a program.
+
+    Attributes:
+      inputs: The inputs of the body.
+      outs: Its outputs.
+      kept: What the backward pass needs from the forward pass, for each layer.
+      again: Whether each leaf of the derivative is among `kept`, or is computed again from the inputs.
+    """
+
+    def __init__(
+        self,
+        body: Callable[[list[Any]], list[Any]],
+        inputs: Sequence[Any],
+        active: Sequence[bool],
+        wanted: Sequence[bool],
+        again: Sequence[bool],
+    ):
+        """Traces the body.
+
+        Args:
+          body: A function from a list to a list of arrays.
+          inputs: Arrays like those that it will be given.
+          active: Which of them are differentiated.
+          wanted: Which outputs have cotangents.
+          again: Which inputs are there in the backward pass too.
+        """
+
+        def forward(*given):
+            def of(*moving):
+                moving = iter(moving)
+                outs = body([next(moving) if f else x for x, f in zip(given, active, strict=True)])
+                return [out for out, flag in zip(outs, wanted, strict=True) if flag], outs
+
+            moving = (x for x, flag in zip(given, active, strict=True) if flag)
+            _, pull, outs = jax.vjp(of, *moving, has_aux=True)
+            leaves, self.structure = jax.tree.flatten(pull)
+            self.fixed = [None if _is_array(leaf) else leaf for leaf in leaves]
+            return outs, [leaf for leaf in leaves if _is_array(leaf)]
+
+        closed, shapes = jax.make_jaxpr(forward, return_shape=True)(*inputs)
+        self.inputs = [Var(aval) for aval in closed.in_avals]
+        nodes, outs = flatten(closed.jaxpr, closed.consts, self.inputs, JITS)
+        self.maker = {out: node for node in nodes for out in node.outs}
+        count = len(shapes[0])
+        self.outs, self.residuals = outs[:count], outs[count:]
+        late: set[Var] = {var for var, flag in zip(self.inputs, again, strict=True) if not flag}
+        for node in nodes:
+            if late.intersection(node.variables()):
+                late.update(node.outs)
+        self.kept: list[Var] = list(
+            dict.fromkeys(x for x in self.residuals if isinstance(x, Var) and x in late)
+        )
+
+    def forward(self, given: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Returns the outputs of the body, and what is to be kept."""
+        values = self._values(dict(zip(self.inputs, given, strict=True)))
+        run(values, [*self.outs, *self.kept])
+        return [values(out) for out in self.outs], [values(x) for x in self.kept]
+
+    def pull(self, given: Sequence[Any], kept: Sequence[Any]) -> Callable[[list[Any]], list[Any]]:
+        """Returns the function from cotangents of the wanted outputs to those of the active inputs.
+
+        Args:
+          given: The inputs, where they are there in the backward pass; None in the place of others.
+          kept: What was kept.
+        """
+        known = {var: x for var, x in zip(self.inputs, given, strict=True) if x is not None}
+        values = self._values({**known, **dict(zip(self.kept, kept, strict=True))})
+        run(values, self.residuals)
+        leaves = iter([values(x) for x in self.residuals])
+        leaves = [next(leaves) if fixed is None else fixed for fixed in self.fixed]
+        pull = jax.tree.unflatten(self.structure, leaves)
+        return lambda cotangents: list(pull(cotangents))
+
+    def _values(self, known: dict[Var, Any]) -> Values:
+        values = Values([], known)
+        values.maker = self.maker
+        return values
+
+
+def run(values: Values, goals: Sequence[Atom]) -> None:
+    """Computes variables, each operation under the context that it was traced in."""
+    for node in needed(values.maker, goals, values.known):
+        given = [atom.value if isinstance(atom, Const) else values.known[atom] for atom in node.ins]
+        with node.eqn.ctx.manager:  # it says which axes of a mesh are explicit there
+            outs = node.run(given)
+        values.known.update(zip(node.outs, outs, strict=True))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)

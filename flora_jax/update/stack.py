@@ -1,0 +1,273 @@
+"""Stack: a scan over layers, whose backward pass updates the weights of one layer after the other in place."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from flora_jax.fused.interpreter import is_inexact
+from flora_jax.fused.program import Node, Var
+from flora_jax.fused.rules.control_flow import scan_counts
+from flora_jax.update import pull
+from flora_jax.update.parameters import Parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A parameter whose layers a scan takes one after the other.
+
+    Attributes:
+      leaf: The number of the parameter.
+      axis: The axis of its layers.
+      chain: The operations on the whole parameter before the scan, such as a cast.
+    """
+
+    leaf: int
+    axis: int
+    chain: tuple[Node, ...]
+
+    def of_layer(self, layer: jax.Array) -> jax.Array:
+        """Returns what the scan's body takes, given one layer of the parameter."""
+        axis = self.axis
+        for node in self.chain:
+            if node.name == "convert_element_type":
+                layer = layer.astype(node.eqn.params["new_dtype"])
+            elif node.name == "transpose":
+                order = node.eqn.params["permutation"]
+                place = order.index(axis)
+                rest = [i - (i > axis) for i in order if i != axis]
+                layer, axis = jnp.transpose(layer, rest), place
+        return layer
+
+
+CHAIN = {"convert_element_type", "transpose", "copy", "sharding_constraint"}
+"""Operations on a stack that can be done to each layer."""
+
+
+class Scan:
+    """A scan over layers, evaluated by two loops of ours.
+
+    The first keeps for each layer what the backward pass needs; weights are not among it. The second goes back from
+    the last layer to the first, and replaces each layer of the weights as soon as its gradient is there.
+    """
+
+    def __init__(self, node: Node, uses: Mapping[int, Use], active: Sequence[bool]):
+        """Prepares the scan.
+
+        Args:
+          node: The operation.
+          uses: The parameters among its inputs, by the places of these.
+          active: Which inputs are differentiated.
+        """
+        self.node, self.uses = node, dict(uses)
+        params = node.eqn.params
+        self.consts, count = scan_counts(params)
+        self.carries = self.consts + count
+        self.length, self.reverse = params["length"], params["reverse"]
+        body = core.jaxpr_as_fun(params["jaxpr"])
+        self.body: Callable = lambda given: list(body(*given))
+        self.active = list(active)
+        self.wanted = self._activity(params["jaxpr"].jaxpr, count)
+
+    def _activity(self, jaxpr: Any, count: int) -> list[bool]:
+        """Marks the carries that become active, and says which outputs are."""
+        while True:
+            moving = {var for var, flag in zip(jaxpr.invars, self.active, strict=True) if flag}
+            for eqn in jaxpr.eqns:
+                ins = (atom for atom in eqn.invars if not isinstance(atom, core.Literal))
+                if eqn.primitive.name != "stop_gradient" and moving.intersection(ins):
+                    moving.update(out for out in eqn.outvars if is_inexact(out.aval))
+            outs = [not isinstance(x, core.Literal) and x in moving for x in jaxpr.outvars]
+            carries = self.active[self.consts : self.carries]
+            if all(old or not new for old, new in zip(carries, outs, strict=False)):
+                # a carry that starts active and is overwritten still has a cotangent
+                return [*carries, *outs[count:]]
+            for i in range(count):
+                self.active[self.consts + i] |= outs[i]
+
+    def forward(self, given: Sequence[Any], params: Sequence[Any]) -> list[Any]:
+        """Returns the outputs, given the inputs (None where they are parameters) and all parameters."""
+        self.given = given
+        consts, first = list(given[: self.consts]), list(given[self.consts : self.carries])
+        stacked = [None if x is None else x for x in given[self.carries :]]
+        shapes = [*consts, *first, *(None if x is None else _first(x) for x in stacked)]
+        self.raw = sorted({use.leaf: use for use in self.uses.values()}.values(), key=lambda u: u.leaf)
+        self.places = {use.leaf: i for i, use in enumerate(self.raw)}
+        here = [i for i, x in enumerate(given) if x is not None]
+        self.here = here
+
+        def body(inputs):
+            layers, rest = inputs[: len(self.raw)], inputs[len(self.raw) :]
+            full: list[Any] = [None] * len(given)
+            for i, x in zip(here, rest, strict=True):
+                full[i] = x
+            for i, use in self.uses.items():
+                full[i] = use.of_layer(layers[self.places[use.leaf]])
+            return self.body(full)
+
+        layers = [_take(params[use.leaf], use.axis, 0) for use in self.raw]
+        self.layer = pull.Layer(
+            body,
+            [*layers, *(shapes[i] for i in here)],
+            [*[True] * len(layers), *(self.active[i] for i in here)],
+            self.wanted,
+            [*[True] * len(layers), *(not self.consts <= i < self.carries for i in here)],
+        )
+        others = [i for i in here if i >= self.carries]
+
+        def step(carry, xs):
+            i, rest = xs
+            layers = [_take(params[use.leaf], use.axis, i) for use in self.raw]
+            outs, kept = self.layer.forward([*layers, *consts, *carry, *rest])
+            carry = [x.astype(old.dtype) for x, old in zip(outs, carry, strict=False)]
+            return carry, (outs[len(carry) :], kept)
+
+        with self.node.eqn.ctx.manager:
+            carry, (ys, self.kept) = jax.lax.scan(
+                step,
+                [jnp.asarray(x) for x in first],
+                (jnp.arange(self.length), [given[i] for i in others]),
+                length=self.length,
+                reverse=self.reverse,
+                unroll=self.node.eqn.params["unroll"],
+            )
+        return [*carry, *ys]
+
+    def backward(
+        self,
+        cotangents: Sequence[Any],
+        params: Mapping[int, Any],
+        states: Mapping[int, Any],
+        more: Mapping[int, Any],
+        updates: Parameters,
+        update: Callable[..., tuple[Any, dict[int, Any]]],
+        ready: Sequence[int],
+    ) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any], dict[int, Any]]:
+        """Goes back through the layers.
+
+        Args:
+          cotangents: The cotangents of the outputs, None where there is none.
+          params: The parameters that this scan uses, by their numbers.
+          states: The leaves of the optimizer's state that belong to those in `ready`, by their places.
+          more: Cotangents of these parameters from uses after this one.
+          updates: What says where the layers lie in the state.
+          update: The function `(leaf, gradient, layer, state, index)` that gives the new layer and state.
+          ready: The parameters that have no use before this one, so that they are updated here.
+
+        Returns:
+          The new parameters in `ready`, the new leaves of the state, the gradients of the other parameters, and the
+          cotangents of the inputs by their places.
+        """
+        count = self.carries - self.consts
+        flags = self.wanted[:count]
+        given = self.given
+        moving = [i for i in self.here if self.active[i]]
+        of_consts = [i for i in moving if i < self.consts]
+        of_xs = [i for i in moving if i >= self.carries]
+        ends = [
+            jnp.zeros_like(x) if cotangent is None else cotangent
+            for x, cotangent, flag in zip(
+                given[self.consts : self.carries], cotangents, flags, strict=False
+            )
+            if flag
+        ]
+        of_ys = [
+            (place, cotangent)
+            for place, cotangent in enumerate(cotangents[count:], count)
+            if self.wanted[place]
+        ]
+        leaves = [use.leaf for use in self.raw]
+        late = [leaf for leaf in leaves if leaf not in ready]
+        start = (
+            {leaf: params[leaf] for leaf in ready},
+            dict(states),
+            {leaf: jnp.zeros_like(params[leaf]) for leaf in late},
+            ends,
+            [jnp.zeros_like(given[i]) for i in of_consts],
+            [jnp.zeros_like(given[i]) for i in of_xs],
+        )
+        shapes = {place: self.layer.outs[place] for place, _ in of_ys}
+
+        def step(t, loop):
+            own, states, grads, of_carry, sums, slots = loop
+            i = t if self.reverse else self.length - 1 - t
+            layers = [
+                _take(own[use.leaf] if use.leaf in own else params[use.leaf], use.axis, i)
+                for use in self.raw
+            ]
+            inputs: list[Any] = [*layers]
+            for place in self.here:
+                if place < self.consts:
+                    inputs.append(given[place])
+                elif place < self.carries:
+                    inputs.append(None)
+                else:
+                    inputs.append(_take(given[place], 0, i))
+            back = self.layer.pull(inputs, [_take(x, 0, i) for x in self.kept])
+            ys = [
+                jnp.zeros(shapes[place].shape, shapes[place].aval.dtype)
+                if cotangent is None
+                else _take(cotangent, 0, i)
+                for place, cotangent in of_ys
+            ]
+            found = back([*of_carry, *ys])
+            of_layers, rest = found[: len(layers)], dict(zip(moving, found[len(layers) :], strict=True))
+            own, states, grads = dict(own), dict(states), dict(grads)
+            for use, layer, grad in zip(self.raw, layers, of_layers, strict=True):
+                leaf = use.leaf
+                if leaf in more:
+                    grad = grad + _take(more[leaf], use.axis, i)
+                if leaf in grads:
+                    grads[leaf] = _put(grads[leaf], grad, use.axis, i)
+                    continue
+                mine = updates.owned[leaf]
+                state = {place: _take(states[place], updates.axes[place], i) for place in mine}
+                new, state = update(leaf, grad, layer, state, i)
+                own[leaf] = _put(own[leaf], new, use.axis, i)
+                for place in mine:
+                    states[place] = _put(states[place], state[place], updates.axes[place], i)
+            of_carry = [rest[i] for i in moving if self.consts <= i < self.carries]
+            sums = [a + rest[i] for a, i in zip(sums, of_consts, strict=True)]
+            slots = [_put(a, rest[x], 0, i) for a, x in zip(slots, of_xs, strict=True)]
+            return own, states, grads, of_carry, sums, slots
+
+        with self.node.eqn.ctx.manager:
+            own, states, grads, of_carry, sums, slots = jax.lax.fori_loop(
+                0, self.length, step, start
+            )
+        places = [i for i in moving if self.consts <= i < self.carries]
+        back = dict(zip([*of_consts, *places, *of_xs], [*sums, *of_carry, *slots], strict=True))
+        return own, states, grads, back
+
+
+def uses_of(node: Node, origin: Mapping[Var, Use]) -> dict[int, Use]:
+    """Returns the parameters that a scan takes layer by layer; nothing where it is no stack of layers.
+
+    A stack of layers has at least one matrix in each of them.
+    """
+    if node.name != "scan":
+        return {}
+    consts, carries = scan_counts(node.eqn.params)
+    found = {
+        place: origin[atom]
+        for place, atom in enumerate(node.ins)
+        if place >= consts + carries and isinstance(atom, Var) and atom in origin
+    }
+    if not any(len(node.ins[place].shape) > 2 for place in found):  # type: ignore[union-attr]
+        return {}
+    return found
+
+
+def _first(x: Any) -> jax.Array:
+    return _take(x, 0, 0)
+
+
+def _take(x: Any, axis: int, i: Any) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
+
+
+def _put(x: jax.Array, part: jax.Array, axis: int, i: Any) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(x, part, i, axis)
