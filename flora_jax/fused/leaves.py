@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
+from flora_jax.fused.int8 import is_int8
 from flora_jax.fused.lazy import is_lazy
 from flora_jax.paths import path_name
 
@@ -26,6 +27,8 @@ def trained(tree: Any) -> Any:
     """
 
     def pick(path, x):
+        if is_int8(x):
+            return x
         if isinstance(x, float) and not is_array(x):
             return None if path and isinstance(path[-1], GetAttrKey) else x
         if not is_array(x):
@@ -36,7 +39,7 @@ def trained(tree: Any) -> Any:
             raise ValueError(f"parameters must be real, found {name!r} of dtype {dtype}")
         return x if jnp.issubdtype(dtype, jnp.floating) else None
 
-    return jax.tree_util.tree_map_with_path(pick, tree)
+    return jax.tree_util.tree_map_with_path(pick, tree, is_leaf=is_int8)
 
 
 def without(tree: Any, taken: Any) -> Any:

@@ -24,8 +24,9 @@ from flora_jax.chain import leaf_operations, project
 from flora_jax.fused.leaves import combine, partition
 from flora_jax.fused.program import Atom, Const, Node, Values, Var, flatten, needed
 from flora_jax.paths import path_name
+from flora_jax.rounding import Rounding, check, key_of
 from flora_jax.sharding import explicit, manual
-from flora_jax.update import checked
+from flora_jax.update import checked, rounded
 from flora_jax.update.owners import NotLeafWise, Owners
 from flora_jax.update.slices import Slices, Unsliceable
 
@@ -41,6 +42,7 @@ def apply_gradients(
     *,
     slice_above: int = SLICE_ABOVE,
     shardings: Any = None,
+    rounding: Rounding = "nearest",
     **extra_args: Any,
 ) -> tuple[Any, Any]:
     """Updates the params like `tx.update` and `optax.apply_updates`, but without a tree of updates.
@@ -64,24 +66,31 @@ def apply_gradients(
       slice_above: The number of entries from which on a stacked weight is updated slice by slice.
       shardings: A pytree of `NamedSharding` for the params, with None where one is unknown. Where a stack
         is sharded along its stacked axis (experts), a slice then has one layer from each device.
+      rounding: How new bfloat16 params are rounded: to nearest, or `stochastic`, by which an update much smaller
+        than a param still arrives in the mean. The random numbers come from the counts in the state, so that they are
+        the same on every layout of automatic or explicit mesh axes, and after a restart.
       **extra_args: Further arguments for `tx.update`.
 
     Returns:
       The new params and the new state.
 
     Raises:
-      ValueError: The update of one leaf needs the full gradient of another, or a transformation is given a
+      ValueError: `rounding` is stochastic and there is no count in the state; the update of one leaf needs the full gradient of another, or a transformation is given a
         sketch that cannot take one.
     """
+    check(rounding)
     grads = project.checked(grads, opt_state)
     tx = optax.with_extra_args_support(tx)
     extra_args, other_args = partition(extra_args)
 
     def update(grads, opt_state, params, extra_args):
+        given = opt_state
         updates, opt_state = checked.update(
             tx, grads, opt_state, params, combine(extra_args, other_args)
         )
-        return optax.apply_updates(params, updates), opt_state
+        if rounding == "nearest":
+            return optax.apply_updates(params, updates), opt_state
+        return rounded.apply_updates(params, updates, key_of(given)), opt_state
 
     leaves = jax.tree.leaves(params)
     known = list(map(explicit.sharding_of, leaves))
@@ -108,6 +117,7 @@ def _apply(
     params_in = inputs[starts[2] : starts[3]]
     state_in = inputs[starts[1] : starts[2]]
     nodes, outs = flatten(closed.jaxpr, closed.consts, inputs)
+    nodes = list(map(rounded.runnable, nodes))
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     program = _Program(
         nodes=nodes,
@@ -308,7 +318,7 @@ def _leaf(program: _Program, values: Values, param: Var, goals: list[Atom]) -> l
     """Evaluates what belongs to one leaf, slice by slice if its operations allow it."""
     nodes = needed(values.maker, goals, values.known)
     marks = [node for node in nodes if leaf_operations.of(node.eqn)]
-    stacked = bool(marks) and marks[0].eqn.params["spec"].batch
+    stacked = marks[0].eqn.params["spec"].batch if marks else ()
     if stacked and math.prod(param.shape) >= program.slice_above:
         try:
             return Slices(program, values, param, marks, nodes, goals).run()
@@ -319,6 +329,8 @@ def _leaf(program: _Program, values: Values, param: Var, goals: list[Atom]) -> l
     for node in nodes:
         if leaf_operations.of(node.eqn):
             outs = [leaf_operations.run(node.eqn, *(local(atom) for atom in node.ins))]
+        elif node.name == rounded.NAME and stacked:
+            outs = [rounded.run(*(local(atom) for atom in node.ins), axis=stacked[0])]
         else:
             outs = node.run([local(atom) for atom in node.ins])
         local.known.update(zip(node.outs, outs, strict=True))

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax.fused.int8 import is_int8, outline
 from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import JITS, Atom, Const, Node, Var, flatten
 from flora_jax.sharding.partition import constrain
 from flora_jax.update import pull
-from flora_jax.update.parameters import Parameters, Stack
+from flora_jax.update.parameters import Parameters, Stack, put, take, values
 from flora_jax.update.stack import CHAIN, Scan, Use, uses_of
 
 
@@ -31,9 +32,11 @@ class Program:
 
     def __init__(self, fun: Callable, params: Any, batch: Sequence[Any]):
         """Traces `fun(params, *batch)`, which returns a scalar, or a pair of it and auxiliary data."""
-        self.leaves, self.structure = jax.tree.flatten(params)
+        self.leaves, self.structure = jax.tree.flatten(params, is_leaf=is_int8)
         self.batch = jax.tree.leaves(list(batch))
-        closed, shapes = jax.make_jaxpr(fun, return_shape=True)(params, *batch)
+        closed, shapes = jax.make_jaxpr(fun, return_shape=True)(
+            jax.tree.unflatten(self.structure, map(_traced, self.leaves)), *batch
+        )
         inputs = [Var(aval) for aval in closed.in_avals]
         self.inputs = inputs
         self.params = inputs[: len(self.leaves)]
@@ -130,7 +133,7 @@ class _Walk:
     def forward(self) -> list[Any]:
         program = self.program
         known: dict[Var, Any] = dict(
-            zip(program.inputs, [*self.params, *program.batch], strict=True)
+            zip(program.inputs, [*map(values, self.params), *program.batch], strict=True)
         )
 
         def read(atom: Atom) -> Any:
@@ -238,8 +241,9 @@ class _Walk:
         """Updates a parameter, or one layer of it."""
         sharding = self.shardings[leaf][0 if index is None else 1]
         grad = constrain(grad, sharding)
-        update, state = self.updates.update(leaf, grad, param, state, index)
-        return constrain(self.apply(leaf, param, update, index), sharding), state
+        update, state = self.updates.update(leaf, grad, values(param), state, index)
+        param = self.apply(leaf, param, update, index)
+        return param if is_int8(param) else constrain(param, sharding), state
 
     def _whole(self, leaf: int) -> None:
         """Updates a parameter whose gradient exists as a whole, or is zero."""
@@ -247,31 +251,29 @@ class _Walk:
         grad = self.cotangents.pop(self.program.params[leaf], None)
         state = {place: updates.given[place] for place in updates.owned[leaf]}
         if leaf not in updates.stacks:
-            grad = jnp.zeros_like(param) if grad is None else grad
+            grad = jnp.zeros_like(outline(param)) if grad is None else grad
             self.new[leaf], new = self._one(leaf, grad, param, state, None)
             self.state.update(new)
             return
         stack = updates.stacks[leaf]
 
-        def take(x, axis, i):
-            return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
-
         def step(i, loop):
             param, state = loop
             layer = take(param, stack.axis, i)
-            own = jnp.zeros_like(layer) if grad is None else take(grad, stack.axis, i)
+            own = jnp.zeros_like(outline(layer)) if grad is None else take(grad, stack.axis, i)
             given = {place: take(x, updates.axes[place], i) for place, x in state.items()}
             layer, new = self._one(leaf, own, layer, given, i)
-
-            def put(x, part, axis):
-                return jax.lax.dynamic_update_index_in_dim(x, part, i, axis)
-
-            return put(param, layer, stack.axis), {
-                place: put(x, new[place], updates.axes[place]) for place, x in state.items()
+            return put(param, layer, stack.axis, i), {
+                place: put(x, new[place], updates.axes[place], i) for place, x in state.items()
             }
 
         self.new[leaf], state = jax.lax.fori_loop(0, stack.length, step, (param, state))
         self.state.update(state)
+
+
+def _traced(leaf: Any) -> Any:
+    """Returns what the function is traced with in the place of a parameter."""
+    return outline(leaf) if is_int8(leaf) else leaf
 
 
 def _axis(chain: Sequence[Node]) -> int:

@@ -11,6 +11,7 @@ import optax
 from flora_jax import dtypes
 from flora_jax.chain import leaf_operations, products
 from flora_jax.fused.program import Atom, Values, Var, flatten, needed
+from flora_jax.fused.int8 import is_int8, outline, value
 from flora_jax.paths import path_name
 from flora_jax.update.owners import as_choice
 
@@ -60,7 +61,7 @@ class Parameters:
             for each layer where it must.
         """
         tx = optax.with_extra_args_support(tx)
-        paths = jax.tree_util.tree_flatten_with_path(params)[0]
+        paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_int8)[0]
         self.names = [path_name(path) for path, _ in paths]
         self.stacks = stacks
         layer = _of_layers(params, stacks)
@@ -222,49 +223,57 @@ class Parameters:
             return [values(goal) for goal in goals]
 
 
-def init(
-    tx: optax.GradientTransformation, params: Any, stacks: Mapping[int, Stack]
-) -> Any:
+def init(tx: optax.GradientTransformation, params: Any, stacks: Mapping[int, Stack]) -> Any:
     """Returns the state of an optimizer for which each layer of a stack is a parameter of its own."""
-    layer = _of_layers(params, stacks)
-    outline, structure = jax.tree.flatten(jax.eval_shape(tx.init, layer))
-    plain = [
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
-        for x in jax.tree.leaves(layer)
-    ]
-    first = jax.tree.unflatten(structure, outline)
-    leaves = jax.tree.leaves(params)
+    tx = optax.with_extra_args_support(tx)
+    leaves, tree = jax.tree.flatten(params, is_leaf=is_int8)
     firsts = [
-        jax.lax.index_in_dim(leaf, 0, stacks[i].axis, keepdims=False) if i in stacks else leaf
+        values(take(leaf, stacks[i].axis, 0) if i in stacks else leaf)
         for i, leaf in enumerate(leaves)
     ]
-    del plain
-    tree = jax.tree.structure(params)
-    state = jax.tree.leaves(tx.init(jax.tree.unflatten(tree, firsts)))
-    owned = Parameters(tx, jax.tree.unflatten(tree, jax.tree.leaves(layer)), first, {}, {}).owned
+    first = jax.tree.unflatten(tree, firsts)
+    state, structure = jax.tree.flatten(tx.init(first))
+    owned = Parameters(tx, first, jax.tree.unflatten(structure, state), {}, {}).owned
     for i, stack in stacks.items():
         if not owned[i]:
             continue
 
-        def one(part, i=i):
-            given = jax.tree.unflatten(tree, [*firsts[:i], part, *firsts[i + 1 :]])
+        def one(layer, i=i):
+            given = jax.tree.unflatten(tree, [*firsts[:i], values(layer), *firsts[i + 1 :]])
             found = jax.tree.leaves(tx.init(given))
             return [found[place] for place in owned[i]]
 
         stacked = jax.vmap(one, in_axes=stack.axis, axis_size=stack.length)(leaves[i])
-        for place, value in zip(owned[i], stacked, strict=True):
-            state[place] = value
+        for place, found in zip(owned[i], stacked, strict=True):
+            state[place] = found
     return jax.tree.unflatten(structure, state)
+
+
+def values(leaf: Any) -> Any:
+    """Returns an array as it is, and the one that a `qwix.QArray` stands for."""
+    return value(leaf) if is_int8(leaf) else leaf
+
+
+def take(leaf: Any, axis: int, i: Any) -> Any:
+    """Returns one index along an axis of an array, or of the arrays of a `qwix.QArray`."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False), leaf
+    )
+
+
+def put(leaf: Any, part: Any, axis: int, i: Any) -> Any:
+    """Returns the array, or the arrays of a `qwix.QArray`, with one index along an axis replaced."""
+    return jax.tree.map(
+        lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis), leaf, part
+    )
 
 
 def _of_layers(params: Any, stacks: Mapping[int, Stack]) -> Any:
     """Returns the shapes of the params, each stack with the shape of one layer."""
-    leaves, structure = jax.tree.flatten(params)
-    shapes = [
-        jax.ShapeDtypeStruct(
-            stacks[i].dropped(jnp.shape(leaf)) if i in stacks else jnp.shape(leaf),
-            jnp.result_type(leaf),
-        )
-        for i, leaf in enumerate(leaves)
-    ]
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_int8)
+    shapes = []
+    for i, leaf in enumerate(leaves):
+        whole = outline(leaf)
+        shape = stacks[i].dropped(whole.shape) if i in stacks else whole.shape
+        shapes.append(jax.ShapeDtypeStruct(shape, whole.dtype))
     return jax.tree.unflatten(structure, shapes)

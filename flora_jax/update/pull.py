@@ -1,6 +1,5 @@
 """Pull: the derivative of a part of a function, with what it keeps from the forward pass apart from what can be had again."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +41,6 @@ def vjp(fun: Callable, given: Sequence[Any], active: Sequence[bool]) -> tuple[li
     return outs, pulled
 
 
-@dataclasses.dataclass
 class Layer:
     """The body of a scan with its derivative, as a program.
 

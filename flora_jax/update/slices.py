@@ -14,6 +14,7 @@ from flora_jax.chain.sketch import Spec
 from flora_jax.fused.interpreter import apply
 from flora_jax.fused.program import Atom, Const, Node, Values, Var, needed
 from flora_jax.sharding import manual, partition
+from flora_jax.update import rounded
 
 
 class Unsliceable(Exception):
@@ -60,6 +61,7 @@ _ELEMENTWISE = frozenset(
         "pow",
         "pvary",
         "reduce_precision",
+        rounded.NAME,
         "rem",
         "round",
         "rsqrt",
@@ -243,6 +245,10 @@ class Slices:
             if not sliced and jnp.shape(given) == shape:
                 given = take(given, place)
             ins.append(given)
+        if node.name == rounded.NAME:
+            index = take(jnp.arange(self.length), 0)
+            found[node.outs[0]] = rounded.run(*ins, axis=self.axis, index=index)
+            return
         changes = {}
         for name in ("shape", "new_sizes"):
             if name in node.eqn.params and node.name in ("broadcast_in_dim", "reshape"):

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from flora_jax.fused.int8 import outline
 from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import Node, Var
 from flora_jax.fused.rules.control_flow import scan_counts
 from flora_jax.update import pull
-from flora_jax.update.parameters import Parameters
+from flora_jax.update.parameters import Parameters, put, take, values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Scan:
         """Returns the outputs, given the inputs (None where they are parameters) and all parameters."""
         self.given = given
         consts, first = list(given[: self.consts]), list(given[self.consts : self.carries])
-        stacked = [None if x is None else x for x in given[self.carries :]]
-        shapes = [*consts, *first, *(None if x is None else _first(x) for x in stacked)]
+        rest = (None if x is None else take(x, 0, 0) for x in given[self.carries :])
+        shapes = [*consts, *first, *rest]
         self.raw = sorted({use.leaf: use for use in self.uses.values()}.values(), key=lambda u: u.leaf)
         self.places = {use.leaf: i for i, use in enumerate(self.raw)}
         here = [i for i, x in enumerate(given) if x is not None]
@@ -108,7 +109,7 @@ class Scan:
                 full[i] = use.of_layer(layers[self.places[use.leaf]])
             return self.body(full)
 
-        layers = [_take(params[use.leaf], use.axis, 0) for use in self.raw]
+        layers = [values(take(params[use.leaf], use.axis, 0)) for use in self.raw]
         self.layer = pull.Layer(
             body,
             [*layers, *(shapes[i] for i in here)],
@@ -120,7 +121,7 @@ class Scan:
 
         def step(carry, xs):
             i, rest = xs
-            layers = [_take(params[use.leaf], use.axis, i) for use in self.raw]
+            layers = [values(take(params[use.leaf], use.axis, i)) for use in self.raw]
             outs, kept = self.layer.forward([*layers, *consts, *carry, *rest])
             carry = [x.astype(old.dtype) for x, old in zip(outs, carry, strict=False)]
             return carry, (outs[len(carry) :], kept)
@@ -184,7 +185,7 @@ class Scan:
         start = (
             {leaf: params[leaf] for leaf in ready},
             dict(states),
-            {leaf: jnp.zeros_like(params[leaf]) for leaf in late},
+            {leaf: jnp.zeros_like(outline(params[leaf])) for leaf in late},
             ends,
             [jnp.zeros_like(given[i]) for i in of_consts],
             [jnp.zeros_like(given[i]) for i in of_xs],
@@ -195,22 +196,22 @@ class Scan:
             own, states, grads, of_carry, sums, slots = loop
             i = t if self.reverse else self.length - 1 - t
             layers = [
-                _take(own[use.leaf] if use.leaf in own else params[use.leaf], use.axis, i)
+                take(own[use.leaf] if use.leaf in own else params[use.leaf], use.axis, i)
                 for use in self.raw
             ]
-            inputs: list[Any] = [*layers]
+            inputs: list[Any] = list(map(values, layers))
             for place in self.here:
                 if place < self.consts:
                     inputs.append(given[place])
                 elif place < self.carries:
                     inputs.append(None)
                 else:
-                    inputs.append(_take(given[place], 0, i))
-            back = self.layer.pull(inputs, [_take(x, 0, i) for x in self.kept])
+                    inputs.append(take(given[place], 0, i))
+            back = self.layer.pull(inputs, [take(x, 0, i) for x in self.kept])
             ys = [
                 jnp.zeros(shapes[place].shape, shapes[place].aval.dtype)
                 if cotangent is None
-                else _take(cotangent, 0, i)
+                else take(cotangent, 0, i)
                 for place, cotangent in of_ys
             ]
             found = back([*of_carry, *ys])
@@ -219,19 +220,19 @@ class Scan:
             for use, layer, grad in zip(self.raw, layers, of_layers, strict=True):
                 leaf = use.leaf
                 if leaf in more:
-                    grad = grad + _take(more[leaf], use.axis, i)
+                    grad = grad + take(more[leaf], use.axis, i)
                 if leaf in grads:
-                    grads[leaf] = _put(grads[leaf], grad, use.axis, i)
+                    grads[leaf] = put(grads[leaf], grad, use.axis, i)
                     continue
                 mine = updates.owned[leaf]
-                state = {place: _take(states[place], updates.axes[place], i) for place in mine}
+                state = {place: take(states[place], updates.axes[place], i) for place in mine}
                 new, state = update(leaf, grad, layer, state, i)
-                own[leaf] = _put(own[leaf], new, use.axis, i)
+                own[leaf] = put(own[leaf], new, use.axis, i)
                 for place in mine:
-                    states[place] = _put(states[place], state[place], updates.axes[place], i)
+                    states[place] = put(states[place], state[place], updates.axes[place], i)
             of_carry = [rest[i] for i in moving if self.consts <= i < self.carries]
             sums = [a + rest[i] for a, i in zip(sums, of_consts, strict=True)]
-            slots = [_put(a, rest[x], 0, i) for a, x in zip(slots, of_xs, strict=True)]
+            slots = [put(a, rest[x], 0, i) for a, x in zip(slots, of_xs, strict=True)]
             return own, states, grads, of_carry, sums, slots
 
         with self.node.eqn.ctx.manager:
@@ -261,13 +262,3 @@ def uses_of(node: Node, origin: Mapping[Var, Use]) -> dict[int, Use]:
     return found
 
 
-def _first(x: Any) -> jax.Array:
-    return _take(x, 0, 0)
-
-
-def _take(x: Any, axis: int, i: Any) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
-
-
-def _put(x: jax.Array, part: jax.Array, axis: int, i: Any) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(x, part, i, axis)

@@ -11,14 +11,18 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax.chain import project, recorder
+from flora_jax.chain.keys import fold_path
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import without_cycle
+from flora_jax.fused.int8 import is_int8, requantized, value
 from flora_jax.fused.leaves import combine, partition, refuse_changing_modules, trained, without
 from flora_jax.fused.value_and_grad import value_and_grad
+from flora_jax.rounding import Rounding, applied, check, key_of, random_bits
 from flora_jax.sharding.partition import constrain, known
 from flora_jax.update.apply_gradients import apply_gradients
 from flora_jax.update.backward import Program, value_and_update
 from flora_jax.update.parameters import Parameters
+from flora_jax.update.parameters import init as make_state
 
 
 def make_train_step(
@@ -27,6 +31,7 @@ def make_train_step(
     projection: Projection | None = None,
     *,
     update: Literal["after", "backward"] = "after",
+    rounding: Rounding = "nearest",
     has_aux: bool = False,
     micro_batches: int | None = None,
     donate: bool = True,
@@ -74,6 +79,12 @@ def make_train_step(
         raise ValueError(f"micro_batches must be at least 1, found {micro_batches}")
     if update not in ("after", "backward"):
         raise ValueError(f"update must be 'after' or 'backward', found {update!r}")
+    check(rounding)
+    if update == "backward" and projection is not None:
+        raise ValueError(
+            "projection must be None with update='backward', in which gradients are exact; tx alone says what is "
+            "kept as sketches"
+        )
     if update == "backward" and micro_batches is not None:
         raise ValueError(
             "micro_batches must be None with update='backward', in which each micro-batch is an optimizer step, "
@@ -87,17 +98,26 @@ def make_train_step(
 
         of_params, of_state = shardings
         if update == "backward":
-            params, opt_state, value = _backward(of, tx, params, opt_state, batch, of_params)
+            params, opt_state, value = _backward(
+                of, tx, params, opt_state, batch, of_params, rounding
+            )
             return _put(params, of_params), _put(opt_state, of_state), value
-        taken = _only(projection, recorder.compressed(tx, opt_state, params))
-        gradient = value_and_grad(of, taken, has_aux=has_aux, shardings=of_params)
-        grad_fn = partial(gradient, cycle=project.cycle(opt_state))
+        if projection is None:
+            grad_fn = partial(_gradient, of, has_aux, of_params)
+        else:
+            taken = _only(projection, recorder.compressed(tx, opt_state, params))
+            grad_fn = partial(
+                value_and_grad(of, taken, has_aux=has_aux, shardings=of_params),
+                cycle=project.cycle(opt_state),
+            )
         if micro_batches is None:
             value, grads = grad_fn(params, *batch)
         else:
             value, grads = _mean(grad_fn, params, batch, micro_batches, has_aux)
         grads = without_cycle(grads)  # which is the state's own
-        params, opt_state = apply_gradients(tx, grads, opt_state, params, shardings=of_params)
+        params, opt_state = apply_gradients(
+            tx, grads, opt_state, params, shardings=of_params, rounding=rounding
+        )
         return _put(params, of_params), _put(opt_state, of_state), value
 
     def prepared(params, opt_state, *batch):
@@ -114,20 +134,49 @@ def make_train_step(
         params = combine(own, combine(args[3], args[0].tree()))
         return (params, opt_state, *value) if has_aux else (params, opt_state, value)
 
+    def init(params, *batch):
+        own, held, rest = _parts(params)
+        if update == "after":
+            return tx.init(own)
+
+        def of(params, *batch):
+            return loss(combine(params, combine(held, rest.tree())), *batch)
+
+        return make_state(tx, own, Program(of, own, batch).stacks)
+
+    step.init = init  # type: ignore[attr-defined]
     step.lower = lambda *args: compiled.lower(*prepared(*args))  # type: ignore[attr-defined]
     return step
 
 
-def _backward(of, tx, params, opt_state, batch, shardings) -> tuple[Any, Any, Any]:
+def _gradient(of, has_aux, shardings, params, *batch) -> tuple[Any, Any]:
+    """Returns the value and ordinary gradients, sharded as the params."""
+    value, grads = jax.value_and_grad(of, has_aux=has_aux)(params, *batch)
+    return value, _put(grads, shardings)
+
+
+def _backward(of, tx, params, opt_state, batch, shardings, rounding) -> tuple[Any, Any, Any]:
     """Updates the params in the backward pass."""
     program = Program(of, params, batch)
     updates = Parameters(tx, params, opt_state, program.stacks, {})
-    return value_and_update(program, updates, _applied, shardings)
+    key = key_of(opt_state) if rounding == "stochastic" else None
 
+    def apply(leaf, param, update, index):
+        bits = None
+        if key is not None:
+            own = fold_path(key, updates.names[leaf])
+            own = own if index is None else jax.random.fold_in(own, index)
+            bits = random_bits(own, update.shape)
+        if is_int8(param):
+            x = value(param, jnp.float32) + update.astype(jnp.float32)
+            return requantized(param, x, bits)
+        if bits is None:
+            return optax.apply_updates(param, update)
+        return applied(param, update, bits)
 
-def _applied(leaf: int, param: Any, update: Any, index: Any) -> Any:
-    del leaf, index
-    return optax.apply_updates(param, update)
+    rest = iter(shardings)
+    of_leaves = [[next(rest) for _ in jax.tree.leaves(leaf)][0] for leaf in program.leaves]
+    return value_and_update(program, updates, apply, of_leaves)
 
 
 def _mean(grad_fn: Callable, params: Any, batch: Any, count: int, has_aux: bool) -> Any:

@@ -1,0 +1,131 @@
+"""int8: weights as integers and scales, which are made floating point where they are used.
+
+The format is `qwix.QArray`, of Google's quantization library for JAX. Each block of entries along the input side has
+a scale, in the dtype of the weight.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax import rounding
+from flora_jax.chain.leaf_plan import leaf_plans
+from flora_jax.chain.projection import Projection
+
+LARGEST = 127
+
+
+def to_int8(
+    params: Any, *, block: int = 128, select: Callable[[str, tuple[int, ...]], bool] | None = None
+) -> Any:
+    """Quantizes the matrices of a model, for `flora_jax.make_train_step(..., update="backward")`.
+
+    A step makes each of them floating point where it is used, one layer at a time, and rounds what it writes
+    back at random, so that small updates are not lost.
+
+    Args:
+      params: The params of the model.
+      block: The number of entries along the input side that share a scale.
+      select: Says by name and shape which leaves are quantized. By default they are the matrices that are not
+        an embedding or a head, and whose input side `block` divides.
+
+    Returns:
+      The params, with a `qwix.QArray` in the place of each such leaf. Its `dtype` is that of the weight.
+
+    Raises:
+      ValueError: `block` is below 1, or does not divide the input side of a leaf that `select` names.
+      ModuleNotFoundError: `qwix` is not installed (`pip install flora-jax[quantized]`).
+    """
+    if block < 1:
+        raise ValueError(f"block must be at least 1, found {block}")
+    plain = Projection(1, side="input", min_dim=2, embedding="whole", head="whole", select=select)
+
+    def quantized(plan, leaf):
+        if plan.spec is None:
+            return leaf
+        axis = plan.spec.projected[-1]
+        length = leaf.shape[axis]
+        if length % block:
+            if select is None:
+                return leaf
+            raise ValueError(f"block must divide the {length} of {plan.path!r}, found {block}")
+        import qwix
+
+        shape = tuple(n // block if i == axis else n for i, n in enumerate(leaf.shape))
+        empty = qwix.QArray(jnp.zeros(leaf.shape, jnp.int8), jnp.zeros(shape, leaf.dtype))
+        return requantized(empty, leaf.astype(jnp.float32), None)
+
+    leaves, structure = jax.tree.flatten(params)
+    plans = leaf_plans(params, plain)
+    return jax.tree.unflatten(structure, list(map(quantized, plans, leaves)))
+
+
+def from_int8(params: Any) -> Any:
+    """Returns the params with ordinary arrays in the place of those that `to_int8` made, each in its dtype."""
+    return jax.tree.map(
+        lambda leaf: value(leaf) if is_int8(leaf) else leaf, params, is_leaf=is_int8
+    )
+
+
+def is_int8(leaf: Any) -> bool:
+    """Returns whether a leaf is a `qwix.QArray`."""
+    return type(leaf).__name__ == "QArray" and "qwix" in sys.modules
+
+
+def outline(leaf: Any) -> Any:
+    """Returns the shape and dtype of an array, or of the one that a `qwix.QArray` stands for."""
+    if is_int8(leaf):
+        return jax.ShapeDtypeStruct(leaf.qvalue.shape, leaf.scale.dtype)
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def value(leaf: Any, dtype: Any = None) -> jax.Array:
+    """Computes the array that a `qwix.QArray` stands for, in its own dtype or another."""
+    dtype = leaf.scale.dtype if dtype is None else dtype
+    axis = _axis(leaf)
+    split = _split(leaf.qvalue.astype(dtype), leaf.scale, axis)
+    product = split * jnp.expand_dims(leaf.scale.astype(dtype), axis + 1)
+    return product.reshape(leaf.qvalue.shape)
+
+
+def requantized(leaf: Any, x: jax.Array, bits: Any) -> Any:
+    """Returns a `qwix.QArray` like `leaf` that stands for other numbers.
+
+    Args:
+      leaf: What says the blocks and the dtype.
+      x: The numbers, a float32 array.
+      bits: Random uint32 numbers, of the shape of `x`; None to round to nearest.
+    """
+    axis = _axis(leaf)
+    split = _split(x, leaf.scale, axis)
+    largest = jnp.max(jnp.abs(split), axis + 1, keepdims=True)
+    scale = _rounded_up(largest / LARGEST, leaf.scale.dtype)
+    of_one = jnp.where(scale > 0, scale.astype(jnp.float32), 1.0)
+    numbers = (split / of_one).reshape(x.shape)
+    whole = jnp.round(numbers) if bits is None else rounding.to_integers(numbers, bits)
+    qvalue = jnp.clip(whole, -LARGEST, LARGEST).astype(jnp.int8)
+    return dataclasses.replace(leaf, qvalue=qvalue, scale=jnp.squeeze(scale, axis + 1))
+
+
+def _axis(leaf: Any) -> int:
+    """Returns the axis that is in blocks."""
+    shapes = zip(leaf.qvalue.shape, leaf.scale.shape, strict=True)
+    return next((i for i, (n, m) in enumerate(shapes) if n != m), len(leaf.qvalue.shape) - 2)
+
+
+def _split(x: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
+    count = scale.shape[axis]
+    return x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
+
+
+def _rounded_up(x: jax.Array, dtype: Any) -> jax.Array:
+    """Casts positive float32 numbers to `dtype`, to one that is not smaller."""
+    if dtype == jnp.float32:
+        return jnp.nextafter(x, jnp.where(x > 0, jnp.inf, x))
+    near = x.astype(dtype)
+    return jnp.where(near.astype(x.dtype) < x, jnp.nextafter(near, jnp.full_like(near, math.inf)), near)
