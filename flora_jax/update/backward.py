@@ -19,7 +19,7 @@ from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import JITS, Atom, Const, Node, Var, flatten
 from flora_jax.sharding.partition import constrain
 from flora_jax.update import pull
-from flora_jax.update.parameters import Parameters, Stack, put, take, values
+from flora_jax.update.parameters import Parameters, Stack, replace_each, take, values
 from flora_jax.update.stack import CHAIN, Scan, Use, uses_of
 
 
@@ -257,18 +257,18 @@ class _Walk:
             return
         stack = updates.stacks[leaf]
 
-        def step(i, loop):
-            param, state = loop
-            layer = take(param, stack.axis, i)
-            own = jnp.zeros_like(outline(layer)) if grad is None else take(grad, stack.axis, i)
-            given = {place: take(x, updates.axes[place], i) for place, x in state.items()}
-            layer, new = self._one(leaf, own, layer, given, i)
-            return put(param, layer, stack.axis, i), {
-                place: put(x, new[place], updates.axes[place], i) for place, x in state.items()
-            }
+        axes = {place: updates.axes[place] for place in state}
 
-        self.new[leaf], state = jax.lax.fori_loop(0, stack.length, step, (param, state))
-        self.state.update(state)
+        def compute(i, arrays, rest):
+            given = {place: take(x, axes[place], i) for place, x in arrays[1].items()}
+            layer = take(arrays[0], stack.axis, i)
+            own = jnp.zeros_like(outline(layer)) if grad is None else take(grad, stack.axis, i)
+            return self._one(leaf, own, layer, given, i), rest
+
+        (self.new[leaf], new), _ = replace_each(
+            stack.length, lambda t: t, (param, state), (stack.axis, axes), compute, ()
+        )
+        self.state.update(new)
 
 
 def _traced(leaf: Any) -> Any:

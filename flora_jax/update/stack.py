@@ -13,7 +13,7 @@ from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import Node, Var
 from flora_jax.fused.rules.control_flow import scan_counts
 from flora_jax.update import pull
-from flora_jax.update.parameters import Parameters, put, take, values
+from flora_jax.update.parameters import Parameters, replace_each, take, values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +167,7 @@ class Scan:
         given = self.given
         moving = [i for i in self.here if self.active[i]]
         of_consts = [i for i in moving if i < self.consts]
+        carried = [i for i in moving if self.consts <= i < self.carries]
         of_xs = [i for i in moving if i >= self.carries]
         ends = [
             jnp.zeros_like(x) if cotangent is None else cotangent
@@ -182,23 +183,28 @@ class Scan:
         ]
         leaves = [use.leaf for use in self.raw]
         late = [leaf for leaf in leaves if leaf not in ready]
-        start = (
+        of_leaf = {use.leaf: use.axis for use in self.raw}
+        arrays = (
             {leaf: params[leaf] for leaf in ready},
             dict(states),
             {leaf: jnp.zeros_like(outline(params[leaf])) for leaf in late},
-            ends,
-            [jnp.zeros_like(given[i]) for i in of_consts],
-            [jnp.zeros_like(given[i]) for i in of_xs],
+            {place: jnp.zeros_like(given[place]) for place in of_xs},
+        )
+        axes = (
+            {leaf: of_leaf[leaf] for leaf in ready},
+            {place: updates.axes[place] for place in states},
+            {leaf: of_leaf[leaf] for leaf in late},
+            dict.fromkeys(of_xs, 0),
         )
         shapes = {place: self.layer.outs[place] for place, _ in of_ys}
 
-        def step(t, loop):
-            own, states, grads, of_carry, sums, slots = loop
-            i = t if self.reverse else self.length - 1 - t
-            layers = [
-                take(own[use.leaf] if use.leaf in own else params[use.leaf], use.axis, i)
-                for use in self.raw
-            ]
+        def order(t):
+            return t if self.reverse else self.length - 1 - t
+
+        def compute(i, arrays, loop):
+            of_carry, sums = loop
+            own, states, _, _ = arrays
+            layers = [take(own.get(leaf, params[leaf]), of_leaf[leaf], i) for leaf in leaves]
             inputs: list[Any] = list(map(values, layers))
             for place in self.here:
                 if place < self.consts:
@@ -215,32 +221,36 @@ class Scan:
                 for place, cotangent in of_ys
             ]
             found = back([*of_carry, *ys])
-            of_layers, rest = found[: len(layers)], dict(zip(moving, found[len(layers) :], strict=True))
-            own, states, grads = dict(own), dict(states), dict(grads)
-            for use, layer, grad in zip(self.raw, layers, of_layers, strict=True):
+            rest = dict(zip(moving, found[len(layers) :], strict=True))
+            new, of_states, grads = {}, {}, {}
+            for use, layer, grad in zip(self.raw, layers, found, strict=False):
                 leaf = use.leaf
                 if leaf in more:
                     grad = grad + take(more[leaf], use.axis, i)
-                if leaf in grads:
-                    grads[leaf] = put(grads[leaf], grad, use.axis, i)
+                if leaf in late:
+                    grads[leaf] = grad
                     continue
-                mine = updates.owned[leaf]
-                state = {place: take(states[place], updates.axes[place], i) for place in mine}
-                new, state = update(leaf, grad, layer, state, i)
-                own[leaf] = put(own[leaf], new, use.axis, i)
-                for place in mine:
-                    states[place] = put(states[place], state[place], updates.axes[place], i)
-            of_carry = [rest[i] for i in moving if self.consts <= i < self.carries]
-            sums = [a + rest[i] for a, i in zip(sums, of_consts, strict=True)]
-            slots = [put(a, rest[x], 0, i) for a, x in zip(slots, of_xs, strict=True)]
-            return own, states, grads, of_carry, sums, slots
+                mine = {
+                    place: take(states[place], updates.axes[place], i)
+                    for place in updates.owned[leaf]
+                }
+                new[leaf], mine = update(leaf, grad, layer, mine, i)
+                of_states |= mine
+            of_carry = [rest[place] for place in carried]
+            sums = [a + rest[place] for a, place in zip(sums, of_consts, strict=True)]
+            return (new, of_states, grads, {place: rest[place] for place in of_xs}), (of_carry, sums)
 
         with self.node.eqn.ctx.manager:
-            own, states, grads, of_carry, sums, slots = jax.lax.fori_loop(
-                0, self.length, step, start
+            arrays, (ends, sums) = replace_each(
+                self.length,
+                order,
+                arrays,
+                axes,
+                compute,
+                (ends, [jnp.zeros_like(given[place]) for place in of_consts]),
             )
-        places = [i for i in moving if self.consts <= i < self.carries]
-        back = dict(zip([*of_consts, *places, *of_xs], [*sums, *of_carry, *slots], strict=True))
+        own, states, grads, inputs = arrays
+        back = dict(zip([*of_consts, *carried], [*sums, *ends], strict=True)) | inputs
         return own, states, grads, back
 
 
