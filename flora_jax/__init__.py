@@ -25,6 +25,8 @@ from flora_jax.chain.shrink import shrink as shrink
 from flora_jax.chain.sketch import Sketch as Sketch
 from flora_jax.chain.sketch import Spec as Spec
 from flora_jax.chain.skip_nonfinite import skip_nonfinite as skip_nonfinite
+from flora_jax.fused.int8 import from_int8 as from_int8
+from flora_jax.fused.int8 import to_int8 as to_int8
 from flora_jax.fused.value_and_grad import ValueAndGrad as ValueAndGrad
 from flora_jax.fused.value_and_grad import value_and_grad as value_and_grad
 from flora_jax.sharding.state import state_shardings as state_shardings

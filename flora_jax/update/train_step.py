@@ -17,6 +17,7 @@ from flora_jax.chain.sketch import without_cycle
 from flora_jax.fused.int8 import is_int8, requantized, value
 from flora_jax.fused.leaves import combine, partition, refuse_changing_modules, trained, without
 from flora_jax.fused.value_and_grad import value_and_grad
+from flora_jax.paths import path_name
 from flora_jax.rounding import Rounding, applied, check, key_of, random_bits
 from flora_jax.sharding.partition import constrain, known
 from flora_jax.update.apply_gradients import apply_gradients
@@ -125,6 +126,8 @@ def make_train_step(
         if micro_batches is not None:
             _check_batch(batch, micro_batches)
         own, held, rest = _parts(params)
+        if update == "after":
+            _refuse_int8(own)
         shardings = tuple(tuple(map(known, jax.tree.leaves(tree))) for tree in (own, opt_state))
         return (rest, shardings, own, held, opt_state, *batch)
 
@@ -230,6 +233,14 @@ def _place(leaf: Any) -> Any:
         return first.device, first.unsafe_buffer_pointer()
     except Exception:  # typed keys, deleted arrays, and backends without pointers
         return id(leaf)
+
+
+def _refuse_int8(params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_int8)[0]:
+        if is_int8(leaf):
+            raise ValueError(
+                f"params must be floating point, found {path_name(path)!r} in int8, which update='backward' trains"
+            )
 
 
 def _check_batch(batch: Any, count: int) -> None:

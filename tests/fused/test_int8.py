@@ -1,0 +1,139 @@
+"""Weights in int8: what they stand for, rounding without bias, and training beside floating-point weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flora_jax
+from flora_jax import rounding
+from flora_jax.fused import int8
+from flora_jax.models import llama
+from tests.helpers import assert_close, assert_tree_equal, normal
+
+pytest.importorskip("qwix")
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (4, 17)), jnp.int32)
+
+
+def model_of(dtype=jnp.float32, **changes):
+    shape = llama.Shape(48, 32, 64, 3, 4, 2, dtype, **changes)
+    model = llama.Llama(shape)
+    return (lambda p: llama.loss(model, p, TOKENS)), model.init(jax.random.key(0), TOKENS)["params"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_half_a_step_of_the_block(dtype):
+    """Each number is within half a step of its own, and a step is the largest of its block over 127, to bfloat16's 1/128."""
+    weight = jnp.asarray(normal(0, (3, 64, 5)) * np.geomspace(1e-3, 1e3, 5), dtype)
+    quantized = flora_jax.to_int8({"w": weight}, block=16)["w"]
+    assert quantized.qvalue.shape == weight.shape and quantized.qvalue.dtype == jnp.int8
+    assert quantized.scale.shape == (3, 4, 5) and quantized.scale.dtype == dtype
+    exact = np.asarray(weight, np.float64)
+    found = np.asarray(quantized.qvalue, np.float64).reshape(3, 4, 16, 5)
+    found = (found * np.asarray(quantized.scale, np.float64)[:, :, None]).reshape(weight.shape)
+    largest = np.abs(exact).reshape(3, 4, 16, 5).max(2)
+    assert np.all(np.asarray(quantized.scale, np.float64) >= largest / 127)
+    assert np.all(np.asarray(quantized.scale, np.float64) <= 1.009 * largest / 127)
+    step = np.repeat(largest / 127 * 1.009, 16, axis=1)
+    assert np.all(np.abs(found - exact) <= 0.5 * step)
+    tolerance = 1e-6 if dtype == jnp.float32 else 2**-8
+    np.testing.assert_allclose(
+        np.asarray(flora_jax.from_int8({"w": quantized})["w"], np.float64), found, rtol=tolerance
+    )
+
+
+def test_qwix_reads_it_as_well():
+    qwix = pytest.importorskip("qwix")
+    quantized = flora_jax.to_int8({"w": jnp.asarray(normal(1, (64, 8)))}, block=16)["w"]
+    np.testing.assert_allclose(qwix.dequantize(quantized), int8.value(quantized), rtol=1e-6)
+
+
+def test_rounding_without_bias():
+    """The mean of n roundings is within five standard deviations, half a step each at most, of the number."""
+    weight = jnp.asarray(normal(2, (32, 3)))
+    quantized = flora_jax.to_int8({"w": weight}, block=16)["w"]
+    count = 4000
+
+    def one(seed):
+        bits = rounding.random_bits(jax.random.key(seed), weight.shape)
+        return int8.value(int8.requantized(quantized, weight, bits))
+
+    mean = np.asarray(jax.vmap(one)(jnp.arange(count)).mean(0), np.float64)
+    step = np.repeat(np.asarray(quantized.scale, np.float64), 16, axis=0)
+    assert np.all(np.abs(mean - np.asarray(weight)) <= 5 * 0.5 * step / np.sqrt(count))
+
+
+def test_zeros_stay_zeros():
+    quantized = flora_jax.to_int8({"w": jnp.zeros((32, 3))}, block=16)["w"]
+    np.testing.assert_array_equal(int8.value(quantized), 0)
+
+
+def test_what_is_quantized():
+    """The matrices of the layers; no embedding, head, norm, nor what the block does not divide."""
+    _, params = model_of()
+    quantized = flora_jax.to_int8(params, block=16)
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_flatten_with_path(quantized, is_leaf=int8.is_int8)[0]
+        if int8.is_int8(leaf)
+    ]
+    parts = ("down", "gate", "key", "out", "query", "up", "value")
+    assert names == [f"layers/{part}/kernel" for part in parts]
+    only = flora_jax.to_int8(params, block=16, select=lambda path, _: "up" in path)
+    assert int8.is_int8(only["layers"]["up"]["kernel"])
+    assert not int8.is_int8(only["layers"]["down"]["kernel"])
+    assert not int8.is_int8(flora_jax.to_int8(params, block=48)["layers"]["up"]["kernel"])
+    with pytest.raises(ValueError, match="block must divide the 32 of 'layers/up/kernel', found 48"):
+        flora_jax.to_int8(params, block=48, select=lambda path, _: "up" in path)
+    with pytest.raises(ValueError, match="block must be at least 1, found 0"):
+        flora_jax.to_int8(params, block=0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scan": False}, {"scan": False, "remat": False}], ids=str)
+def test_one_step_is_that_of_the_weights_it_stands_for(changes):
+    loss, params = model_of(**changes)
+    quantized = flora_jax.to_int8(params, block=16)
+    plain = flora_jax.from_int8(quantized)
+    tx = optax.sgd(optax.constant_schedule(0.5))
+    step = flora_jax.make_train_step(
+        loss, tx, update="backward", rounding="stochastic", donate=False
+    )
+    state = step.init(quantized)
+    found, _, value = step(quantized, state)
+    expected, _, expected_value = step(plain, tx.init(plain))
+    assert_close(value, expected_value, 1e-6)
+    kinds = jax.tree.leaves(jax.tree.map(int8.is_int8, found, is_leaf=int8.is_int8))
+    assert sum(kinds) == 7 if not changes else 21
+    largest = max(
+        float(jnp.max(x.scale)) for x in jax.tree.leaves(found, is_leaf=int8.is_int8) if int8.is_int8(x)
+    )
+    for a, b in zip(*map(jax.tree.leaves, (flora_jax.from_int8(found), expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1.01 * largest)
+    again, _, _ = step(quantized, state)
+    assert_tree_equal(found, again)
+
+
+def test_training_beside_float32():
+    """40 steps of Adam: the losses of the weights in int8 stay within 5 % of the others'."""
+    loss, params = model_of()
+    tx = optax.adam(optax.constant_schedule(3e-3))
+    step = flora_jax.make_train_step(loss, tx, update="backward", rounding="stochastic")
+    losses = {}
+    for name, own in (("float32", params), ("int8", flora_jax.to_int8(params, block=16))):
+        own = jax.tree.map(jnp.copy, own)
+        state = step.init(own)
+        for _ in range(40):
+            own, state, value = step(own, state)
+        losses[name] = float(value)
+    assert losses["float32"] < 2.0 < float(loss(params))
+    assert abs(losses["int8"] / losses["float32"] - 1) < 0.05
+
+
+def test_without_update_backward_it_is_refused():
+    loss, params = model_of()
+    quantized = flora_jax.to_int8(params, block=16)
+    tx = optax.sgd(0.1)
+    step = flora_jax.make_train_step(loss, tx)
+    with pytest.raises(ValueError, match=r"'layers/down/kernel'.*int8.*update='backward'"):
+        step(quantized, tx.init(params))
