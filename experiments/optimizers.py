@@ -16,9 +16,9 @@ from flora_jax.chain.projection import Side
 MATRICES, OF_TRAINED = 0.035, 0.01
 """Peak of the learning rate of the matrices that Flora orthogonalizes, in all experiments, from random weights and from
 trained ones. That of all other leaves is searched for, on the same grid as that of the baselines."""
-Method = Literal["flora", "flora_adafactor", "multisteps", "muon", "adam", "galore"]
-"""`flora` is the advised preset, and `flora_adafactor` Adafactor after `decompress`; the others are baselines:
-`multisteps` is uncompressed Adafactor."""
+Method = Literal["flora", "flora_adafactor", "exact", "multisteps", "muon", "adam", "galore"]
+"""`flora` is the advised preset, `flora_adafactor` Adafactor after `decompress`, and `exact` `flora_jax.sketched_muon`,
+which takes exact gradients and does not accumulate; the others are baselines: `multisteps` is uncompressed Adafactor."""
 
 
 def build(
@@ -37,6 +37,7 @@ def build(
     nesterov: bool | None = None,
     at_new_projection: AtNewProjection = "reset",
     iterations: int = 5,
+    block: int | None = None,
     matrices: Any = None,
     clipping: float | None = 1.0,
     decay: float = 0.8,
@@ -61,6 +62,7 @@ def build(
       nesterov: Whether the momentum is Nesterov's; None for the method's own choice.
       at_new_projection: What Flora does to its momentum when the projection changes.
       iterations: Number of Newton-Schulz iterations of Flora.
+      block: The longest side that exact gradients are orthogonalized at, None for all.
       matrices: Learning rate, or a schedule, of the matrices that Flora or Muon orthogonalizes; None for that of all
         other leaves.
       clipping: Adafactor's clipping threshold.
@@ -90,6 +92,17 @@ def build(
         else:
             tx = optax.adam(learning_rate, b2=0.99)
         return optax.MultiSteps(tx, accumulation).gradient_transformation(), None
+    if method == "exact":
+        exact = flora_jax.sketched_muon(
+            learning_rate if matrices is None else matrices,
+            rank=rank,
+            adafactor_learning_rate=learning_rate,
+            iterations=iterations,
+            block=block,
+            seed=seed,
+            **({} if momentum is None else {"momentum": momentum}),
+        )
+        return exact, None
     if method == "galore":
         galore = optax.contrib.galore(learning_rate, rank=rank)
         return optax.MultiSteps(galore, accumulation).gradient_transformation(), None

@@ -37,11 +37,13 @@ FIRST_RATES = {
     "galore": (0.002, 0.004, 0.008),
 }
 """The learning rates with which each method begins."""
-ADAFACTOR = 0.05
-"""The learning rate of leaves that are not orthogonalized in the study of `rates`, which is of the others'."""
+OF_MATRICES = (0.014, 0.02, 0.028)
+"""The learning rates of matrices with which the study `backward` begins."""
+ADAFACTOR = {"rates": 0.05, "backward": 0.015}
+"""The learning rate of leaves that are not orthogonalized in the studies whose grid is of the others' rate."""
 WIDER = 6
 """The number of rates that a grid may grow by."""
-Study = Literal["orthogonal", "choices", "distributions", "rates", "accumulation"]
+Study = Literal["orthogonal", "choices", "distributions", "rates", "accumulation", "backward"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ class Setting:
     """One row of the table. Fields as in `optimizers.build`.
 
     Attributes:
-      part: The rank is the width divided by this.
+      part: The rank is the width divided by this; None for no rank.
+      blocks: Of exact gradients the width is orthogonalized in so many blocks.
     """
 
     method: optimizers.Method = "flora"
-    part: int = 4
+    part: int | None = 4
     side: Side = "input"
     distribution: Distribution = "srtt"
     embedding: Literal["output", "whole", "matrix"] = "whole"
@@ -64,6 +67,7 @@ class Setting:
     at_new_projection: AtNewProjection = "reset"
     iterations: int = 5
     accumulation: int | None = None
+    blocks: int | None = None
 
     def __str__(self) -> str:
         default = Setting(method=self.method, part=self.part)
@@ -72,14 +76,17 @@ class Setting:
             for name, value in asdict(self).items()
             if value != getattr(default, name) and name not in ("method", "part")
         }
-        ranked = self.method in ("flora", "flora_adafactor", "galore")
+        ranked = self.method in ("flora", "flora_adafactor", "galore", "exact") and self.part
         names = [NAMES[self.method] + (f" d/{self.part}" if ranked else "")]
+        if self.method == "exact" and not ranked:
+            names[0] += ", no momentum"
         return ", ".join(names + [f"{name} {value}" for name, value in changed.items()])
 
 
 NAMES = {
     "flora": "orthogonalized",
     "flora_adafactor": "Adafactor after decompress",
+    "exact": "exact gradients, orthogonalized",
     "multisteps": "uncompressed Adafactor",
     "muon": "uncompressed Muon",
     "adam": "uncompressed Adam",
@@ -116,7 +123,8 @@ class Config:
     """How many of the study's settings, from the first; None for all."""
     study: Study = "orthogonal"
     """What is varied: the methods at each rank; the `choices` of the advised preset, one by one; the `distributions`;
-    `rates`, a loss for each of a fixed grid; or whether there is `accumulation`."""
+    `rates`, a loss for each of a fixed grid; whether there is `accumulation`; or, without it, what is done with exact
+    gradients, which a step in the `backward` pass has."""
 
 
 def settings(config: Config) -> list[Setting]:
@@ -163,6 +171,19 @@ def settings(config: Config) -> list[Setting]:
         ]
     if config.study == "rates":
         return ours
+    if config.study == "backward":
+        once = dict(accumulation=1)
+        return [
+            uncompressed,
+            replace(uncompressed, **once),
+            Setting("exact", None, **once),
+            *(Setting("exact", part, **once) for part in config.parts),
+            Setting("muon", momentum=0.9, **once),
+            Setting("exact", None, blocks=2, **once),
+            Setting("exact", None, blocks=4, **once),
+            Setting("exact", None, iterations=3, **once),
+            replace(first, **once),
+        ]
     return [
         replace(one, accumulation=accumulation)
         for accumulation in (config.accumulation, 1)
@@ -181,14 +202,15 @@ def train(config: Config, setting: Setting, seed: int):
 
     def transformation(peak):
         fields = asdict(setting)
-        part = fields.pop("part")
+        part, blocks = fields.pop("part"), fields.pop("blocks")
         of_matrices, others = optimizers.MATRICES, peak
-        if config.study == "rates":
-            of_matrices, others = peak, ADAFACTOR
+        if _of_matrices(config, setting):
+            of_matrices, others = peak, ADAFACTOR[config.study]
         return optimizers.build(
             learning_rate=optimizers.cosine(others, steps // accumulation),
             matrices=optimizers.cosine(of_matrices, steps // accumulation),
-            rank=config.width // part,
+            rank=part and config.width // part,
+            block=blocks and config.width // blocks,
             seed=seed,
             **{**fields, "accumulation": accumulation},
         )
@@ -227,6 +249,11 @@ def train(config: Config, setting: Setting, seed: int):
         return loss if np.isfinite(loss) else float("inf")
 
     return run
+
+
+def _of_matrices(config: Config, setting: Setting) -> bool:
+    """Says whether the grid is of the learning rate of the matrices, rather than of that of all else."""
+    return config.study in ADAFACTOR and setting.method != "multisteps"
 
 
 def table(results: list[dict]) -> str:
@@ -309,7 +336,8 @@ def study(config: Config) -> list[dict]:
         first, *others = config.seeds
 
         trained = None
-        grid, wider = FIRST_RATES[setting.method], WIDER
+        backward = config.study == "backward" and _of_matrices(config, setting)
+        grid, wider = OF_MATRICES if backward else FIRST_RATES[setting.method], WIDER
         if config.study == "rates":
             grid, wider = tuple(float(f"{0.015 * 2 ** (i / 2):.2g}") for i in range(7)), 0
         while rate := rates.next_rate(grid, known(setting, first), wider, _beyond):

@@ -34,7 +34,9 @@ def key_of(opt_state: Any) -> Key[Array, ""]:
     counts = [
         leaf
         for leaf in jax.tree.leaves(opt_state)
-        if hasattr(leaf, "dtype") and jnp.ndim(leaf) == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
+        if hasattr(leaf, "dtype")
+        and jnp.ndim(leaf) == 0
+        and jnp.issubdtype(leaf.dtype, jnp.integer)
     ]
     if not counts:
         raise ValueError(

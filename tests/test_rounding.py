@@ -28,9 +28,7 @@ def test_the_mean_is_the_number(value, part):
     high = np.float32(jnp.nextafter(jnp.asarray(low, jnp.bfloat16), jnp.bfloat16(2 * low)))
     x = np.float32(np.float64(low) + part * (np.float64(high) - np.float64(low)))
     exact = (np.float64(x) - low) / (np.float64(high) - low)
-    found = np.asarray(
-        rounding.to_bfloat16(jnp.full(COUNT, x), bits_of(1, (COUNT,))), np.float32
-    )
+    found = np.asarray(rounding.to_bfloat16(jnp.full(COUNT, x), bits_of(1, (COUNT,))), np.float32)
     assert set(np.unique(found)) <= {low, high}
     deviation = np.sqrt(exact * (1 - exact) / COUNT)
     assert abs(np.mean(found == high) - exact) <= 5 * deviation
@@ -67,9 +65,7 @@ def test_one_of_the_two_numbers_beside(numbers, seed):
 def test_bits_of_all_kinds_are_independent():
     """Of entries side by side, layers, steps and leaves: correlations within five standard deviations."""
     shape = (4, 128, 128)
-    draws = [
-        np.asarray(bits_of(seed, shape, axis=0), np.float64) / 2**32 - 0.5 for seed in (0, 1)
-    ]
+    draws = [np.asarray(bits_of(seed, shape, axis=0), np.float64) / 2**32 - 0.5 for seed in (0, 1)]
     size = 128 * 128
     for one in draws:
         np.testing.assert_allclose(one.mean(), 0, atol=5 / np.sqrt(12 * one.size))
@@ -108,9 +104,7 @@ def stepped(params, steps=200, rounding="stochastic", **settings):
 
     @jax.jit
     def step(params, state):
-        return flora_jax.apply_gradients(
-            tx, grads, state, params, rounding=rounding, **settings
-        )
+        return flora_jax.apply_gradients(tx, grads, state, params, rounding=rounding, **settings)
 
     for _ in range(steps):
         params, state = step(params, state)
@@ -135,11 +129,7 @@ def test_the_same_bits_on_every_layout(compressed):
     """On one device and on eight, sharded along each axis, in slices or not; for compressed stacks and others."""
     params = small()
     projection = flora_jax.Projection(4, min_dim=16)
-    tx = (
-        flora_jax.flora(1e-3, projection=projection)
-        if compressed
-        else optax.adam(1e-3)
-    )
+    tx = flora_jax.flora(1e-3, projection=projection) if compressed else optax.adam(1e-3)
     grads = jax.tree.map(lambda x: jnp.asarray(normal(x.size, x.shape), x.dtype), params)
 
     def after(params, **settings):
@@ -168,7 +158,9 @@ def test_the_same_bits_on_every_layout(compressed):
         }
         found = after(sharded)["layers"]["kernel"]
         same = np.mean(np.asarray(found) == np.asarray(expected["layers"]["kernel"]))
-        assert same > 0.999  # where the update itself differs in its last digits a number may tip over
+        assert (
+            same > 0.999
+        )  # where the update itself differs in its last digits a number may tip over
 
 
 def test_fused_and_micro_steps_between_change_nothing():

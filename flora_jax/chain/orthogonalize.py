@@ -108,10 +108,10 @@ def _matrix(spec: Spec, keys: jax.Array, data: jax.Array, *, iterations: int) ->
     def factor(gram, projection_gram):
         """Returns `Q` of the module's docstring."""
         if isinstance(projection_gram, float):
-            return _inverse_root(gram, iterations) * projection_gram**-0.5
+            return inverse_root(gram, iterations) * projection_gram**-0.5
         lower = jnp.linalg.cholesky(projection_gram)
         inner = _times(lower.T, _times(gram, lower))
-        root = _inverse_root(inner, iterations)
+        root = inverse_root(inner, iterations)
         solved = jax.lax.linalg.triangular_solve(lower, root, left_side=False, lower=True)
         return _times(lower, solved)
 
@@ -121,7 +121,7 @@ def _matrix(spec: Spec, keys: jax.Array, data: jax.Array, *, iterations: int) ->
 _orthogonalize = LeafOperation("flora_orthogonalize", _matrix, expands=False)
 
 
-def _inverse_root(gram: jax.Array, iterations: int) -> jax.Array:
+def inverse_root(gram: jax.Array, iterations: int) -> jax.Array:
     """Returns a polynomial of a positive semidefinite matrix `Y` near `Y^(−1/2)`; zero for zero."""
     one = jnp.eye(gram.shape[0], dtype=gram.dtype)
     largest = jnp.max(jnp.diagonal(gram))  # taken out first: squares of small numbers underflow

@@ -80,6 +80,12 @@ def project(
       The sketch `C`, a float32 array (float64 for a float64 gradient) of shape `spec.data_shape`, or
       `spec.part_data_shape` for a part.
     """
+    return project_with(spec, matrix_keys(spec, cycle), gradient)
+
+
+@dtypes.promoting()
+def project_with(spec: Spec, keys: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Does what `project` does, given `matrix_keys` in place of the cycle."""
 
     def one(axes, key, matrix):
         accumulator = dtypes.sums(matrix.dtype)
@@ -94,7 +100,6 @@ def project(
 
         return axes.loop(add, jnp.zeros(axes.data_shape, accumulator)) * _scale(spec)
 
-    keys = matrix_keys(spec, cycle)
     data = _over_batch(spec, one, keys, gradient, spec.batch, data_batch(spec))
     return manual.total(data, spec.summed)
 

@@ -128,4 +128,6 @@ def _rounded_up(x: jax.Array, dtype: Any) -> jax.Array:
     if dtype == jnp.float32:
         return jnp.nextafter(x, jnp.where(x > 0, jnp.inf, x))
     near = x.astype(dtype)
-    return jnp.where(near.astype(x.dtype) < x, jnp.nextafter(near, jnp.full_like(near, math.inf)), near)
+    return jnp.where(
+        near.astype(x.dtype) < x, jnp.nextafter(near, jnp.full_like(near, math.inf)), near
+    )

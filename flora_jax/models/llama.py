@@ -152,7 +152,7 @@ class Llama(nn.Module):
             layers = stacked(Layer, shape.layers, shape.remat, broadcast=3)
             x, past = layers(shape, name="layers")(x, past, index, positions, mask)
         else:
-            layer = nn.remat(Layer, prevent_cse=False) if shape.remat else Layer
+            layer = nn.remat(Layer) if shape.remat else Layer
             for i in range(shape.layers):
                 x, _ = layer(shape, name=f"layer_{i}")(x, None, None, positions, mask)
         head = Tied(embed) if shape.tied else Dense(shape.vocabulary, shape.dtype, name="head")

@@ -139,6 +139,12 @@ class _Walk:
         def read(atom: Atom) -> Any:
             return atom.value if isinstance(atom, Const) else known[atom]
 
+        # the floating-point values of weights in int8 are not kept for the backward pass
+        quantized = {
+            id(known[var]): leaf
+            for leaf, (var, param) in enumerate(zip(program.params, self.params, strict=True))
+            if is_int8(param)
+        }
         differentiated = set(program.differentiated)
         for node in program.nodes:
             if node in program.uses and node in differentiated:
@@ -156,8 +162,10 @@ class _Walk:
                     for x in node.ins
                 ]
                 with node.eqn.ctx.manager:
-                    outs, back = pull.vjp(node.run, [read(x) for x in node.ins], active)
+                    back = pull.Pull(node.run, [read(x) for x in node.ins], active)
+                back.without(quantized)
                 self.pulls[node] = active, back
+                outs = back.outs
             else:
                 with node.eqn.ctx.manager:
                     outs = node.run([read(x) for x in node.ins])
@@ -177,8 +185,13 @@ class _Walk:
                 back = self._through_layers(node, cotangents)
             else:
                 active, through = self.pulls.pop(node)
+                known = [x for x in cotangents if x is not None]
+
+                def again(leaf, known=known):  # not before the walk is here
+                    return values(jax.lax.optimization_barrier((self.params[leaf], known))[0])
+
                 with node.eqn.ctx.manager:
-                    found = iter(through(cotangents))
+                    found = iter(through.pull(cotangents, again))
                 back = {i: next(found) for i, flag in enumerate(active) if flag}
             for place, cotangent in back.items():
                 var = node.ins[place]
@@ -298,7 +311,9 @@ def _without_chains(
         kept.append(node)
         own = uses.get(node, {})
         wanted.update(
-            atom for place, atom in enumerate(node.ins) if place not in own and isinstance(atom, Var)
+            atom
+            for place, atom in enumerate(node.ins)
+            if place not in own and isinstance(atom, Var)
         )
     return kept[::-1]
 

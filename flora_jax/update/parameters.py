@@ -10,8 +10,8 @@ import optax
 
 from flora_jax import dtypes
 from flora_jax.chain import leaf_operations, products
-from flora_jax.fused.program import Atom, Values, Var, flatten, needed
 from flora_jax.fused.int8 import is_int8, outline, value
+from flora_jax.fused.program import Atom, Values, Var, flatten, needed
 from flora_jax.paths import path_name
 from flora_jax.update.owners import as_choice
 
@@ -81,10 +81,12 @@ class Parameters:
             return tx.update(grads, state, params, **extra_args)
 
         args = (layer, jax.tree.unflatten(self.structure, one), layer, extra_args)
-        with leaf_operations.as_one_operation():
+        with leaf_operations.as_one_operation(projections=True):
             closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
         if jax.tree.structure(shapes[1]) != self.structure:
-            raise ValueError("tx must keep the structure of its state in each update, found another")
+            raise ValueError(
+                "tx must keep the structure of its state in each update, found another"
+            )
         inputs = [Var(aval) for aval in closed.in_avals]
         count, states = len(self.names), len(self.given)
         self.grads, rest = inputs[:count], inputs[count:]
@@ -101,7 +103,11 @@ class Parameters:
         count = len(self.names)
         owner: dict[int, frozenset[int]] = {}
         while True:  # what a leaf of the state belongs to, all that is computed from it does
-            of = {var: frozenset([i]) for vars in (self.grads, self.params) for i, var in enumerate(vars)}
+            of = {
+                var: frozenset([i])
+                for vars in (self.grads, self.params)
+                for i, var in enumerate(vars)
+            }
             of |= {self.state[place]: found for place, found in owner.items()}
             self.maker: dict[Var, Any] = {}
             pending = list(nodes)[::-1]
@@ -256,9 +262,7 @@ def values(leaf: Any) -> Any:
 
 def take(leaf: Any, axis: int, i: Any) -> Any:
     """Returns one index along an axis of an array, or of the arrays of a `qwix.QArray`."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False), leaf
-    )
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False), leaf)
 
 
 def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: Callable, rest: Any):
@@ -306,9 +310,7 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
 
 def put(leaf: Any, part: Any, axis: int, i: Any) -> Any:
     """Returns the array, or the arrays of a `qwix.QArray`, with one index along an axis replaced."""
-    return jax.tree.map(
-        lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis), leaf, part
-    )
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis), leaf, part)
 
 
 def _of_layers(params: Any, stacks: Mapping[int, Stack]) -> Any:

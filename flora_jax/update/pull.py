@@ -1,6 +1,7 @@
 """Pull: the derivative of a part of a function, with what it keeps from the forward pass apart from what can be had again."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,26 +20,49 @@ def zeros_for(value: Any) -> Any:
     return np.zeros(jnp.shape(value), dtypes.float0)
 
 
-def vjp(fun: Callable, given: Sequence[Any], active: Sequence[bool]) -> tuple[list[Any], Callable]:
-    """Returns the outputs of a function of a list, and a function from their cotangents to those of its active inputs."""
+class Pull:
+    """The derivative of one operation at some inputs.
 
-    def of(*moving):
-        moving = iter(moving)
-        return fun([next(moving) if flag else x for x, flag in zip(given, active, strict=True)])
+    Attributes:
+      outs: What the operation returned.
+    """
 
-    outs, pull = jax.vjp(of, *(x for x, flag in zip(given, active, strict=True) if flag))
+    def __init__(self, fun: Callable, given: Sequence[Any], active: Sequence[bool]):
+        """Differentiates a function from a list to a list, at a list of which some are active."""
 
-    def pulled(cotangents):
-        return list(
-            pull(
-                [
-                    zeros_for(out) if cotangent is None else cotangent
-                    for out, cotangent in zip(outs, cotangents, strict=True)
-                ]
-            )
-        )
+        def of(*moving):
+            moving = iter(moving)
+            return fun([next(moving) if flag else x for x, flag in zip(given, active, strict=True)])
 
-    return outs, pulled
+        self.outs, pull = jax.vjp(of, *(x for x, f in zip(given, active, strict=True) if f))
+        self.leaves, self.structure = jax.tree.flatten(pull)
+
+    def without(self, values: Mapping[int, Any]) -> None:
+        """Forgets arrays that can be had again, given by their `id`, each with what `pull` is to be given for it."""
+        self.leaves = [
+            Again(values[id(leaf)]) if id(leaf) in values else leaf for leaf in self.leaves
+        ]
+
+    def pull(self, cotangents: Sequence[Any], again: Callable[[Any], Any]) -> list[Any]:
+        """Returns the cotangents of the active inputs, given those of the outputs; None stands for zero.
+
+        Args:
+          cotangents: The cotangents.
+          again: The function that gives an array that was forgotten.
+        """
+        leaves = [again(leaf.what) if isinstance(leaf, Again) else leaf for leaf in self.leaves]
+        cotangents = [
+            zeros_for(out) if cotangent is None else cotangent
+            for out, cotangent in zip(self.outs, cotangents, strict=True)
+        ]
+        return list(jax.tree.unflatten(self.structure, leaves)(cotangents))
+
+
+@dataclasses.dataclass(frozen=True)
+class Again:
+    """Stands for an array that is computed again."""
+
+    what: Any
 
 
 class Layer:

@@ -43,7 +43,9 @@ def run(param: Any, update: Any, words: Any, axis: int | None = None, index: Any
       index: The layers that the arrays have; None for all.
     """
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
-    if own := sorted(manual.varying(param)):  # parts of it, whose places in the whole are not known here
+    if own := sorted(
+        manual.varying(param)
+    ):  # parts of it, whose places in the whole are not known here
         key = jax.random.fold_in(key, manual.index(own))
     bits = rounding.random_bits(key, param.shape, axis, index)
     return rounding.applied(param, update, bits)

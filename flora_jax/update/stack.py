@@ -95,7 +95,9 @@ class Scan:
         consts, first = list(given[: self.consts]), list(given[self.consts : self.carries])
         rest = (None if x is None else take(x, 0, 0) for x in given[self.carries :])
         shapes = [*consts, *first, *rest]
-        self.raw = sorted({use.leaf: use for use in self.uses.values()}.values(), key=lambda u: u.leaf)
+        self.raw = sorted(
+            {use.leaf: use for use in self.uses.values()}.values(), key=lambda u: u.leaf
+        )
         self.places = {use.leaf: i for i, use in enumerate(self.raw)}
         here = [i for i, x in enumerate(given) if x is not None]
         self.here = here
@@ -238,7 +240,10 @@ class Scan:
                 of_states |= mine
             of_carry = [rest[place] for place in carried]
             sums = [a + rest[place] for a, place in zip(sums, of_consts, strict=True)]
-            return (new, of_states, grads, {place: rest[place] for place in of_xs}), (of_carry, sums)
+            return (new, of_states, grads, {place: rest[place] for place in of_xs}), (
+                of_carry,
+                sums,
+            )
 
         with self.node.eqn.ctx.manager:
             arrays, (ends, sums) = replace_each(
@@ -270,5 +275,3 @@ def uses_of(node: Node, origin: Mapping[Var, Use]) -> dict[int, Use]:
     if not any(len(node.ins[place].shape) > 2 for place in found):  # type: ignore[union-attr]
         return {}
     return found
-
-

@@ -1,6 +1,7 @@
 """make_train_step: fused gradients and the update leaf by leaf, put together in a compiled training step."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -178,8 +179,8 @@ def _backward(of, tx, params, opt_state, batch, shardings, rounding) -> tuple[An
         return applied(param, update, bits)
 
     rest = iter(shardings)
-    of_leaves = [[next(rest) for _ in jax.tree.leaves(leaf)][0] for leaf in program.leaves]
-    return value_and_update(program, updates, apply, of_leaves)
+    groups = [tuple(itertools.islice(rest, len(jax.tree.leaves(x)))) for x in program.leaves]
+    return value_and_update(program, updates, apply, [first for first, *_ in groups])
 
 
 def _mean(grad_fn: Callable, params: Any, batch: Any, count: int, has_aux: bool) -> Any:

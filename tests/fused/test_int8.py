@@ -84,7 +84,9 @@ def test_what_is_quantized():
     assert int8.is_int8(only["layers"]["up"]["kernel"])
     assert not int8.is_int8(only["layers"]["down"]["kernel"])
     assert not int8.is_int8(flora_jax.to_int8(params, block=48)["layers"]["up"]["kernel"])
-    with pytest.raises(ValueError, match="block must divide the 32 of 'layers/up/kernel', found 48"):
+    with pytest.raises(
+        ValueError, match="block must divide the 32 of 'layers/up/kernel', found 48"
+    ):
         flora_jax.to_int8(params, block=48, select=lambda path, _: "up" in path)
     with pytest.raises(ValueError, match="block must be at least 1, found 0"):
         flora_jax.to_int8(params, block=0)
@@ -106,7 +108,9 @@ def test_one_step_is_that_of_the_weights_it_stands_for(changes):
     kinds = jax.tree.leaves(jax.tree.map(int8.is_int8, found, is_leaf=int8.is_int8))
     assert sum(kinds) == 7 if not changes else 21
     largest = max(
-        float(jnp.max(x.scale)) for x in jax.tree.leaves(found, is_leaf=int8.is_int8) if int8.is_int8(x)
+        float(jnp.max(x.scale))
+        for x in jax.tree.leaves(found, is_leaf=int8.is_int8)
+        if int8.is_int8(x)
     )
     for a, b in zip(*map(jax.tree.leaves, (flora_jax.from_int8(found), expected)), strict=True):
         np.testing.assert_allclose(a, b, atol=1.01 * largest)
@@ -137,3 +141,22 @@ def test_without_update_backward_it_is_refused():
     step = flora_jax.make_train_step(loss, tx)
     with pytest.raises(ValueError, match=r"'layers/down/kernel'.*int8.*update='backward'"):
         step(quantized, tx.init(params))
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("scan", [True, False])
+def test_no_second_copy_of_the_weights(scan):
+    """What the program needs beside its arguments is less than a fifth of the weights in bfloat16."""
+    shape = llama.Shape(48, 128, 512, 24, 4, 4, jnp.bfloat16, scan=scan)
+    model = llama.Llama(shape)
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    quantized = jax.eval_shape(flora_jax.to_int8, params)
+    tx = optax.sgd(optax.constant_schedule(0.1))
+    state = jax.eval_shape(tx.init, params)
+    step = flora_jax.make_train_step(
+        lambda p: llama.loss(model, p, TOKENS), tx, update="backward", rounding="stochastic"
+    )
+    memory = step.lower(quantized, state).compile().memory_analysis()
+    weights = sum(x.size * 2 for x in jax.tree.leaves(params))
+    assert memory.argument_size_in_bytes < 0.6 * weights
+    assert memory.temp_size_in_bytes < 0.2 * weights

@@ -1,6 +1,5 @@
 """make_train_step(update="backward"): the ordinary step's result, with no gradient that outlives its layer."""
 
-
 import dataclasses
 import re
 
@@ -42,9 +41,7 @@ def compare(loss, params, tx=None, batch=(), tolerance=2e-5):
     if tx is None:
         tx = optax.sgd(1.0)
     ordinary = steps_of(ordinary_step(loss, tx), tx, params, batch)
-    ours = steps_of(
-        flora_jax.make_train_step(loss, tx, update="backward"), tx, params, batch
-    )
+    ours = steps_of(flora_jax.make_train_step(loss, tx, update="backward"), tx, params, batch)
     np.testing.assert_allclose(ours[2], ordinary[2], rtol=1e-4)
     moved = jax.tree.map(lambda a, b: a - b, ordinary[0], params)
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved)) > 1e-4
@@ -329,7 +326,9 @@ def test_a_state_of_whole_stacks_is_refused():
         return jnp.mean(jax.lax.scan(step, X, (p["layers"], p["scales"]))[0] ** 2)
 
     step = flora_jax.make_train_step(loss, tx, update="backward")
-    with pytest.raises(ValueError, match=r"'scales'.*each layer is a parameter.*step\.init\(params"):
+    with pytest.raises(
+        ValueError, match=r"'scales'.*each layer is a parameter.*step\.init\(params"
+    ):
         step(params, tx.init(params))
     state = step.init(params)
     before = float(loss(params))
@@ -367,7 +366,9 @@ def test_arguments():
     with pytest.raises(ValueError, match="rounding must be 'nearest' or 'stochastic', found 'up'"):
         make(update="backward", rounding="up")
     with pytest.raises(ValueError, match=r"count.*constant_schedule"):
-        make(update="backward", rounding="stochastic")(jnp.ones(3), optax.sgd(0.1).init(jnp.ones(3)))
+        make(update="backward", rounding="stochastic")(
+            jnp.ones(3), optax.sgd(0.1).init(jnp.ones(3))
+        )
 
 
 def test_auxiliary_data_and_params_without_a_use():
@@ -448,5 +449,3 @@ def test_without_a_projection_after_the_backward_pass():
     expected = steps_of(ordinary_step(loss, tx), tx, params, ())
     found = steps_of(flora_jax.make_train_step(loss, tx), tx, params, ())
     assert_tree_close(found[0], expected[0], 1e-4)
-
-
