@@ -11,7 +11,7 @@ from flora_jax.chain.polar import MATRICES, polar
 from flora_jax.chain.projection import Projection, as_int
 from flora_jax.chain.storage import StateDtype
 
-DECAY, KAPPA = 0.9, 256
+DECAY, KAPPA = 0.8, 256
 
 
 def sketched_muon(
