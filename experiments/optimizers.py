@@ -99,6 +99,7 @@ def build(
             adafactor_learning_rate=learning_rate,
             iterations=iterations,
             block=block,
+            min_dim=2,
             seed=seed,
             **({} if momentum is None else {"momentum": momentum}),
         )

@@ -13,6 +13,7 @@ accumulated micro-steps, without its SVD, which libtpu had not compiled after tw
 bound.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -50,13 +51,15 @@ class Config:
     length: int = 2048
     """Number of tokens in a window."""
     batch: int = 1
-    """Number of windows in a micro-step."""
+    """Number of windows in a micro-step; sharded over the chips where they divide it."""
     chips: int = 1
     """Number of chips over which every weight is sharded, along its largest axis that they divide."""
     only: str = ""
     """A part of a name; only methods whose name has it are compiled."""
     out: Path | None = None
     """A file to write the table to."""
+    text: Path | None = None
+    """A folder for the programs' HLO."""
 
 
 def flora(rank: int, fused: bool = True):
@@ -71,6 +74,21 @@ def flora(rank: int, fused: bool = True):
         return tx, ordinary_step(loss, tx).lower
 
     return build
+
+
+def backward(tx: optax.GradientTransformation, int8: bool = False):
+    """Builds the step that updates each parameter by its exact gradient inside the backward pass."""
+
+    def build(loss: Callable):
+        rounding = "stochastic" if int8 else "nearest"
+        return tx, flora_jax.make_train_step(loss, tx, update="backward", rounding=rounding).lower
+
+    return build
+
+
+def ordinary(tx: optax.GradientTransformation):
+    """Builds the step that has all gradients before the first update, without accumulation."""
+    return lambda loss: (tx, ordinary_step(loss, tx).lower)
 
 
 def multisteps(inner: optax.GradientTransformation):
@@ -134,7 +152,14 @@ def adapted(adapter: Adapter):
 
 LORA = lora(Projection(128, side="input", select=lambda path, shape: "layers" in path))
 WITH_LORA = adapted(LORA)
+ADAFACTOR = optax.adafactor(optax.constant_schedule(1e-3))
+INT8 = "Exact gradients, Adafactor, int8 weights"
 METHODS = {
+    "Exact gradients, Adafactor": backward(ADAFACTOR),
+    "Exact gradients, no state": backward(flora_jax.sketched_muon(1e-3)),
+    "Exact gradients, momentum of rank 256": backward(flora_jax.sketched_muon(1e-3, rank=256)),
+    INT8: backward(ADAFACTOR, int8=True),
+    "Adafactor, no accumulation": ordinary(ADAFACTOR),
     "Flora, fused, rank 128": flora(128),
     "Flora, fused, rank 256": flora(256),
     "Flora, ordinary gradients, rank 128": flora(128, fused=False),
@@ -159,6 +184,9 @@ def measure(config: Config, build, chip: str) -> topology.Program | None:
     """Compiles a step for a kind of chip; gives None where it does not fit."""
     model = families.module(NAMED[config.model])
     mesh = topology.mesh(chip, (config.chips,))
+    batched = config.chips > 1 and config.batch % config.chips == 0
+    if batched:
+        model = families.module(dataclasses.replace(model.shape, sharded=("data",)))
 
     def sharded(tree):
         shardings = jax.tree.map(
@@ -171,10 +199,13 @@ def measure(config: Config, build, chip: str) -> topology.Program | None:
     if build is WITH_LORA:
         params = (params, jax.eval_shape(partial(LORA.init, jax.random.key(0)), params))
     state = jax.eval_shape(tx.init, params)
+    if build is METHODS[INT8]:
+        params = jax.eval_shape(flora_jax.to_int8, params)
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    lowered = lower(sharded(params), sharded(state), topology.placed(windows, everywhere))
-    return topology.compile_(lowered)
+    over = NamedSharding(mesh, PartitionSpec("data") if batched else PartitionSpec())
+    with jax.set_mesh(mesh):
+        lowered = lower(sharded(params), sharded(state), topology.placed(windows, over))
+    return topology.compile_(lowered, config.text is not None)
 
 
 def main(config: Config) -> None:
@@ -188,6 +219,9 @@ def main(config: Config) -> None:
         gib = f"{program.gib:.2f}" if program else "over 95"
         seconds = f"{program.seconds:.0f}" if program else "-"
         rows.append((name, gib, fits, seconds))
+        if program and config.text:
+            config.text.mkdir(parents=True, exist_ok=True)
+            (config.text / f"{name}.txt".replace(" ", "_")).write_text(program.text)
         Console().print(*rows[-1])
     heads = ["method", "GiB a chip", f"fits {topology.HBM} GiB", "seconds to compile"]
     title = (

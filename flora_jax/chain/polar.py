@@ -15,8 +15,13 @@ from flora_jax.chain.projection import Projection, as_int
 from flora_jax.chain.sketch import Spec
 from flora_jax.chain.transformation import transformation
 
-MATRICES = Projection(1, side="input", min_dim=2, embedding="whole", head="whole")
-"""It has a `Spec` for each matrix that is no embedding and no head, which says its inputs and its outputs."""
+
+def matrices_of(min_dim: int = 128) -> Projection:
+    """Returns a `Projection` with a `Spec` for each matrix that is no embedding and no head, of at least these sides."""
+    return Projection(1, side="input", min_dim=min_dim, embedding="whole", head="whole")
+
+
+MATRICES = matrices_of()
 
 
 def polar(

@@ -1,5 +1,6 @@
 """sketched_muon: Muon on exact gradients, with its momentum as a sketch, or with none."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import optax
 
 from flora_jax.chain.exact_momentum import exact_momentum
 from flora_jax.chain.leaf_plan import leaf_plans
-from flora_jax.chain.polar import MATRICES, polar
+from flora_jax.chain.polar import matrices_of, polar
 from flora_jax.chain.projection import Projection, as_int
 from flora_jax.chain.storage import StateDtype
 
@@ -24,6 +25,7 @@ def sketched_muon(
     block: int | None = None,
     weight_decay: float | None = None,
     adafactor_learning_rate: optax.ScalarOrSchedule | None = None,
+    min_dim: int = 128,
     state_dtype: StateDtype = "float32",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,6 +45,7 @@ def sketched_muon(
       block: The longest side that is orthogonalized at once; see `polar`.
       weight_decay: The share of each matrix that is subtracted, times the learning rate.
       adafactor_learning_rate: The learning rate of Adafactor, where it shall be another.
+      min_dim: Matrices with a shorter side than this have Adafactor, so that stacks of vectors are none.
       state_dtype: The dtype of the sketches.
       seed: The seed of the projections.
 
@@ -54,7 +57,7 @@ def sketched_muon(
 
     Examples:
       >>> import flora_jax, jax.numpy as jnp
-      >>> tx = flora_jax.sketched_muon(0.02, rank=4)
+      >>> tx = flora_jax.sketched_muon(0.02, rank=4, min_dim=8)
       >>> loss = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
       >>> step = flora_jax.make_train_step(loss, tx, update="backward")
       >>> params = {"kernel": jnp.ones((16, 8))}
@@ -73,19 +76,22 @@ def sketched_muon(
             embedding="whole",
             head="whole",
             resample_every=resample_every,
-            min_dim=2,
+            min_dim=min_dim,
             seed=as_int(seed),
         )
         own.append(exact_momentum(momentum, projection, dtype=state_dtype))
-    own.append(polar(iterations, block=block))
+    matrices = matrices_of(min_dim)
+    own.append(polar(iterations, block=block, matrices=matrices))
     if weight_decay is not None:
         own.append(optax.add_decayed_weights(weight_decay))
     own.append(optax.scale_by_learning_rate(learning_rate))
     rate = learning_rate if adafactor_learning_rate is None else adafactor_learning_rate
-    return optax.partition({"matrix": optax.chain(*own), "other": optax.adafactor(rate)}, _kinds)
+    return optax.partition(
+        {"matrix": optax.chain(*own), "other": optax.adafactor(rate)}, partial(_kinds, matrices)
+    )
 
 
-def _kinds(tree: Any) -> Any:
+def _kinds(matrices: Projection, tree: Any) -> Any:
     """Says of each leaf whether it is a matrix."""
-    names = ["matrix" if plan.spec else "other" for plan in leaf_plans(tree, MATRICES)]
+    names = ["matrix" if plan.spec else "other" for plan in leaf_plans(tree, matrices)]
     return jax.tree.unflatten(jax.tree.structure(tree), names)
