@@ -7,10 +7,8 @@ turn in one process; times are medians, as ratios to Adafactor after `decompress
 advised preset before sketches were orthogonalized. Bytes of state are beside them.
 """
 
-import time
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import jax
@@ -21,7 +19,7 @@ from rich.console import Console
 
 import flora_jax
 from experiments import optimizers, report
-from experiments.bench import setting
+from experiments.bench import interleaved, setting
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.models import llama
@@ -91,24 +89,14 @@ def main(config: Config) -> None:
         step: Any = ordinary_step(loss, tx)
         if projection is not None:
             step = flora_jax.make_train_step(loss, tx, projection)
-        held[name] = (step, jax.tree.map(jnp.copy, params), tx.init(params))
-    seconds: dict[tuple[str, int], list[float]] = {
-        (name, kind): [] for name in held for kind in range(EVERY)
-    }
-    for count in range(EVERY * (config.rounds + 1)):
-        for name, (step, own, state) in held.items():
-            start = time.perf_counter()
-            own, state, _ = jax.block_until_ready(step(own, state, windows))
-            if count >= EVERY:
-                seconds[name, count % EVERY].append(time.perf_counter() - start)
-            held[name] = (step, own, state)
-    times = {key: median(found) for key, found in seconds.items()}
+        held[name] = (step, params, tx.init(params))
+    times = interleaved.seconds(held, (windows,), config.rounds, EVERY)
     base, size = next(iter(held)), tree_bytes(params)
     rows = [
         (
             name,
-            *(f"{times[name, kind]:.3f}" for kind in range(EVERY)),
-            *(f"{times[name, kind] / times[base, kind]:.3f}" for kind in range(EVERY)),
+            *(f"{times[name][kind]:.3f}" for kind in range(EVERY)),
+            *(f"{times[name][kind] / times[base][kind]:.3f}" for kind in range(EVERY)),
             f"{tree_bytes(state) / size:.3f}",
         )
         for name, (_, _, state) in held.items()

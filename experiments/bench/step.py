@@ -9,11 +9,9 @@ weight `n × m` alone has the ratio 2/3 + (r/3)(1/m + 1/n), 0.708 where it is sq
 weight (attention scores, norms, the loss) costs what it did.
 """
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jax
@@ -25,7 +23,7 @@ from rich.console import Console
 
 import flora_jax
 from experiments import report
-from experiments.bench import setting
+from experiments.bench import interleaved, setting
 from flora_jax.models import llama
 from flora_jax.models.families import outline
 from flora_jax.update.ordinary_step import ordinary_step
@@ -103,16 +101,9 @@ def measure(config: Config, variant: dict) -> dict[str, tuple[float, float]]:
     for name, (step, state) in steps(config, model, params).items():
         compiled = step.lower(params, state, windows).compile()
         figures[name] = compiled.memory_analysis().temp_size_in_bytes
-        held[name] = (step, jax.tree.map(jnp.copy, params), state)
-    seconds: dict[str, list[float]] = {name: [] for name in held}
-    for round_ in range(config.rounds + 1):
-        for name, (step, own, state) in held.items():
-            start = time.perf_counter()
-            own, state, _ = jax.block_until_ready(step(own, state, windows))
-            if round_:  # the first one compiles
-                seconds[name].append(time.perf_counter() - start)
-            held[name] = (step, own, state)
-    return {name: (median(seconds[name]), figures[name]) for name in held}
+        held[name] = (step, params, state)
+    found = interleaved.seconds(held, (windows,), config.rounds)
+    return {name: (one, figures[name]) for name, (one,) in found.items()}
 
 
 def main(config: Config) -> None:

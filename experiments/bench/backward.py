@@ -1,0 +1,127 @@
+"""This command compares the time of a step that updates in the backward pass with that of an ordinary one.
+
+    python -m experiments.bench.backward
+
+The model is a LLaMA, every step is an optimizer step, all run in turn in one process, and times are medians. The first table is
+of where the update is, under Adafactor in float32; the second of how bfloat16 weights are kept and rounded; the third of what is
+done with the exact gradient. CPUs have no arithmetic in bfloat16, so only ratios within a table mean something.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+
+import flora_jax
+from experiments import report
+from experiments.bench import interleaved, setting
+from flora_jax.models import llama
+from flora_jax.update.ordinary_step import ordinary_step
+
+VARIANTS = {
+    "unrolled": {"scan": False, "remat": False},
+    "scan": {"scan": True, "remat": False},
+    "scan and remat": {"scan": True, "remat": True},
+}
+WEIGHTS = {
+    "bfloat16": (False, "nearest"),
+    "bfloat16, stochastic": (False, "stochastic"),
+    "int8, stochastic": (True, "stochastic"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the model and of a step."""
+
+    width: int = 512
+    """Width of the model."""
+    layers: int = 4
+    """Number of layers."""
+    batch: int = 8
+    """Number of windows in a step."""
+    length: int = 128
+    """Number of tokens in a window."""
+    rounds: int = 9
+    """Number of timed steps, after one that compiles."""
+
+
+def adafactor() -> optax.GradientTransformation:
+    return optax.adafactor(optax.constant_schedule(1e-3))
+
+
+def compare(config: Config, title: str, build: Any, dtype: Any, variant: dict) -> None:
+    """Prints a table of steps; `build` gives them by name, from the loss and the params."""
+    model = setting.small(config.width, config.layers, dtype=dtype, **variant)
+    windows = jnp.asarray(
+        np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
+    )
+    params = jax.jit(model.init)(jax.random.key(0), windows[:, :8])["params"]
+    steps = build(partial(llama.loss, model), params, windows)
+    found = interleaved.seconds(steps, (windows,), config.rounds)
+    (base,) = next(iter(found.values()))
+    rows = [(name, f"{one:.3f}", f"{one / base:.3f}") for name, (one,) in found.items()]
+    heads = ["step", "seconds", "ratio"]
+    Console(width=100).print(report.table(title, heads, rows))
+
+
+def where(loss: Any, params: Any, windows: Any) -> dict[str, tuple[Any, Any, Any]]:
+    del windows
+    tx = adafactor()
+    return {
+        "ordinary": (ordinary_step(loss, tx), params, tx.init(params)),
+        "in the backward pass": (
+            flora_jax.make_train_step(loss, tx, update="backward"),
+            params,
+            tx.init(params),
+        ),
+    }
+
+
+def weights(loss: Any, params: Any, windows: Any) -> dict[str, tuple[Any, Any, Any]]:
+    found = {}
+    for name, (quantized, rounding) in WEIGHTS.items():
+        step: Any = flora_jax.make_train_step(
+            loss, adafactor(), update="backward", rounding=rounding
+        )
+        own = flora_jax.to_int8(params) if quantized else params
+        found[name] = (step, own, step.init(own, windows))
+    return found
+
+
+def gradients(config: Config):
+    def build(loss: Any, params: Any, windows: Any) -> dict[str, tuple[Any, Any, Any]]:
+        rows = {
+            "Adafactor": adafactor(),
+            "orthogonalized, no state": flora_jax.sketched_muon(1e-3),
+            "orthogonalized, three iterations": flora_jax.sketched_muon(1e-3, iterations=3),
+            "orthogonalized, two blocks": flora_jax.sketched_muon(1e-3, block=config.width // 2),
+            "orthogonalized, momentum d/4": flora_jax.sketched_muon(1e-3, rank=config.width // 4),
+            "Muon (optax)": optax.contrib.muon(1e-3),
+        }
+        found = {}
+        for name, tx in rows.items():
+            step: Any = flora_jax.make_train_step(loss, tx, update="backward")
+            found[name] = (step, params, step.init(params, windows))
+        return found
+
+    return build
+
+
+def main(config: Config) -> None:
+    size = f"width {config.width}, {config.layers} layers, {config.batch} x {config.length} tokens"
+    for name, variant in VARIANTS.items():
+        compare(config, f"{name}, float32, {size}", where, jnp.float32, variant)
+    scan = VARIANTS["scan and remat"]
+    compare(config, f"weights, {size}", weights, jnp.bfloat16, scan)
+    compare(config, f"gradients, float32, {size}", gradients(config), jnp.float32, scan)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
