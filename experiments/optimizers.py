@@ -7,8 +7,9 @@ import jax
 import optax
 
 import flora_jax
+from flora_jax.chain import sketched_muon
 from flora_jax.chain.distributions import Distribution
-from flora_jax.chain.flora import ADVISED, DECAY, KAPPA
+from flora_jax.chain.flora import ADVISED, KAPPA
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
@@ -101,7 +102,7 @@ def build(
             block=block,
             min_dim=2,
             seed=seed,
-            **({} if momentum is None else {"momentum": momentum}),
+            momentum=sketched_muon.DECAY if momentum is None else momentum,
         )
         return exact, None
     if method == "galore":
@@ -119,17 +120,6 @@ def build(
         seed=seed,
     )
     own = learning_rate if matrices is None else matrices
-    if method == "flora" and (at_new_projection != "reset" or iterations != 5):
-        return _varied(
-            own,
-            learning_rate,
-            projection,
-            accumulation,
-            momentum,
-            nesterov,
-            at_new_projection,
-            iterations,
-        ), projection
     if method == "flora":
         chain = flora_jax.flora(
             own,
@@ -137,6 +127,8 @@ def build(
             accumulation_steps=accumulation,
             momentum=momentum,
             nesterov=nesterov,
+            at_new_projection=at_new_projection,
+            iterations=iterations,
             preset="advised",
             adafactor_learning_rate=learning_rate,
             clipping_threshold=clipping,
@@ -154,54 +146,6 @@ def build(
         skip_nonfinite=skip_nonfinite,
     )
     return chain, projection
-
-
-def _varied(
-    of_matrices,
-    learning_rate,
-    projection,
-    accumulation,
-    momentum,
-    nesterov,
-    at_new_projection,
-    iterations,
-) -> optax.GradientTransformation:
-    """Gives the chain of the advised preset, taken apart so that each of its choices can be another."""
-    decay = DECAY if momentum is None else momentum
-
-    def labels(tree):
-        kinds = ["compressed" if plan.spec else "other" for plan in leaf_plans(tree, projection)]
-        return jax.tree.unflatten(jax.tree.structure(tree), kinds)
-
-    step = optax.scale_by_learning_rate(of_matrices)
-    parts: dict[Any, Any] = {"compressed": step, "other": optax.adafactor(learning_rate)}
-    inner = [
-        flora_jax.orthogonalize(iterations),
-        flora_jax.decompress(),
-        flora_jax.scale_by_shape(projection),
-        optax.partition(parts, labels),
-    ]
-    if nesterov:
-        inner.insert(
-            0,
-            flora_jax.momentum(
-                decay,
-                projection=projection,
-                nesterov=True,
-                at_new_projection=at_new_projection,
-                compressed_only=True,
-            ),
-        )
-    return optax.chain(
-        flora_jax.project(projection),
-        flora_jax.accumulate(
-            optax.chain(*inner),
-            accumulation,
-            projection=projection,
-            decay=0.0 if nesterov else decay,
-            at_new_projection=at_new_projection,
-        ),
-    )
 
 
 def _matrices(tree: Any) -> Any:

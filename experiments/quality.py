@@ -172,18 +172,18 @@ def settings(config: Config) -> list[Setting]:
     if config.study == "rates":
         return ours
     if config.study == "backward":
-        once = dict(accumulation=1)
-        return [
+        exact = Setting("exact", None)
+        rows = [
             uncompressed,
-            replace(uncompressed, **once),
-            Setting("exact", None, **once),
-            *(Setting("exact", part, **once) for part in config.parts),
-            Setting("muon", momentum=0.9, **once),
-            Setting("exact", None, blocks=2, **once),
-            Setting("exact", None, blocks=4, **once),
-            Setting("exact", None, iterations=3, **once),
-            replace(first, **once),
+            exact,
+            *(replace(exact, part=part) for part in config.parts),
+            Setting("muon", momentum=0.9),
+            replace(exact, blocks=2),
+            replace(exact, blocks=4),
+            replace(exact, iterations=3),
+            first,
         ]
+        return [uncompressed, *(replace(one, accumulation=1) for one in rows)]
     return [
         replace(one, accumulation=accumulation)
         for accumulation in (config.accumulation, 1)

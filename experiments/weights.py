@@ -24,9 +24,10 @@ import tyro
 
 import flora_jax
 from experiments import decoder, optimizers, text
+from flora_jax.rounding import Rounding
 
 BLOCK = 64
-KINDS = {
+KINDS: dict[str, tuple[Any, bool, Rounding]] = {
     "float32": (jnp.float32, False, "nearest"),
     "bfloat16": (jnp.bfloat16, False, "nearest"),
     "bfloat16, stochastic": (jnp.bfloat16, False, "stochastic"),

@@ -22,6 +22,7 @@ import flora_jax
 from experiments import report
 from experiments.bench import interleaved, setting
 from flora_jax.models import llama
+from flora_jax.rounding import Rounding
 from flora_jax.update.ordinary_step import ordinary_step
 
 VARIANTS = {
@@ -29,7 +30,7 @@ VARIANTS = {
     "scan": {"scan": True, "remat": False},
     "scan and remat": {"scan": True, "remat": True},
 }
-WEIGHTS = {
+WEIGHTS: dict[str, tuple[bool, Rounding]] = {
     "bfloat16": (False, "nearest"),
     "bfloat16, stochastic": (False, "stochastic"),
     "int8, stochastic": (True, "stochastic"),

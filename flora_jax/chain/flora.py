@@ -13,7 +13,7 @@ from flora_jax.chain import skip_nonfinite as skipping
 from flora_jax.chain.accumulate import StepsPerCycle, accumulate, check_cycles
 from flora_jax.chain.decompress import decompress
 from flora_jax.chain.leaf_plan import leaf_plans
-from flora_jax.chain.momentum import check_decay
+from flora_jax.chain.momentum import AtNewProjection, check_decay
 from flora_jax.chain.momentum import momentum as sketched_momentum
 from flora_jax.chain.orthogonalize import orthogonalize
 from flora_jax.chain.project import project
@@ -40,6 +40,8 @@ def flora(
     accumulation_steps: Every = 1,
     momentum: float | None = None,
     nesterov: bool | None = None,
+    at_new_projection: AtNewProjection | None = None,
+    iterations: int = 5,
     optimizer: optax.GradientTransformation | None = None,
     preset: Preset = "paper",
     seed: int = 0,
@@ -79,6 +81,9 @@ def flora(
         accumulator itself, and in the paper's there is none; there it is that of Algorithm 2.
       nesterov: Whether the momentum is Nesterov's, which beside an accumulator takes a second sketch of each
         weight. By default it is so in the advised preset without accumulation.
+      at_new_projection: What is done to the momentum when a new projection is sampled, as in `flora_jax.momentum`. By default
+        it is reset in the advised preset, and transferred in the paper's.
+      iterations: The number of Newton–Schulz iterations of the advised preset.
       optimizer: An optax optimizer to use in place of Adafactor. The arguments from
         `min_dim_size_to_factor` on are then not used, except that in the advised preset the weight decay is that of
         compressed leaves.
@@ -158,6 +163,8 @@ def flora(
         momentum = DECAY
     if nesterov is None:
         nesterov = advised and accumulation_steps == 1
+    if at_new_projection is None:
+        at_new_projection = "reset" if advised else "transfer"
     if nesterov and momentum is None:
         raise ValueError("momentum must be given beside nesterov=True, found None")
     if projection is None:
@@ -190,7 +197,11 @@ def flora(
         if learning_rate is not None:
             optimizer = _by_kind(projection, learning_rate, optimizer)
         kind = partial(_orthogonalized, projection)
-        inner = [optax.masked(orthogonalize(), kind), decompress(), scale_by_shape(projection)]
+        inner = [
+            optax.masked(orthogonalize(iterations), kind),
+            decompress(),
+            scale_by_shape(projection),
+        ]
         inner.append(optimizer)
         if weight_decay_rate is not None:
             mask = _both(kind, weight_decay_mask) if own else weight_decay_mask
@@ -203,7 +214,7 @@ def flora(
             projection=projection,
             dtype=state_dtype,
             nesterov=nesterov,
-            at_new_projection="reset" if advised else "transfer",
+            at_new_projection=at_new_projection,
             compressed_only=advised,
         )
         inner.insert(0, sketched)
@@ -216,6 +227,7 @@ def flora(
             use_grad_mean=use_grad_mean,
             accumulator_dtype=state_dtype,
             decay=momentum if momentum is not None and in_accumulator else 0.0,
+            at_new_projection=at_new_projection if in_accumulator else "reset",
         )
     chain = optax.chain(project(projection), chain)
     if skip_nonfinite:

@@ -53,7 +53,9 @@ class Program:
 
     def _find_uses(self, nodes: Sequence[Node]) -> None:
         """Finds the scans that take parameters layer by layer."""
-        origin = {var: (leaf, ()) for leaf, var in enumerate(self.params)}
+        origin: dict[Any, tuple[int, tuple[Node, ...]]] = {
+            var: (leaf, ()) for leaf, var in enumerate(self.params)
+        }
         self.uses: dict[Node, dict[int, Use]] = {}
         for node in nodes:
             if node.name in CHAIN and len(node.ins) == 1 and node.ins[0] in origin:

@@ -93,6 +93,9 @@ class Layer:
           again: Which inputs are there in the backward pass too.
         """
 
+        self.structure: Any = None
+        self.fixed: list[Any] = []
+
         def forward(*given):
             def of(*moving):
                 moving = iter(moving)

@@ -186,7 +186,7 @@ class Scan:
         leaves = [use.leaf for use in self.raw]
         late = [leaf for leaf in leaves if leaf not in ready]
         of_leaf = {use.leaf: use.axis for use in self.raw}
-        arrays = (
+        arrays: Any = (
             {leaf: params[leaf] for leaf in ready},
             dict(states),
             {leaf: jnp.zeros_like(outline(params[leaf])) for leaf in late},
@@ -198,7 +198,7 @@ class Scan:
             {leaf: of_leaf[leaf] for leaf in late},
             dict.fromkeys(of_xs, 0),
         )
-        shapes = {place: self.layer.outs[place] for place, _ in of_ys}
+        shapes: dict[int, Any] = {place: self.layer.outs[place] for place, _ in of_ys}
 
         def order(t):
             return t if self.reverse else self.length - 1 - t
@@ -217,7 +217,7 @@ class Scan:
                     inputs.append(take(given[place], 0, i))
             back = self.layer.pull(inputs, [take(x, 0, i) for x in self.kept])
             ys = [
-                jnp.zeros(shapes[place].shape, shapes[place].aval.dtype)
+                jnp.zeros(shapes[place].aval.shape, shapes[place].aval.dtype)
                 if cotangent is None
                 else take(cotangent, 0, i)
                 for place, cotangent in of_ys
@@ -254,9 +254,9 @@ class Scan:
                 compute,
                 (ends, [jnp.zeros_like(given[place]) for place in of_consts]),
             )
-        own, states, grads, inputs = arrays
+        own, new_states, grads, inputs = arrays
         back = dict(zip([*of_consts, *carried], [*sums, *ends], strict=True)) | inputs
-        return own, states, grads, back
+        return own, new_states, grads, back
 
 
 def uses_of(node: Node, origin: Mapping[Var, Use]) -> dict[int, Use]:

@@ -1,4 +1,4 @@
-"""make_train_step: fused gradients and the update leaf by leaf, put together in a compiled training step."""
+"""make_train_step: gradients and the update leaf by leaf, put together in a compiled training step."""
 
 import dataclasses
 import itertools
@@ -37,42 +37,65 @@ def make_train_step(
     has_aux: bool = False,
     micro_batches: int | None = None,
     donate: bool = True,
-) -> Callable[..., tuple[Any, ...]]:
+) -> "TrainStep":
     """Returns a compiled training step in which neither full gradients nor a tree of updates exist.
 
-    It is `flora_jax.value_and_grad` and `flora_jax.apply_gradients` together. The new params and the new
-    state have the shardings of the ones that the step is given (see `state_shardings`).
+    With `update="after"` and a projection it is `flora_jax.value_and_grad` and `flora_jax.apply_gradients`
+    together: gradients are compressed inside the backward pass. Without a projection it is `jax.value_and_grad` and
+    `flora_jax.apply_gradients`: gradients exist, and updates do not.
+
+    With `update="backward"` gradients are exact, every step is an optimizer step, and each parameter is updated
+    inside the backward pass, as soon as all of its uses are behind; then its gradient is gone. A `scan` over layers is
+    walked through from the last layer to the first, and the weights and the state of one layer after the other are
+    replaced in place. Each layer of such a stack is a parameter of its own: norms, root mean squares, factored
+    moments and masks by shape are those of a layer, where optax has those of the stack. A scan is one of layers if
+    it takes at least one matrix for each step.
+
+    The new params and the new state have the shardings of the ones that the step is given (see `state_shardings`).
 
     Args:
       loss: The loss function `(params, *batch) -> scalar`, or to a pair of the scalar and auxiliary
         data. `params` may be any pytree: a dict, Linen's params, an NNX state (to be merged inside the
         function), or an Equinox module.
-      tx: The transformation: `flora_jax.flora`, or another chain with `flora_jax.project(projection)`.
-        Leaves that `project` is not given, as `optax.multi_transform` or `optax.masked` say, have
-        ordinary gradients. The update of each leaf must depend on no full gradient but its own.
-      projection: The `Projection` of `tx`.
+      tx: The transformation: `flora_jax.flora`, or another chain with `flora_jax.project(projection)`; without a projection
+        any optimizer. Leaves that `project` is not given, as `optax.multi_transform` or `optax.masked` say, have
+        ordinary gradients. The update of each leaf must depend on no full gradient but its own, and with
+        `update="backward"` on no other gradient at all.
+      projection: The `Projection` of `tx`, or None for gradients that are not compressed.
+      update: When parameters are updated: after the backward pass, or in it.
+      rounding: How new bfloat16 params (and those in int8, see `flora_jax.to_int8`) are rounded: to nearest, or
+        `stochastic`, by which updates much smaller than a param still arrive in the mean. The random numbers
+        come from the counts in the state, so that they are the same on every layout of devices and after a restart.
       has_aux: Whether `loss` returns a pair.
       micro_batches: The number of micro-batches that every array of `batch` has along its first axis.
-        Their sketches are averaged inside the step, by `jax.lax.scan`. None if there is no such axis.
+        Their gradients, or sketches, are averaged inside the step, by `jax.lax.scan`. None if there is no such axis.
       donate: Whether the step may overwrite the params and the state that it is given.
 
     Returns:
       A function `step(params, opt_state, *batch)` that returns `(params, opt_state, loss)`, followed by
       the auxiliary data with `has_aux` (stacked if there are micro-batches). Its `step.lower` is that of
-      the compiled function.
+      the compiled function, and `step.init(params, *batch)` makes the state: `tx.init(params)`, but with
+      `update="backward"` that of each layer, and for params in int8 that of what they stand for.
 
     Raises:
-      ValueError: `micro_batches` is below 1. On the first call: the update of a leaf needs the full
-        gradient of another, or the first axis of an array of `batch` has another length.
+      ValueError: `micro_batches` is below 1, or given with `update="backward"`, as is `projection`. On the first call:
+        the update of a leaf needs the gradient of another, the state is not that of `step.init`, there
+        is no count in it for `rounding="stochastic"`, or the first axis of an array of `batch` has another length.
 
     Examples:
-      >>> import flora_jax, jax.numpy as jnp
+      >>> import flora_jax, jax.numpy as jnp, optax
       >>> projection = flora_jax.Projection(4, side="input", min_dim=8, resample_every=2)
       >>> tx = flora_jax.flora(1e-2, projection=projection, accumulation_steps=2)
       >>> loss = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
       >>> step = flora_jax.make_train_step(loss, tx, projection)
       >>> params = {"kernel": jnp.ones((16, 8))}
       >>> opt_state = tx.init(params)
+      >>> params, opt_state, value = step(params, opt_state, jnp.ones((2, 16)))
+
+      Exact gradients, each of which updates its parameter in the backward pass:
+
+      >>> step = flora_jax.make_train_step(loss, optax.adafactor(1e-2), update="backward")
+      >>> opt_state = step.init(params, jnp.ones((2, 16)))
       >>> params, opt_state, value = step(params, opt_state, jnp.ones((2, 16)))
     """
     if projection is not None:
@@ -148,9 +171,26 @@ def make_train_step(
 
         return make_state(tx, own, Program(of, own, batch).stacks)
 
-    step.init = init  # type: ignore[attr-defined]
-    step.lower = lambda *args: compiled.lower(*prepared(*args))  # type: ignore[attr-defined]
-    return step
+    return TrainStep(step, init, lambda *args: compiled.lower(*prepared(*args)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """The function that `make_train_step` returns.
+
+    Attributes:
+      step: The function `(params, opt_state, *batch) -> (params, opt_state, loss)` itself.
+      init: The function `(params, *batch) -> opt_state`.
+      lower: The function `(params, opt_state, *batch)` that lowers the compiled function for its arguments, which may be
+        `jax.ShapeDtypeStruct`s.
+    """
+
+    step: Callable[..., tuple[Any, ...]]
+    init: Callable[..., Any]
+    lower: Callable[..., Any]
+
+    def __call__(self, params: Any, opt_state: Any, *batch: Any) -> tuple[Any, ...]:
+        return self.step(params, opt_state, *batch)
 
 
 def _gradient(of, has_aux, shardings, params, *batch) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 import flora_jax
 from flora_jax.chain import storage
-from tests.helpers import Naive, matrix_of_a, normal
+from tests.helpers import Naive, assert_tree_close, make_gradients, matrix_of_a, normal, run
 
 INPUTS = jnp.asarray(normal(0, (64, 32)))
 TARGETS = jnp.tanh(INPUTS @ normal(1, (32, 24)) / 6)
@@ -248,3 +248,34 @@ def test_rank_alone_resamples_each_optimizer_step_and_each_thousandth_under_mome
         for _ in range(micro_steps):
             state = jax.jit(tx.update)(params, state, params)[1]
         assert int(flora_jax.cycle(state)) == cycle
+
+
+def test_choices_of_the_advised_preset_are_those_of_its_parts():
+    """Iterations and what becomes of the momentum reach `orthogonalize` and `accumulate`."""
+    params = {"kernel": jnp.asarray(normal(0, (32, 48)))}
+    projection = flora_jax.Projection(8, min_dim=16, side="input", resample_every=2)
+    tx = flora_jax.flora(
+        0.1,
+        projection=projection,
+        accumulation_steps=2,
+        preset="advised",
+        at_new_projection="shorten",
+        iterations=2,
+    )
+    expected = optax.chain(
+        flora_jax.project(projection),
+        flora_jax.accumulate(
+            optax.chain(
+                flora_jax.orthogonalize(2),
+                flora_jax.decompress(),
+                flora_jax.scale_by_shape(projection),
+                optax.scale_by_learning_rate(0.1),
+            ),
+            2,
+            projection=projection,
+            decay=0.8,
+            at_new_projection="shorten",
+        ),
+    )
+    gradients = make_gradients(params, 6)
+    assert_tree_close(run(tx, params, gradients)[0], run(expected, params, gradients)[0], 1e-5)
