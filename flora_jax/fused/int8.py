@@ -18,6 +18,8 @@ from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.projection import Projection
 
 LARGEST = 127
+KEPT, AIM = 116, 122
+"""A scale is kept while the largest integer of its block is between the first and `LARGEST`; a new one makes it the second."""
 
 
 def to_int8(
@@ -96,15 +98,23 @@ def value(leaf: Any, dtype: Any = None) -> jax.Array:
 def requantized(leaf: Any, x: jax.Array, bits: Any) -> Any:
     """Returns a `qwix.QArray` like `leaf` that stands for other numbers.
 
+    Rounded at random, a block keeps its scale while its integers fit: what has not changed then stays as it is, where on
+    another grid all numbers of the block would be rounded anew.
+
     Args:
-      leaf: What says the blocks and the dtype.
+      leaf: What says the blocks, the scales so far and the dtype.
       x: The numbers, a float32 array.
-      bits: Random uint32 numbers, of the shape of `x`; None to round to nearest.
+      bits: Random uint32 numbers, of the shape of `x`; None to round to nearest, on the finest grid.
     """
     axis = _axis(leaf)
     split = _split(x, leaf.scale, axis)
     largest = jnp.max(jnp.abs(split), axis + 1, keepdims=True)
-    scale = _rounded_up(largest / LARGEST, leaf.scale.dtype)
+    scale = _rounded_up(largest / (LARGEST if bits is None else AIM), leaf.scale.dtype)
+    if bits is not None:
+        old = jnp.expand_dims(leaf.scale, axis + 1)
+        of_old = old.astype(jnp.float32)
+        kept = (largest <= LARGEST * of_old) & (largest >= KEPT * of_old)
+        scale = jnp.where(kept, old, scale)
     of_one = jnp.where(scale > 0, scale.astype(jnp.float32), 1.0)
     numbers = (split / of_one).reshape(x.shape)
     whole = jnp.round(numbers) if bits is None else rounding.to_integers(numbers, bits)

@@ -103,7 +103,7 @@ def as_choice(cond: Node) -> list[Node]:
     nodes = [node for found, _ in branches for node in found]
     for out, *cases in zip(cond.outs, *(outs for _, outs in branches), strict=True):
         known = [_typed(case, out) for case in cases]
-        nodes.append(Node(_CHOICE, [which, *known], [out]))
+        nodes.append(Node(CHOICE, [which, *known], [out]))
     return nodes
 
 
@@ -115,7 +115,7 @@ def _choose(which: Any, *cases: Any) -> jax.Array:
     return jax.lax.select_n(*manual.alike([jnp.asarray(which), *cases]))
 
 
-_CHOICE: Any = SimpleNamespace(
+CHOICE: Any = SimpleNamespace(
     primitive=SimpleNamespace(
         name="select_n", multiple_results=False, get_bind_params=dict, bind=_choose
     ),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ import optax
 from flora_jax import dtypes
 from flora_jax.chain import leaf_operations, products
 from flora_jax.fused.int8 import is_int8, outline, value
-from flora_jax.fused.program import Atom, Values, Var, flatten, needed
+from flora_jax.fused.program import Atom, Node, Values, Var, flatten, needed
 from flora_jax.paths import path_name
-from flora_jax.update.owners import as_choice
+from flora_jax.update.owners import CHOICE, as_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,24 +210,48 @@ class Parameters:
         new = {**states, **dict(zip(self.shared, rest, strict=True))}
         return jax.tree.unflatten(self.structure, [new[i] for i in range(len(self.given))])
 
-    def _evaluate(self, goals: list[Atom], known: dict[Var, Any], index: Any) -> list[Any]:
+    def _evaluate(
+        self, goals: list[Atom], known: dict[Var, Any], index: Any, maker: Any = None
+    ) -> list[Any]:
+        """Computes goals; of a choice between branches, such as that of an optimizer step, the branch that is taken."""
+        maker = self.maker if maker is None else maker
+        nodes = needed(maker, goals, known)
+        choices = [node for node in nodes if node.eqn is CHOICE]
+        if choices:
+            which = choices[0].ins[0]
+            (number,) = self._evaluate([which], known, index, maker)
+            same = [node for node in choices if node.ins[0] is which]
+
+            def taken(case):
+                chosen = {node.outs[0]: node.ins[1 + case] for node in same}
+                own = {
+                    out: dataclasses.replace(node, ins=[chosen.get(x, x) for x in node.ins])
+                    for out, node in maker.items()
+                    if out not in chosen
+                }
+                ends = [chosen.get(goal, goal) if isinstance(goal, Var) else goal for goal in goals]
+                return [jnp.asarray(x) for x in self._evaluate(ends, known, index, own)]
+
+            cases = [partial(taken, case) for case in range(len(choices[0].ins) - 1)]
+            return list(jax.lax.switch(jnp.asarray(number, jnp.int32), cases))
         values = Values([], known)
         with dtypes.promoting():
-            for node in needed(self.maker, goals, known):
+            for node in nodes:
                 ins = [values(atom) for atom in node.ins]
-                if not leaf_operations.of(node.eqn):
-                    outs = node.run(ins)
-                elif index is None:
-                    outs = [leaf_operations.run(node.eqn, *ins)]
-                else:
-                    spec = node.eqn.params["spec"]
-                    keys = products.matrix_keys(spec, ins[0])
-                    fold: Callable = jax.random.fold_in
-                    for _ in spec.batch:
-                        fold = jax.vmap(fold, (0, None))
-                    outs = [leaf_operations.run_with(node.eqn, spec, fold(keys, index), ins[1])]
-                values.known.update(zip(node.outs, outs, strict=True))
+                values.known.update(zip(node.outs, self._run(node, ins, index), strict=True))
             return [values(goal) for goal in goals]
+
+    def _run(self, node: Node, ins: list[Any], index: Any) -> list[Any]:
+        if not leaf_operations.of(node.eqn):
+            return node.run(ins)
+        if index is None:
+            return [leaf_operations.run(node.eqn, *ins)]
+        spec = node.eqn.params["spec"]
+        fold: Callable = jax.random.fold_in
+        for _ in spec.batch:
+            fold = jax.vmap(fold, (0, None))
+        keys = fold(products.matrix_keys(spec, ins[0]), index)
+        return [leaf_operations.run_with(node.eqn, spec, keys, ins[1])]
 
 
 def init(tx: optax.GradientTransformation, params: Any, stacks: Mapping[int, Stack]) -> Any:
