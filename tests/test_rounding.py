@@ -25,7 +25,8 @@ def bits_of(seed, shape, **settings):
 def test_the_mean_is_the_number(value, part):
     """Of n numbers the share that is rounded up is within five standard deviations of the part."""
     low = np.float32(jnp.asarray(value, jnp.bfloat16))
-    high = np.float32(jnp.nextafter(jnp.asarray(low, jnp.bfloat16), jnp.bfloat16(2 * low)))
+    away = jnp.bfloat16(np.copysign(np.inf, low))
+    high = np.float32(jnp.nextafter(jnp.asarray(low, jnp.bfloat16), away))
     x = np.float32(np.float64(low) + part * (np.float64(high) - np.float64(low)))
     exact = (np.float64(x) - low) / (np.float64(high) - low)
     found = np.asarray(rounding.to_bfloat16(jnp.full(COUNT, x), bits_of(1, (COUNT,))), np.float32)

@@ -5,8 +5,12 @@ tree, and the cycle. It does not depend on the order of the leaves, on the devic
 sampled before.
 """
 
+import contextlib
+import contextvars
 import hashlib
 import struct
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.typing import ArrayLike
@@ -34,3 +38,23 @@ def fold_path(key: Key[Array, ""], path: str) -> Key[Array, ""]:
     for word in struct.unpack("<II", hashlib.blake2s(path.encode(), digest_size=8).digest()):
         key = jax.random.fold_in(key, word)
     return key
+
+
+_layers: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "layers", default=None
+)
+
+
+@contextlib.contextmanager
+def of_layers(layers: dict[str, Any]) -> Iterator[None]:
+    """Makes leaves inside this context layers of stacks, so that their keys are those of the layer of this number."""
+    token = _layers.set(layers)
+    try:
+        yield
+    finally:
+        _layers.reset(token)
+
+
+def layer(path: str) -> Any:
+    """Returns the number of the layer that a leaf is, or None where it is no layer of a stack."""
+    return (_layers.get() or {}).get(path)

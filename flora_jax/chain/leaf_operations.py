@@ -16,17 +16,13 @@ from jax.extend import core
 from flora_jax.chain import products
 from flora_jax.chain.sketch import Spec
 
-_tracing: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("tracing", default=())
+_tracing = contextvars.ContextVar("tracing", default=False)
 
 
 @contextlib.contextmanager
-def as_one_operation(projections: bool = False) -> Iterator[None]:
-    """Makes each `LeafOperation` one equation of the jaxprs that are traced inside this context.
-
-    Args:
-      projections: Whether this goes for those that make a sketch of a gradient as well.
-    """
-    token = _tracing.set(("sketch", "gradient") if projections else ("sketch",))
+def as_one_operation() -> Iterator[None]:
+    """Makes each `LeafOperation` one equation of the jaxprs that are traced inside this context."""
+    token = _tracing.set(True)
     try:
         yield
     finally:
@@ -40,21 +36,18 @@ class LeafOperation:
       function: The function. Each matrix along the batch axes is treated by itself. The settings are
         hashable.
       expands: Whether the result has the axes of the weight, rather than those of the sketch.
-      of: What it is given: a sketch, or a gradient.
       primitive: The operation that stands for it; it is traced and never run.
     """
 
-    def __init__(
-        self, name: str, function: Callable[..., jax.Array], *, expands: bool, of: str = "sketch"
-    ):
-        self.function, self.expands, self.of = function, expands, of
+    def __init__(self, name: str, function: Callable[..., jax.Array], *, expands: bool):
+        self.function, self.expands = function, expands
         self.primitive = core.Primitive(name)
         self.primitive.def_abstract_eval(self._shape)
         _OPERATIONS[self.primitive.name] = self
 
     def __call__(self, spec: Spec, cycle: Any, data: jax.Array, **settings: Any) -> jax.Array:
         """Applies the function, given the cycle in place of the keys."""
-        if self.of in _tracing.get():
+        if _tracing.get():
             return self.primitive.bind(jnp.asarray(cycle), data, spec=spec, **settings)
         return self.function(spec, products.matrix_keys(spec, cycle), data, **settings)
 

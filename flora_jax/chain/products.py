@@ -80,12 +80,6 @@ def project(
       The sketch `C`, a float32 array (float64 for a float64 gradient) of shape `spec.data_shape`, or
       `spec.part_data_shape` for a part.
     """
-    return project_with(spec, matrix_keys(spec, cycle), gradient)
-
-
-@dtypes.promoting()
-def project_with(spec: Spec, keys: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Does what `project` does, given `matrix_keys` in place of the cycle."""
 
     def one(axes, key, matrix):
         accumulator = dtypes.sums(matrix.dtype)
@@ -100,6 +94,7 @@ def project_with(spec: Spec, keys: jax.Array, gradient: jax.Array) -> jax.Array:
 
         return axes.loop(add, jnp.zeros(axes.data_shape, accumulator)) * _scale(spec)
 
+    keys = matrix_keys(spec, cycle)
     data = _over_batch(spec, one, keys, gradient, spec.batch, data_batch(spec))
     return manual.total(data, spec.summed)
 
@@ -312,9 +307,12 @@ def matrix_keys(spec: Spec, cycle: ArrayLike) -> jax.Array:
     key = keys.leaf_key(spec.seed, spec.key_path, cycle, spec.impl)
     if spec.key_index is not None:
         key = jax.random.fold_in(key, spec.key_index)
+    layer = keys.layer(spec.path)
     if not spec.batch:
-        return key
+        return key if layer is None else jax.random.fold_in(key, layer)
     index = spec.positions(spec.batch)
+    if layer is not None:
+        index = index + layer * index.size
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index.reshape(-1)).reshape(index.shape)
 
 

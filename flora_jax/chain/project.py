@@ -11,7 +11,6 @@ import optax
 
 from flora_jax import dtypes
 from flora_jax.chain import products, recorder, states, wrappers
-from flora_jax.chain.leaf_operations import LeafOperation
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import Sketch, is_sketch
@@ -84,7 +83,7 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
             if recorder.outlines():
                 data = jnp.zeros(plan.spec.part_data_shape, dtypes.sums(plan.spec.dtype))
                 return Sketch(data, state.cycle, plan.spec)
-            return Sketch(_project(plan.spec, state.cycle, leaf), state.cycle, plan.spec)
+            return Sketch(products.project(plan.spec, state.cycle, leaf), state.cycle, plan.spec)
 
         length = states.at(projection.resample_every, state.cycle)
         spent = state.micro_step + 1
@@ -96,9 +95,6 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
         return states.map_leaves(compress, projection, updates), new_state
 
     return transformation(optax.GradientTransformationExtraArgs(init_fn, update_fn))
-
-
-_project = LeafOperation("flora_project", products.project_with, expands=False, of="gradient")
 
 
 def cycle(opt_state: Any) -> jax.Array:

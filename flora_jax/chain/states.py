@@ -196,6 +196,8 @@ def store(
     kept = []
     for plan, leaf in zip(_plans(sketches, projection), leaves, strict=True):
         key = keys.leaf_key(seed, f"rounding/{plan.path}", counts[0])
+        if (layer := keys.layer(plan.path)) is not None:
+            key = jax.random.fold_in(key, layer)
         for count in counts[1:]:
             key = jax.random.fold_in(key, count)
         kept.append(storage.store(dtype, leaf, key))

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax import dtypes
-from flora_jax.chain import leaf_operations, products
+from flora_jax.chain import keys
 from flora_jax.fused.int8 import is_int8, outline, value
-from flora_jax.fused.program import Atom, Node, Values, Var, flatten, needed
+from flora_jax.fused.program import Atom, Values, Var, flatten, needed
 from flora_jax.paths import path_name
 from flora_jax.update.owners import CHOICE, as_choice
 
@@ -78,12 +78,12 @@ class Parameters:
             for own, leaf in zip(jax.tree.leaves(outline), self.given, strict=True)
         ]
 
-        def update(grads, state, params, extra_args):
-            return tx.update(grads, state, params, **extra_args)
+        def update(grads, state, params, extra_args, index):
+            with keys.of_layers(dict.fromkeys((self.names[i] for i in stacks), index)):
+                return tx.update(grads, state, params, **extra_args)
 
-        args = (layer, jax.tree.unflatten(self.structure, one), layer, extra_args)
-        with leaf_operations.as_one_operation(projections=True):
-            closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
+        args = (layer, jax.tree.unflatten(self.structure, one), layer, extra_args, jnp.int32(0))
+        closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
         if jax.tree.structure(shapes[1]) != self.structure:
             raise ValueError(
                 "tx must keep the structure of its state in each update, found another"
@@ -92,7 +92,7 @@ class Parameters:
         count, states = len(self.names), len(self.given)
         self.grads, rest = inputs[:count], inputs[count:]
         self.state, rest = rest[:states], rest[states:]
-        self.params, extras = rest[:count], rest[count:]
+        self.params, (*extras, self.index) = rest[:count], rest[count:]
         nodes, outs = flatten(closed.jaxpr, closed.consts, inputs)
         self.updates, self.new_state = outs[:count], outs[count:]
         self.known = dict(zip(extras, jax.tree.leaves(extra_args), strict=True))
@@ -199,27 +199,26 @@ class Parameters:
             self.grads[leaf]: grad,
             self.params[leaf]: param,
             **{self.state[place]: value for place, value in state.items()},
+            self.index: jnp.int32(0) if index is None else index,
         }
         goals = [self.updates[leaf], *(self.new_state[place] for place in self.owned[leaf])]
-        found = self._evaluate(goals, known, index)
+        found = self._evaluate(goals, known)
         return found[0], dict(zip(self.owned[leaf], found[1:], strict=True))
 
     def finish(self, states: Mapping[int, Any]) -> Any:
         """Returns the new state, given the leaves of it that belong to parameters, by their places."""
-        rest = self._evaluate([self.new_state[place] for place in self.shared], self.known, None)
+        rest = self._evaluate([self.new_state[place] for place in self.shared], self.known)
         new = {**states, **dict(zip(self.shared, rest, strict=True))}
         return jax.tree.unflatten(self.structure, [new[i] for i in range(len(self.given))])
 
-    def _evaluate(
-        self, goals: list[Atom], known: dict[Var, Any], index: Any, maker: Any = None
-    ) -> list[Any]:
+    def _evaluate(self, goals: list[Atom], known: dict[Var, Any], maker: Any = None) -> list[Any]:
         """Computes goals; of a choice between branches, such as that of an optimizer step, the branch that is taken."""
         maker = self.maker if maker is None else maker
         nodes = needed(maker, goals, known)
         choices = [node for node in nodes if node.eqn is CHOICE]
         if choices:
             which = choices[0].ins[0]
-            (number,) = self._evaluate([which], known, index, maker)
+            (number,) = self._evaluate([which], known, maker)
             same = [node for node in choices if node.ins[0] is which]
 
             def taken(case):
@@ -230,7 +229,7 @@ class Parameters:
                     if out not in chosen
                 }
                 ends = [chosen.get(goal, goal) if isinstance(goal, Var) else goal for goal in goals]
-                return [jnp.asarray(x) for x in self._evaluate(ends, known, index, own)]
+                return [jnp.asarray(x) for x in self._evaluate(ends, known, own)]
 
             cases = [partial(taken, case) for case in range(len(choices[0].ins) - 1)]
             return list(jax.lax.switch(jnp.asarray(number, jnp.int32), cases))
@@ -238,20 +237,8 @@ class Parameters:
         with dtypes.promoting():
             for node in nodes:
                 ins = [values(atom) for atom in node.ins]
-                values.known.update(zip(node.outs, self._run(node, ins, index), strict=True))
+                values.known.update(zip(node.outs, node.run(ins), strict=True))
             return [values(goal) for goal in goals]
-
-    def _run(self, node: Node, ins: list[Any], index: Any) -> list[Any]:
-        if not leaf_operations.of(node.eqn):
-            return node.run(ins)
-        if index is None:
-            return [leaf_operations.run(node.eqn, *ins)]
-        spec = node.eqn.params["spec"]
-        fold: Callable = jax.random.fold_in
-        for _ in spec.batch:
-            fold = jax.vmap(fold, (0, None))
-        keys = fold(products.matrix_keys(spec, ins[0]), index)
-        return [leaf_operations.run_with(node.eqn, spec, keys, ins[1])]
 
 
 def init(tx: optax.GradientTransformation, params: Any, stacks: Mapping[int, Stack]) -> Any:

@@ -419,6 +419,31 @@ def test_no_stack_of_gradients_and_no_tree_of_updates_in_the_program():
     assert not re.search(r"= f32\[32,64,256\]\S* copy\(", ours.as_text())
 
 
+@pytest.mark.parametrize("name", ["paper", "momentum", "advised"])
+def test_flora_accumulates_what_the_backward_pass_gives_it(name):
+    """Each gradient is projected where it is; params and sketches are those of the ordinary chain, layer by layer."""
+    projection = flora_jax.Projection(8, min_dim=16, resample_every=4)
+    settings = {
+        "paper": dict(learning_rate=None, optimizer=optax.sgd(0.1), accumulation_steps=2),
+        "momentum": dict(
+            learning_rate=None, optimizer=optax.sgd(0.1), accumulation_steps=2, momentum=0.9
+        ),
+        "advised": dict(
+            learning_rate=0.02,
+            adafactor_learning_rate=optax.constant_schedule(0.0),
+            accumulation_steps=2,
+            preset="advised",
+        ),
+    }[name]
+    tx = flora_jax.flora(projection=projection, **settings)
+    loss, params = of_llama()
+    ours = steps_of(flora_jax.make_train_step(loss, tx, update="backward"), tx, params, (), 6)
+    expected = steps_of(ordinary_step(loss, tx), tx, params, (), 6)
+    assert_tree_close(ours[0], expected[0], 1e-4)
+    assert_tree_close(ours[1], expected[1], 1e-3)
+    assert ours[2][1] == ours[2][0] != ours[2][2]
+
+
 @pytest.mark.parametrize("layout", ["fsdp", "stack"])
 def test_sharded_params(layout):
     """The numbers of one device, and every array where it was."""
