@@ -86,6 +86,14 @@ def backward(tx: optax.GradientTransformation, int8: bool = False):
     return build
 
 
+def accumulated(rank: int, dtype: Any):
+    """Builds the transformation that accumulates orthogonalized sketches of every matrix in this dtype."""
+    projection = Projection(rank, distribution="srtt", side="input", resample_every=64 * STEPS)
+    return flora_jax.flora(
+        1e-3, projection=projection, accumulation_steps=STEPS, preset="advised", state_dtype=dtype
+    )
+
+
 def ordinary(tx: optax.GradientTransformation):
     """Builds the step that has all gradients before the first update, without accumulation."""
     return lambda loss: (tx, ordinary_step(loss, tx).lower)
@@ -153,12 +161,15 @@ def adapted(adapter: Adapter):
 LORA = lora(Projection(128, side="input", select=lambda path, shape: "layers" in path))
 WITH_LORA = adapted(LORA)
 ADAFACTOR = optax.adafactor(optax.constant_schedule(1e-3))
-INT8 = "Exact gradients, Adafactor, int8 weights"
 METHODS = {
     "Exact gradients, Adafactor": backward(ADAFACTOR),
     "Exact gradients, no state": backward(flora_jax.sketched_muon(1e-3)),
     "Exact gradients, momentum of rank 256": backward(flora_jax.sketched_muon(1e-3, rank=256)),
-    INT8: backward(ADAFACTOR, int8=True),
+    "Exact gradients, Adafactor, int8 weights": backward(ADAFACTOR, int8=True),
+    "Accumulated, rank 512, int8 weights": backward(accumulated(512, "float32"), int8=True),
+    "Accumulated, rank 128 in bfloat16, int8 weights": backward(
+        accumulated(128, "bfloat16"), int8=True
+    ),
     "Adafactor, no accumulation": ordinary(ADAFACTOR),
     "Flora, fused, rank 128": flora(128),
     "Flora, fused, rank 256": flora(256),
@@ -180,7 +191,7 @@ def largest_axis(shape: tuple[int, ...], chips: int) -> PartitionSpec:
     return PartitionSpec(*("data" if axis == best else None for axis in range(len(shape))))
 
 
-def measure(config: Config, build, chip: str) -> topology.Program | None:
+def measure(config: Config, build, chip: str, int8: bool = False) -> topology.Program | None:
     """Compiles a step for a kind of chip; gives None where it does not fit."""
     model = families.module(NAMED[config.model])
     mesh = topology.mesh(chip, (config.chips,))
@@ -199,7 +210,7 @@ def measure(config: Config, build, chip: str) -> topology.Program | None:
     if build is WITH_LORA:
         params = (params, jax.eval_shape(partial(LORA.init, jax.random.key(0)), params))
     state = jax.eval_shape(tx.init, params)
-    if build is METHODS[INT8]:
+    if int8:
         params = jax.eval_shape(flora_jax.to_int8, params)
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
     over = NamedSharding(mesh, PartitionSpec("data") if batched else PartitionSpec())
@@ -213,9 +224,10 @@ def main(config: Config) -> None:
     for name, build in METHODS.items():
         if config.only not in name:
             continue
-        program = measure(config, build, "v5e")
+        int8 = "int8" in name
+        program = measure(config, build, "v5e", int8)
         fits = "yes" if program else "no"
-        program = program or measure(config, build, "v5p")
+        program = program or measure(config, build, "v5p", int8)
         gib = f"{program.gib:.2f}" if program else "over 95"
         seconds = f"{program.seconds:.0f}" if program else "-"
         rows.append((name, gib, fits, seconds))
