@@ -141,6 +141,9 @@ def test_without_update_backward_it_is_refused():
     step = flora_jax.make_train_step(loss, tx)
     with pytest.raises(ValueError, match=r"'layers/down/kernel'.*int8.*update='backward'"):
         step(quantized, tx.init(params))
+    grad_fn = flora_jax.value_and_grad(loss, flora_jax.Projection(4))
+    with pytest.raises(ValueError, match=r"'layers/down/kernel' in int8.*update='backward'"):
+        grad_fn(quantized, cycle=0)
 
 
 @pytest.mark.optimized
