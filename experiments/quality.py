@@ -9,7 +9,6 @@ where it stopped. The table is written to `quality.md`: it has for each setting 
 validation loss there, and its ratio to that of uncompressed MultiSteps over Adafactor.
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ import tyro
 
 import flora_jax
 from experiments import decoder, optimizers, rates, report, text
+from experiments.paper import files
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
@@ -242,9 +242,7 @@ def train(config: Config, setting: Setting, seed: int):
                 [windows(corpus.train, seed, first + i) for i in range(config.accumulation)]
             )
             params, opt_state = optimizer_step(params, opt_state, batches, peak)
-        held_out = [
-            text.batch(corpus.validation, 1, i, 64, config.length) for i in range(8)
-        ]  # the same for every run
+        held_out = text.held_out(corpus, config.length)
         loss = float(np.mean([evaluate(params, batch) for batch in held_out]))
         return loss if np.isfinite(loss) else float("inf")
 
@@ -312,10 +310,9 @@ def main(config: Config) -> None:
 def study(config: Config) -> list[dict]:
     """Runs what is missing of a study at one width, and gives all results."""
     log = config.out / "results.jsonl"
-    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     shared = ("out", "seeds", "study", "parts", "rows", "widths")
     budget = {k: v for k, v in asdict(config).items() if k not in shared}
-    results = [result for result in results if result["budget"] == budget]
+    results = [result for result in files.read(log) if result["budget"] == budget]
 
     def known(setting: Setting, seed: int) -> dict[float, float]:
         found = [r for r in results if (r["name"], r["seed"]) == (str(setting), seed)]
@@ -327,10 +324,9 @@ def study(config: Config) -> list[dict]:
         seconds = time.perf_counter() - start
         one = {"name": str(setting), "rate": rate, "seed": seed, "loss": loss}
         results.append({**one, "seconds": round(seconds, 1), "budget": budget})
-        with log.open("a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
+        files.append(log, results[-1])
         print(f"{setting}  lr {rate:g}  seed {seed}: {loss:.4f}  ({seconds:.0f} s)", flush=True)
-        (config.out / "quality.md").write_text(table(results))
+        files.replace_text(config.out / "quality.md", table(results))
 
     for setting in settings(config)[: config.rows]:
         first, *others = config.seeds

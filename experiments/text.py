@@ -67,6 +67,11 @@ def batch(text: NDArray[np.uint8], seed: int, step: int, size: int, length: int)
     return np.stack([text[start : start + length + 1] for start in starts]).astype(np.int32)
 
 
+def held_out(corpus: Corpus, length: int, size: int = 64) -> list[NDArray[np.int32]]:
+    """Gives eight batches of validation windows, which are the same for every run."""
+    return [batch(corpus.validation, 1, i, size, length) for i in range(8)]
+
+
 class Windows:
     """Windows of `length + 1` bytes side by side, each sharing its last byte with the next; int32."""
 

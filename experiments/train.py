@@ -249,11 +249,8 @@ def train(config: Config, console: Console) -> dict[str, Any]:
     loss_of = jax.jit(lambda params, windows: decoder.loss(model, params, windows))
     place = layout.of_batch(mesh)
     held_out = [
-        layout.put(
-            layout.of_batch(mesh, HELD_OUT),
-            text.batch(corpus.validation, 1, i, HELD_OUT, config.length),
-        )
-        for i in range(8)
+        layout.put(layout.of_batch(mesh, HELD_OUT), windows)
+        for windows in text.held_out(corpus, config.length, HELD_OUT)
     ]
 
     def evaluate(params) -> float:

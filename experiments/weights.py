@@ -9,9 +9,8 @@ standard library's; from trained ones a model that has learned it goes on with t
 appends a line to `results.jsonl`; the same command goes on where it stopped.
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ import tyro
 
 import flora_jax
 from experiments import decoder, optimizers, text
+from experiments.paper import files
 from flora_jax.rounding import Rounding
 
 BLOCK = 64
@@ -92,7 +92,7 @@ def validated(config: Config, params: Any, corpus: text.Corpus) -> float:
     model = decoder.model(decoder.Shape(width=config.width, layers=config.layers))
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     evaluate = jax.jit(partial(decoder.loss, model))
-    held_out = (text.batch(corpus.validation, 1, i, 64, config.length) for i in range(8))
+    held_out = text.held_out(corpus, config.length)
     return float(np.mean([evaluate(params, windows) for windows in held_out]))
 
 
@@ -112,11 +112,10 @@ def started(config: Config, seed: int) -> tuple[Any, text.Corpus]:
         leaves = [jnp.asarray(x.reshape(y.shape)) for x, y in zip(parts, leaves, strict=True)]
         params = jax.tree.unflatten(structure, leaves)
     else:
-        before = Config(**{**asdict(config), "steps": config.warm})
+        before = replace(config, steps=config.warm)
         params, _ = train(before, params, corpus, "float32", 0.015, seed + 100)
-        part = path.with_suffix(".part.npy")
-        np.save(part, np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))
-        part.rename(path)
+        with files.atomic_file(path) as part, part.open("wb") as file:
+            np.save(file, np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))
     return params, text.load(Path(jax.__file__).parent)
 
 
@@ -139,8 +138,7 @@ def main(config: Config) -> None:
     log = config.out / "results.jsonl"
     shared = ("out", "rates", "seeds", "kinds")
     budget = {k: v for k, v in asdict(config).items() if k not in shared}
-    lines = log.read_text().splitlines() if log.exists() else []
-    results = [one for one in map(json.loads, lines) if one["budget"] == budget]
+    results = [one for one in files.read(log) if one["budget"] == budget]
 
     def run(kind: str, rate: float, seed: int) -> None:
         if any((r["kind"], r["rate"], r["seed"]) == (kind, rate, seed) for r in results):
@@ -150,10 +148,9 @@ def main(config: Config) -> None:
         loss = validated(config, params, corpus)
         one = {"kind": kind, "rate": rate, "seed": seed, "loss": loss}
         results.append({**one, "seconds": round(seconds, 1), "budget": budget})
-        with log.open("a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
+        files.append(log, results[-1])
         print(f"{kind}  lr {rate:g}  seed {seed}: {loss:.4f}  ({seconds:.0f} s)", flush=True)
-        (config.out / "weights.md").write_text(table(results))
+        files.replace_text(config.out / "weights.md", table(results))
 
     first, *others = config.seeds
     for rate in config.rates:

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 from rich.console import Console
@@ -25,11 +23,6 @@ from flora_jax.models import llama
 from flora_jax.rounding import Rounding
 from flora_jax.update.ordinary_step import ordinary_step
 
-VARIANTS = {
-    "unrolled": {"scan": False, "remat": False},
-    "scan": {"scan": True, "remat": False},
-    "scan and remat": {"scan": True, "remat": True},
-}
 WEIGHTS: dict[str, tuple[bool, Rounding]] = {
     "bfloat16": (False, "nearest"),
     "bfloat16, stochastic": (False, "stochastic"),
@@ -38,17 +31,9 @@ WEIGHTS: dict[str, tuple[bool, Rounding]] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(setting.Sizes):
     """Sizes of the model and of a step."""
 
-    width: int = 512
-    """Width of the model."""
-    layers: int = 4
-    """Number of layers."""
-    batch: int = 8
-    """Number of windows in a step."""
-    length: int = 128
-    """Number of tokens in a window."""
     rounds: int = 9
     """Number of timed steps, after one that compiles."""
 
@@ -59,11 +44,7 @@ def adafactor() -> optax.GradientTransformation:
 
 def compare(config: Config, title: str, build: Any, dtype: Any, variant: dict) -> None:
     """Prints a table of steps; `build` gives them by name, from the loss and the params."""
-    model = setting.small(config.width, config.layers, dtype=dtype, **variant)
-    windows = jnp.asarray(
-        np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
-    )
-    params = jax.jit(model.init)(jax.random.key(0), windows[:, :8])["params"]
+    model, params, windows = config.started(dtype, **variant)
     steps = build(partial(llama.loss, model), params, windows)
     found = interleaved.seconds(steps, (windows,), config.rounds)
     (base,) = next(iter(found.values()))
@@ -116,10 +97,10 @@ def gradients(config: Config):
 
 
 def main(config: Config) -> None:
-    size = f"width {config.width}, {config.layers} layers, {config.batch} x {config.length} tokens"
-    for name, variant in VARIANTS.items():
+    size = f"{config.layers} layers, {config}"
+    for name, variant in setting.VARIANTS.items():
         compare(config, f"{name}, float32, {size}", where, jnp.float32, variant)
-    scan = VARIANTS["scan and remat"]
+    scan = setting.VARIANTS["scan and remat"]
     compare(config, f"weights, {size}", weights, jnp.bfloat16, scan)
     compare(config, f"gradients, float32, {size}", gradients(config), jnp.float32, scan)
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from rich.console import Console
 
@@ -30,17 +28,9 @@ EVERY = 2
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(setting.Sizes):
     """Sizes of the model and of a micro-step."""
 
-    width: int = 512
-    """Width of the model."""
-    layers: int = 4
-    """Number of layers."""
-    batch: int = 8
-    """Number of windows in a micro-step."""
-    length: int = 128
-    """Number of tokens in a window."""
     part: int = 4
     """The rank is the width divided by this."""
     rounds: int = 9
@@ -68,11 +58,7 @@ ROWS = {
 
 
 def main(config: Config) -> None:
-    model = setting.small(config.width, config.layers, dtype=jnp.float32, scan=True, remat=False)
-    windows = jnp.asarray(
-        np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
-    )
-    params = jax.jit(model.init)(jax.random.key(0), windows[:, :8])["params"]
+    model, params, windows = config.started(jnp.float32, **setting.VARIANTS["scan"])
     loss = partial(llama.loss, model)
     held: dict[str, tuple[Any, Any, Any]] = {}
     for name, row in ROWS.items():
@@ -109,7 +95,7 @@ def main(config: Config) -> None:
         "ratio",
         "state / params",
     ]
-    title = f"width {config.width}, {config.batch} x {config.length} tokens, rank d/{config.part}"
+    title = f"{config}, rank d/{config.part}"
     Console(width=120).print(report.table(title, heads, rows))
 
 

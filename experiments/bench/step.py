@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 from rich.console import Console
@@ -28,25 +27,11 @@ from flora_jax.models import llama
 from flora_jax.models.families import outline
 from flora_jax.update.ordinary_step import ordinary_step
 
-VARIANTS = {
-    "unrolled": {"scan": False, "remat": False},
-    "scan": {"scan": True, "remat": False},
-    "scan and remat": {"scan": True, "remat": True},
-}
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(setting.Sizes):
     """Sizes of the model and of a micro-step."""
 
-    width: int = 512
-    """Width of the model that is timed."""
-    layers: int = 4
-    """Number of layers."""
-    batch: int = 8
-    """Number of windows in a micro-step."""
-    length: int = 128
-    """Number of tokens in a window."""
     rank: int = 32
     """Rank of the projections of the model that is timed; width / 16 by default."""
     rounds: int = 9
@@ -76,7 +61,7 @@ def project(rank: int) -> flora_jax.Projection:
 
 def flops(config: Config, width: int) -> tuple[float, float]:
     """Gives XLA's count of FLOPs for the ordinary gradient and for the fused one, at rank width / 16."""
-    model = setting.small(width, config.layers, dtype=jnp.float32, **VARIANTS["unrolled"])
+    model = setting.small(width, config.layers, dtype=jnp.float32, **setting.VARIANTS["unrolled"])
     loss = partial(llama.loss, model)
     params = outline(model)
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
@@ -92,11 +77,7 @@ def flops(config: Config, width: int) -> tuple[float, float]:
 
 def measure(config: Config, variant: dict) -> dict[str, tuple[float, float]]:
     """Measures median seconds and bytes of temporaries, by name."""
-    model = setting.small(config.width, config.layers, dtype=jnp.float32, **variant)
-    windows = jnp.asarray(
-        np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
-    )
-    params = jax.jit(model.init)(jax.random.key(0), windows[:, :8])["params"]
+    model, params, windows = config.started(jnp.float32, **variant)
     held, figures = {}, {}
     for name, (step, state) in steps(config, model, params).items():
         compiled = step.lower(params, state, windows).compile()
@@ -108,7 +89,7 @@ def measure(config: Config, variant: dict) -> dict[str, tuple[float, float]]:
 
 def main(config: Config) -> None:
     rows = []
-    for variant, settings in VARIANTS.items():
+    for variant, settings in setting.VARIANTS.items():
         figures = measure(config, settings)
         base, ours = figures["MultiSteps"], figures["Flora, fused"]
         rows.append(
@@ -121,7 +102,7 @@ def main(config: Config) -> None:
             )
         )
     heads = ["model", "MultiSteps, s", "Flora, s", "ratio of time", "of temporaries"]
-    title = f"One micro-step: width {config.width}, {config.batch} x {config.length} tokens, rank {config.rank}"
+    title = f"One micro-step: {config}, rank {config.rank}"
     tables = [report.table(title, heads, rows)]
     Console(width=100).print(tables[0])
     rows = []

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flora_jax import rounding
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.projection import Projection
+from flora_jax.paths import path_name
 
 LARGEST = 127
 KEPT, AIM = 116, 122
@@ -69,9 +70,7 @@ def to_int8(
 
 def from_int8(params: Any) -> Any:
     """Returns the params with ordinary arrays in the place of those that `to_int8` made, each in its dtype."""
-    return jax.tree.map(
-        lambda leaf: value(leaf) if is_int8(leaf) else leaf, params, is_leaf=is_int8
-    )
+    return jax.tree.map(as_array, params, is_leaf=is_int8)
 
 
 def is_int8(leaf: Any) -> bool:
@@ -79,11 +78,26 @@ def is_int8(leaf: Any) -> bool:
     return type(leaf).__name__ == "QArray" and "qwix" in sys.modules
 
 
+def refuse_int8(params: Any) -> None:
+    """Raises a ValueError for params in int8, where only floating-point ones can be used."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_int8)[0]:
+        if is_int8(leaf):
+            raise ValueError(
+                f"params must be floating point, found {path_name(path)!r} in int8; train it by "
+                "flora_jax.make_train_step(..., update='backward')"
+            )
+
+
 def outline(leaf: Any) -> Any:
     """Returns the shape and dtype of an array, or of the one that a `qwix.QArray` stands for."""
     if is_int8(leaf):
         return jax.ShapeDtypeStruct(leaf.qvalue.shape, leaf.scale.dtype)
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def as_array(leaf: Any) -> Any:
+    """Returns an array as it is, and the one that a `qwix.QArray` stands for."""
+    return value(leaf) if is_int8(leaf) else leaf
 
 
 def value(leaf: Any, dtype: Any = None) -> jax.Array:

@@ -24,7 +24,7 @@ from flora_jax.chain.plan import plan as make_plan
 from flora_jax.chain.project import cycle as cycle_of_state
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import Sketch, Spec
-from flora_jax.fused.int8 import is_int8
+from flora_jax.fused.int8 import refuse_int8
 from flora_jax.fused.interpreter import Traced, Use, Walk, exposed
 from flora_jax.fused.leaves import (
     combine,
@@ -36,7 +36,6 @@ from flora_jax.fused.leaves import (
 )
 from flora_jax.fused.rules import RULES
 from flora_jax.fused.weight import Weight
-from flora_jax.paths import path_name
 from flora_jax.sharding import explicit, manual
 from flora_jax.sharding.partition import constrain, of_sketch
 
@@ -201,7 +200,7 @@ class _Function:
         self.aux_structure: Any = None
         for place in places:
             arg = trained(args[place])
-            _refuse_int8(arg)
+            refuse_int8(arg)
             leaves, structure = jax.tree.flatten(arg)
             self.plans += leaf_plans(_shaped(arg), owner.projection)
             self.differentiated += leaves
@@ -270,15 +269,6 @@ class _Function:
             trees.append(jax.tree.unflatten(structure, leaves[start:stop]))
             start = stop
         return trees
-
-
-def _refuse_int8(tree: Any) -> None:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_int8)[0]:
-        if is_int8(leaf):
-            raise ValueError(
-                f"params must be floating point, found {path_name(path)!r} in int8; train it by "
-                "flora_jax.make_train_step(..., update='backward')"
-            )
 
 
 def _zero_up(plan: LeafPlan, leaf: Any) -> jax.Array | None:

@@ -112,11 +112,12 @@ def constrain(array: Any, sharding: NamedSharding | None) -> Any:
     return jax.lax.with_sharding_constraint(array, sharding)
 
 
-def first_axis_dropped(sharding: NamedSharding | None) -> NamedSharding | None:
-    """Returns the sharding of one index along the first axis of an array."""
+def without_axis(sharding: NamedSharding | None, axis: int) -> NamedSharding | None:
+    """Returns the sharding of one index along an axis of an array."""
     if sharding is None:
         return None
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    names = (*sharding.spec[:axis], *sharding.spec[axis + 1 :])
+    return NamedSharding(sharding.mesh, PartitionSpec(*names))
 
 
 def last_axis_replicated(sharding: NamedSharding | None, ndim: int) -> NamedSharding | None:

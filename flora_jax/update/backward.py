@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.fused.int8 import is_int8, outline
+from flora_jax.fused.int8 import as_array, is_int8, outline
 from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import JITS, Atom, Const, Node, Var, flatten
-from flora_jax.sharding.partition import constrain
+from flora_jax.sharding.partition import constrain, without_axis
 from flora_jax.update import pull
-from flora_jax.update.parameters import Parameters, Stack, replace_each, take, values
+from flora_jax.update.layers import replace_each, take
+from flora_jax.update.parameters import Parameters, Stack
 from flora_jax.update.stack import CHAIN, Scan, Use, uses_of
 
 
@@ -35,7 +36,10 @@ class Program:
         self.leaves, self.structure = jax.tree.flatten(params, is_leaf=is_int8)
         self.batch = jax.tree.leaves(list(batch))
         closed, shapes = jax.make_jaxpr(fun, return_shape=True)(
-            jax.tree.unflatten(self.structure, map(_traced, self.leaves)), *batch
+            jax.tree.unflatten(
+                self.structure, [outline(x) if is_int8(x) else x for x in self.leaves]
+            ),
+            *batch,
         )
         inputs = [Var(aval) for aval in closed.in_avals]
         self.inputs = inputs
@@ -85,9 +89,8 @@ class Program:
         self.first: dict[int, Node] = {}
         index = {var: leaf for leaf, var in enumerate(self.params)}
         for node in self.differentiated:
-            used = {use.leaf for use in self.uses.get(node, {}).values()}
             own = self.uses.get(node, {})
-            used |= {
+            used = {use.leaf for use in own.values()} | {
                 index[var]
                 for place, var in enumerate(node.ins)
                 if place not in own and isinstance(var, Var) and var in index
@@ -128,14 +131,14 @@ class _Walk:
         self.cotangents: dict[Var, Any] = {}
         self.pulls: dict[Node, Any] = {}
         self.shardings = [
-            (one, _without_axis(one, program.stacks[i].axis) if i in program.stacks else one)
+            (one, without_axis(one, program.stacks[i].axis) if i in program.stacks else one)
             for i, one in enumerate(shardings)
         ]
 
     def forward(self) -> list[Any]:
         program = self.program
         known: dict[Var, Any] = dict(
-            zip(program.inputs, [*map(values, self.params), *program.batch], strict=True)
+            zip(program.inputs, [*map(as_array, self.params), *program.batch], strict=True)
         )
 
         def read(atom: Atom) -> Any:
@@ -190,7 +193,7 @@ class _Walk:
                 known = [x for x in cotangents if x is not None]
 
                 def again(leaf, known=known):  # not before the walk is here
-                    return values(jax.lax.optimization_barrier((self.params[leaf], known))[0])
+                    return as_array(jax.lax.optimization_barrier((self.params[leaf], known))[0])
 
                 with node.eqn.ctx.manager:
                     found = iter(through.pull(cotangents, again))
@@ -207,16 +210,12 @@ class _Walk:
 
     def _update(self, node: Node) -> None:
         """Updates the parameters that have no use before this one; the walk goes on when that is done."""
-        ready = [
-            leaf
-            for leaf, first in self.program.first.items()
-            if first is node and leaf not in self.new
-        ]
-        for leaf in ready:
-            self._whole(leaf)
         fresh = [leaf for leaf, first in self.program.first.items() if first is node]
         if not fresh:
             return
+        for leaf in fresh:
+            if leaf not in self.new:
+                self._whole(leaf)
         onward = [var for var in dict.fromkeys(node.variables()) if var in self.cotangents]
         places = [place for leaf in fresh for place in self.updates.owned[leaf]]
         held = (
@@ -256,7 +255,7 @@ class _Walk:
         """Updates a parameter, or one layer of it."""
         sharding = self.shardings[leaf][0 if index is None else 1]
         grad = constrain(grad, sharding)
-        update, state = self.updates.update(leaf, grad, values(param), state, index)
+        update, state = self.updates.update(leaf, grad, as_array(param), state, index)
         param = self.apply(leaf, param, update, index)
         return param if is_int8(param) else constrain(param, sharding), state
 
@@ -286,11 +285,6 @@ class _Walk:
         self.state.update(new)
 
 
-def _traced(leaf: Any) -> Any:
-    """Returns what the function is traced with in the place of a parameter."""
-    return outline(leaf) if is_int8(leaf) else leaf
-
-
 def _axis(chain: Sequence[Node]) -> int:
     """Returns the axis of a parameter that is the first one after these operations."""
     axis = 0
@@ -318,13 +312,3 @@ def _without_chains(
             if place not in own and isinstance(atom, Var)
         )
     return kept[::-1]
-
-
-def _without_axis(sharding: Any, axis: int) -> Any:
-    """Returns the sharding of one layer, given that of the stack."""
-    if sharding is None:
-        return None
-    names = list(sharding.spec)
-    if axis < len(names):
-        del names[axis]
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*names))

@@ -1,7 +1,7 @@
 """Parameters: an optimizer's update of one parameter at a time, where a layer of a stack is a parameter of its own."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ import optax
 
 from flora_jax import dtypes
 from flora_jax.chain import keys
-from flora_jax.fused.int8 import is_int8, outline, value
+from flora_jax.fused.int8 import as_array, is_int8, outline
 from flora_jax.fused.program import Atom, Values, Var, flatten, needed
 from flora_jax.paths import path_name
+from flora_jax.update.layers import take
 from flora_jax.update.owners import CHOICE, as_choice
 
 
@@ -53,7 +54,6 @@ class Parameters:
         params: Any,
         state: Any,
         stacks: Mapping[int, Stack],
-        extra_args: dict[str, Any],
     ):
         """Traces the update.
 
@@ -78,11 +78,11 @@ class Parameters:
             for own, leaf in zip(jax.tree.leaves(outline), self.given, strict=True)
         ]
 
-        def update(grads, state, params, extra_args, index):
+        def update(grads, state, params, index):
             with keys.of_layers(dict.fromkeys((self.names[i] for i in stacks), index)):
-                return tx.update(grads, state, params, **extra_args)
+                return tx.update(grads, state, params)
 
-        args = (layer, jax.tree.unflatten(self.structure, one), layer, extra_args, jnp.int32(0))
+        args = (layer, jax.tree.unflatten(self.structure, one), layer, jnp.int32(0))
         closed, shapes = jax.make_jaxpr(update, return_shape=True)(*args)
         if jax.tree.structure(shapes[1]) != self.structure:
             raise ValueError(
@@ -92,10 +92,9 @@ class Parameters:
         count, states = len(self.names), len(self.given)
         self.grads, rest = inputs[:count], inputs[count:]
         self.state, rest = rest[:states], rest[states:]
-        self.params, (*extras, self.index) = rest[:count], rest[count:]
+        self.params, (self.index,) = rest[:count], rest[count:]
         nodes, outs = flatten(closed.jaxpr, closed.consts, inputs)
         self.updates, self.new_state = outs[:count], outs[count:]
-        self.known = dict(zip(extras, jax.tree.leaves(extra_args), strict=True))
         self._find_owners(nodes)
         self._find_axes([x.shape for x in one])
 
@@ -120,18 +119,18 @@ class Parameters:
                     continue
                 for out in node.outs:
                     of[out], self.maker[out] = found, node
-            new = {
-                place: found
-                for place, out in enumerate(self.new_state)
-                if (found := of.get(out, frozenset()) if isinstance(out, Var) else frozenset())
-            }
-            for goals in (self.updates, self.new_state):
-                for place, out in enumerate(goals):
-                    found = of.get(out, frozenset()) if isinstance(out, Var) else frozenset()
-                    if goals is self.updates:
-                        found = found | {place}
-                    if len(found) > 1:
-                        self._refuse(sorted(found, key=lambda i: i != place), goals is self.updates)
+            of_updates, of_state = (
+                [of.get(out, frozenset()) if isinstance(out, Var) else frozenset() for out in goals]
+                for goals in (self.updates, self.new_state)
+            )
+            for leaf, found in enumerate(of_updates):
+                if others := sorted(found - {leaf}):
+                    self._refuse(f"the update of {self.names[leaf]!r}", others[0])
+            for found in of_state:
+                if len(found) > 1:
+                    own, other, *_ = sorted(found)
+                    self._refuse(f"its state of {self.names[own]!r}", other)
+            new = {place: found for place, found in enumerate(of_state) if found}
             if new == owner:
                 break
             owner = new
@@ -139,13 +138,11 @@ class Parameters:
         for place, (leaf,) in owner.items():
             self.owned[leaf].append(place)
         self.shared = [place for place in range(len(self.state)) if place not in owner]
-        self.known |= {self.state[place]: self.given[place] for place in self.shared}
+        self.known = {self.state[place]: self.given[place] for place in self.shared}
 
-    def _refuse(self, found: Sequence[int], update: bool) -> None:
-        own, other = (self.names[i] for i in found[:2])
-        what = f"the update of {own!r}" if update else f"its state of {own!r}"
+    def _refuse(self, what: str, other: int) -> None:
         raise ValueError(
-            f"tx must be leaf-wise with update='backward', found that {what} needs {other!r} as well, whose gradient "
+            f"tx must be leaf-wise with update='backward', found that {what} needs {self.names[other]!r} as well, whose gradient "
             "does not exist at that time; in the place of clipping by the global norm take optax.clip_by_block_rms "
             "or optax.adaptive_grad_clip, which clip each parameter by itself"
         )
@@ -246,18 +243,18 @@ def init(tx: optax.GradientTransformation, params: Any, stacks: Mapping[int, Sta
     tx = optax.with_extra_args_support(tx)
     leaves, tree = jax.tree.flatten(params, is_leaf=is_int8)
     firsts = [
-        values(take(leaf, stacks[i].axis, 0) if i in stacks else leaf)
+        as_array(take(leaf, stacks[i].axis, 0) if i in stacks else leaf)
         for i, leaf in enumerate(leaves)
     ]
     first = jax.tree.unflatten(tree, firsts)
     state, structure = jax.tree.flatten(tx.init(first))
-    owned = Parameters(tx, first, jax.tree.unflatten(structure, state), {}, {}).owned
+    owned = Parameters(tx, first, jax.tree.unflatten(structure, state), {}).owned
     for i, stack in stacks.items():
         if not owned[i]:
             continue
 
         def one(layer, i=i):
-            given = jax.tree.unflatten(tree, [*firsts[:i], values(layer), *firsts[i + 1 :]])
+            given = jax.tree.unflatten(tree, [*firsts[:i], as_array(layer), *firsts[i + 1 :]])
             found = jax.tree.leaves(tx.init(given))
             return [found[place] for place in owned[i]]
 
@@ -265,64 +262,6 @@ def init(tx: optax.GradientTransformation, params: Any, stacks: Mapping[int, Sta
         for place, found in zip(owned[i], stacked, strict=True):
             state[place] = found
     return jax.tree.unflatten(structure, state)
-
-
-def values(leaf: Any) -> Any:
-    """Returns an array as it is, and the one that a `qwix.QArray` stands for."""
-    return value(leaf) if is_int8(leaf) else leaf
-
-
-def take(leaf: Any, axis: int, i: Any) -> Any:
-    """Returns one index along an axis of an array, or of the arrays of a `qwix.QArray`."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False), leaf)
-
-
-def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: Callable, rest: Any):
-    """Replaces the indices of arrays one after the other, in place.
-
-    XLA copies an array that is written in a loop while it may yet be read, except for TPUs, where it looks at the
-    schedule. So elsewhere an index is written at the beginning of the next round, and what is read there is what was
-    written.
-
-    Args:
-      count: The number of indices.
-      order: The function from the number of a round to the index.
-      arrays: A pytree of arrays, or of `qwix.QArray`s.
-      axes: The axis of each, in such a tree.
-      compute: The function `(index, arrays, rest) -> (parts, rest)` that gives the new index of each array.
-      rest: What else goes from one round to the next.
-
-    Returns:
-      The arrays and the rest.
-    """
-
-    def write(arrays, parts, i):
-        return jax.tree.map(lambda axis, x, part: put(x, part, axis, i), axes, arrays, parts)
-
-    def at_once(arrays, rest):
-        def body(t, loop):
-            arrays, rest = loop
-            parts, rest = compute(order(t), arrays, rest)
-            return write(arrays, parts, order(t)), rest
-
-        return jax.lax.fori_loop(0, count, body, (arrays, rest))
-
-    def later(arrays, rest):
-        def body(t, loop):
-            arrays, parts, rest = loop
-            arrays = write(arrays, parts, order(jnp.maximum(t - 1, 0)))
-            return arrays, *compute(order(t), arrays, rest)
-
-        first = jax.tree.map(lambda axis, x: take(x, axis, order(0)), axes, arrays)
-        arrays, parts, rest = jax.lax.fori_loop(0, count, body, (arrays, first, rest))
-        return write(arrays, parts, order(count - 1)), rest
-
-    return jax.lax.platform_dependent(arrays, rest, tpu=at_once, default=later)
-
-
-def put(leaf: Any, part: Any, axis: int, i: Any) -> Any:
-    """Returns the array, or the arrays of a `qwix.QArray`, with one index along an axis replaced."""
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis), leaf, part)
 
 
 def _of_layers(params: Any, stacks: Mapping[int, Stack]) -> Any:

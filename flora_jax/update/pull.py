@@ -1,6 +1,7 @@
 """Pull: the derivative of a part of a function, with what it keeps from the forward pass apart from what can be had again."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,10 +32,9 @@ class Pull:
         """Differentiates a function from a list to a list, at a list of which some are active."""
 
         def of(*moving):
-            moving = iter(moving)
-            return fun([next(moving) if flag else x for x, flag in zip(given, active, strict=True)])
+            return fun(_filled(given, active, moving))
 
-        self.outs, pull = jax.vjp(of, *(x for x, f in zip(given, active, strict=True) if f))
+        self.outs, pull = jax.vjp(of, *itertools.compress(given, active))
         self.leaves, self.structure = jax.tree.flatten(pull)
 
     def without(self, values: Mapping[int, Any]) -> None:
@@ -71,8 +71,8 @@ class Layer:
     Attributes:
       inputs: The inputs of the body.
       outs: Its outputs.
-      kept: What the backward pass needs from the forward pass, for each layer.
-      again: Whether each leaf of the derivative is among `kept`, or is computed again from the inputs.
+      residuals: The arrays that the derivative consists of.
+      kept: Those of them that the backward pass cannot compute again from the inputs that it has.
     """
 
     def __init__(
@@ -92,18 +92,15 @@ class Layer:
           wanted: Which outputs have cotangents.
           again: Which inputs are there in the backward pass too.
         """
-
         self.structure: Any = None
         self.fixed: list[Any] = []
 
         def forward(*given):
             def of(*moving):
-                moving = iter(moving)
-                outs = body([next(moving) if f else x for x, f in zip(given, active, strict=True)])
-                return [out for out, flag in zip(outs, wanted, strict=True) if flag], outs
+                outs = body(_filled(given, active, moving))
+                return list(itertools.compress(outs, wanted)), outs
 
-            moving = (x for x, flag in zip(given, active, strict=True) if flag)
-            _, pull, outs = jax.vjp(of, *moving, has_aux=True)
+            _, pull, outs = jax.vjp(of, *itertools.compress(given, active), has_aux=True)
             leaves, self.structure = jax.tree.flatten(pull)
             self.fixed = [None if _is_array(leaf) else leaf for leaf in leaves]
             return outs, [leaf for leaf in leaves if _is_array(leaf)]
@@ -138,8 +135,8 @@ class Layer:
         known = {var: x for var, x in zip(self.inputs, given, strict=True) if x is not None}
         values = self._values({**known, **dict(zip(self.kept, kept, strict=True))})
         run(values, self.residuals)
-        leaves = iter([values(x) for x in self.residuals])
-        leaves = [next(leaves) if fixed is None else fixed for fixed in self.fixed]
+        computed = map(values, self.residuals)
+        leaves = [next(computed) if fixed is None else fixed for fixed in self.fixed]
         pull = jax.tree.unflatten(self.structure, leaves)
         return lambda cotangents: list(pull(cotangents))
 
@@ -156,6 +153,12 @@ def run(values: Values, goals: Sequence[Atom]) -> None:
         with node.eqn.ctx.manager:  # it says which axes of a mesh are explicit there
             outs = node.run(given)
         values.known.update(zip(node.outs, outs, strict=True))
+
+
+def _filled(given: Sequence[Any], active: Sequence[bool], moving: Sequence[Any]) -> list[Any]:
+    """Returns a list with those that are active in the place of the old ones."""
+    fresh = iter(moving)
+    return [next(fresh) if flag else x for x, flag in zip(given, active, strict=True)]
 
 
 def _is_array(leaf: Any) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.extend import core
 
 from flora_jax import rounding
@@ -25,7 +26,7 @@ def apply_updates(params: Any, updates: Any, key: Any) -> Any:
         if param is None or update is None:
             return param
         if param.dtype != jnp.bfloat16:
-            return jnp.asarray(param + update).astype(param.dtype)
+            return optax.apply_updates(param, update)
         words = jax.random.key_data(fold_path(key, path_name(path)))
         return _ROUNDED.bind(param, update, words)
 

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from flora_jax.fused.int8 import outline
+from flora_jax.fused.int8 import as_array, outline
 from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import Node, Var
 from flora_jax.fused.rules.control_flow import scan_counts
 from flora_jax.update import pull
-from flora_jax.update.parameters import Parameters, replace_each, take, values
+from flora_jax.update.layers import replace_each, take
+from flora_jax.update.parameters import Parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Scan:
         self.length, self.reverse = params["length"], params["reverse"]
         body = core.jaxpr_as_fun(params["jaxpr"])
         self.body: Callable = lambda given: list(body(*given))
+        self.raw = [use for _, use in sorted({use.leaf: use for use in uses.values()}.items())]
+        self.here = [i for i in range(len(node.ins)) if i not in uses]
         self.active = list(active)
         self.wanted = self._activity(params["jaxpr"].jaxpr, count)
 
@@ -95,23 +98,19 @@ class Scan:
         consts, first = list(given[: self.consts]), list(given[self.consts : self.carries])
         rest = (None if x is None else take(x, 0, 0) for x in given[self.carries :])
         shapes = [*consts, *first, *rest]
-        self.raw = sorted(
-            {use.leaf: use for use in self.uses.values()}.values(), key=lambda u: u.leaf
-        )
-        self.places = {use.leaf: i for i, use in enumerate(self.raw)}
-        here = [i for i, x in enumerate(given) if x is not None]
-        self.here = here
+        here = self.here
 
         def body(inputs):
-            layers, rest = inputs[: len(self.raw)], inputs[len(self.raw) :]
+            layers = dict(zip((use.leaf for use in self.raw), inputs, strict=False))
+            rest = inputs[len(self.raw) :]
             full: list[Any] = [None] * len(given)
             for i, x in zip(here, rest, strict=True):
                 full[i] = x
             for i, use in self.uses.items():
-                full[i] = use.of_layer(layers[self.places[use.leaf]])
+                full[i] = use.of_layer(layers[use.leaf])
             return self.body(full)
 
-        layers = [values(take(params[use.leaf], use.axis, 0)) for use in self.raw]
+        layers = [as_array(take(params[use.leaf], use.axis, 0)) for use in self.raw]
         self.layer = pull.Layer(
             body,
             [*layers, *(shapes[i] for i in here)],
@@ -123,7 +122,7 @@ class Scan:
 
         def step(carry, xs):
             i, rest = xs
-            layers = [values(take(params[use.leaf], use.axis, i)) for use in self.raw]
+            layers = [as_array(take(params[use.leaf], use.axis, i)) for use in self.raw]
             outs, kept = self.layer.forward([*layers, *consts, *carry, *rest])
             carry = [x.astype(old.dtype) for x, old in zip(outs, carry, strict=False)]
             return carry, (outs[len(carry) :], kept)
@@ -207,7 +206,7 @@ class Scan:
             of_carry, sums = loop
             own, states, _, _ = arrays
             layers = [take(own.get(leaf, params[leaf]), of_leaf[leaf], i) for leaf in leaves]
-            inputs: list[Any] = list(map(values, layers))
+            inputs: list[Any] = list(map(as_array, layers))
             for place in self.here:
                 if place < self.consts:
                     inputs.append(given[place])

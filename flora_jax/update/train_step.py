@@ -15,10 +15,9 @@ from flora_jax.chain import project, recorder
 from flora_jax.chain.keys import fold_path
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import without_cycle
-from flora_jax.fused.int8 import is_int8, requantized, value
+from flora_jax.fused.int8 import is_int8, refuse_int8, requantized, value
 from flora_jax.fused.leaves import combine, partition, refuse_changing_modules, trained, without
 from flora_jax.fused.value_and_grad import value_and_grad
-from flora_jax.paths import path_name
 from flora_jax.rounding import Rounding, applied, check, key_of, random_bits
 from flora_jax.sharding.partition import constrain, known
 from flora_jax.update.apply_gradients import apply_gradients
@@ -44,7 +43,7 @@ def make_train_step(
     together: gradients are compressed inside the backward pass. Without a projection it is `jax.value_and_grad` and
     `flora_jax.apply_gradients`: gradients exist, and updates do not.
 
-    With `update="backward"` gradients are exact, every step is an optimizer step, and each parameter is updated
+    With `update="backward"` gradients are exact, every call is one `tx.update`, and each parameter is updated
     inside the backward pass, as soon as all of its uses are behind; then its gradient is gone. A `scan` over layers is
     walked through from the last layer to the first, and the weights and the state of one layer after the other are
     replaced in place. Each layer of such a stack is a parameter of its own: norms, root mean squares, factored
@@ -118,9 +117,7 @@ def make_train_step(
 
     @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 4) if donate else ())
     def compiled(rest, shardings, params, held, opt_state, *batch):
-        def of(params, *batch):
-            return loss(combine(params, combine(held, rest.tree())), *batch)
-
+        of = _of_trained(loss, held, rest)
         of_params, of_state = shardings
         if update == "backward":
             params, opt_state, value = _backward(
@@ -151,7 +148,7 @@ def make_train_step(
             _check_batch(batch, micro_batches)
         own, held, rest = _parts(params)
         if update == "after":
-            _refuse_int8(own)
+            refuse_int8(own)
         shardings = tuple(tuple(map(known, jax.tree.leaves(tree))) for tree in (own, opt_state))
         return (rest, shardings, own, held, opt_state, *batch)
 
@@ -166,10 +163,7 @@ def make_train_step(
         if update == "after":
             return tx.init(own)
 
-        def of(params, *batch):
-            return loss(combine(params, combine(held, rest.tree())), *batch)
-
-        return make_state(tx, own, Program(of, own, batch).stacks)
+        return make_state(tx, own, Program(_of_trained(loss, held, rest), own, batch).stacks)
 
     return TrainStep(step, init, lambda *args: compiled.lower(*prepared(*args)))
 
@@ -193,6 +187,11 @@ class TrainStep:
         return self.step(params, opt_state, *batch)
 
 
+def _of_trained(loss: Callable, held: Any, rest: "_Static") -> Callable:
+    """Returns the loss as a function of what is trained of the params, and of the batch."""
+    return lambda params, *batch: loss(combine(params, combine(held, rest.tree())), *batch)
+
+
 def _gradient(of, has_aux, shardings, params, *batch) -> tuple[Any, Any]:
     """Returns the value and ordinary gradients, sharded as the params."""
     value, grads = jax.value_and_grad(of, has_aux=has_aux)(params, *batch)
@@ -202,7 +201,7 @@ def _gradient(of, has_aux, shardings, params, *batch) -> tuple[Any, Any]:
 def _backward(of, tx, params, opt_state, batch, shardings, rounding) -> tuple[Any, Any, Any]:
     """Updates the params in the backward pass."""
     program = Program(of, params, batch)
-    updates = Parameters(tx, params, opt_state, program.stacks, {})
+    updates = Parameters(tx, params, opt_state, program.stacks)
     key = key_of(opt_state) if rounding == "stochastic" else None
 
     def apply(leaf, param, update, index):
@@ -274,14 +273,6 @@ def _place(leaf: Any) -> Any:
         return first.device, first.unsafe_buffer_pointer()
     except Exception:  # typed keys, deleted arrays, and backends without pointers
         return id(leaf)
-
-
-def _refuse_int8(params: Any) -> None:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_int8)[0]:
-        if is_int8(leaf):
-            raise ValueError(
-                f"params must be floating point, found {path_name(path)!r} in int8, which update='backward' trains"
-            )
 
 
 def _check_batch(batch: Any, count: int) -> None:

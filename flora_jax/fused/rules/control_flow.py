@@ -8,7 +8,7 @@ import jax
 from flora_jax.fused.interpreter import Traced, Walk, exposed, is_inexact
 from flora_jax.fused.lazy import Lazy
 from flora_jax.fused.weight import Joined, Weight
-from flora_jax.sharding.partition import first_axis_dropped
+from flora_jax.sharding.partition import without_axis
 
 
 def _inline(walk: Walk, eqn, ins):
@@ -147,7 +147,7 @@ def _first_index_taken(sliced: Any, stacked: Any) -> Any:
         return sliced
     value, up, keys = sliced
     keys = stacked.keys if keys is None else keys
-    kinds, sharding = stacked.kinds[1:], first_axis_dropped(stacked.sharding)
+    kinds, sharding = stacked.kinds[1:], without_axis(stacked.sharding, 0)
     return stacked.replace(value=value, up=up, keys=keys, kinds=kinds, sharding=sharding)
 
 

@@ -1,0 +1,60 @@
+"""Layers: one index after the other along an axis of arrays, and of weights in int8, taken and replaced in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def take(leaf: Any, axis: int, i: Any) -> Any:
+    """Returns one index along an axis of an array, or of the arrays of a `qwix.QArray`."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False), leaf)
+
+
+def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: Callable, rest: Any):
+    """Replaces the indices of arrays one after the other, in place.
+
+    XLA copies an array that is written in a loop while it may yet be read, except for TPUs, where it looks at the
+    schedule. So elsewhere an index is written at the beginning of the next round, and what is read there is what was
+    written.
+
+    Args:
+      count: The number of indices.
+      order: The function from the number of a round to the index.
+      arrays: A pytree of arrays, or of `qwix.QArray`s.
+      axes: The axis of each, in such a tree.
+      compute: The function `(index, arrays, rest) -> (parts, rest)` that gives the new index of each array.
+      rest: What else goes from one round to the next.
+
+    Returns:
+      The arrays and the rest.
+    """
+
+    def write(arrays, parts, i):
+        return jax.tree.map(lambda axis, x, part: put(x, part, axis, i), axes, arrays, parts)
+
+    def at_once(arrays, rest):
+        def body(t, loop):
+            arrays, rest = loop
+            parts, rest = compute(order(t), arrays, rest)
+            return write(arrays, parts, order(t)), rest
+
+        return jax.lax.fori_loop(0, count, body, (arrays, rest))
+
+    def later(arrays, rest):
+        def body(t, loop):
+            arrays, parts, rest = loop
+            arrays = write(arrays, parts, order(jnp.maximum(t - 1, 0)))
+            return arrays, *compute(order(t), arrays, rest)
+
+        first = jax.tree.map(lambda axis, x: take(x, axis, order(0)), axes, arrays)
+        arrays, parts, rest = jax.lax.fori_loop(0, count, body, (arrays, first, rest))
+        return write(arrays, parts, order(count - 1)), rest
+
+    return jax.lax.platform_dependent(arrays, rest, tpu=at_once, default=later)
+
+
+def put(leaf: Any, part: Any, axis: int, i: Any) -> Any:
+    """Returns the array, or the arrays of a `qwix.QArray`, with one index along an axis replaced."""
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, axis), leaf, part)
