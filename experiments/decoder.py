@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.models import llama
+from flora_jax.models.decoder import Decoder
+from flora_jax.models.decoder import Shape as DecoderShape
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Shape:
             )
 
 
-def model(shape: Shape, sharded: tuple[Any, ...] = ()) -> llama.Llama:
+def model(shape: Shape, sharded: tuple[Any, ...] = ()) -> Decoder:
     """Returns the module; `sharded` are mesh axes of the batch and of the heads, which need a mesh in context."""
-    return llama.Llama(
-        llama.Shape(
+    return Decoder(
+        DecoderShape(
             shape.vocabulary,
             shape.width,
             4 * shape.width,
@@ -52,7 +53,7 @@ def model(shape: Shape, sharded: tuple[Any, ...] = ()) -> llama.Llama:
     )
 
 
-def loss(model: llama.Llama, params: Any, windows: jax.Array) -> jax.Array:
+def loss(model: Decoder, params: Any, windows: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy, nats per token, of `(B, T + 1)` windows; all logits exist at once."""
     logits = jnp.asarray(model.apply({"params": params}, windows[:, :-1]))
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))

@@ -37,7 +37,8 @@ from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.chain.projection import Side
 from flora_jax.memory.compiled import compiled_bytes
-from flora_jax.models import generate, llama
+from flora_jax.models import generate
+from flora_jax.models.decoder import Decoder
 from flora_jax.update.ordinary_step import ordinary_step
 
 PROMPT = "def read(self, "
@@ -165,7 +166,7 @@ def initial_state(config: Config, method: optimizers.Method, mesh: Mesh) -> tupl
     return params, jax.jit(tx.init, out_shardings=state_shardings(tx, params))(params)
 
 
-def sharded_model(config: Config) -> llama.Llama:
+def sharded_model(config: Config) -> Decoder:
     """Gives the model with the shardings of its activations; it runs with the mesh in context.
 
     Left to itself, XLA (of jax 0.10.2, on CPUs) computes rotary positions of heads that are sharded over

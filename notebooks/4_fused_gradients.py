@@ -27,7 +27,7 @@ import numpy as np
 import flora_jax
 from flora_jax.chain.products import sample
 from flora_jax.chain.sketch import is_sketch
-from flora_jax.models import llama
+from flora_jax.models import decoder
 
 # %% [markdown]
 # ## In the jaxpr
@@ -105,11 +105,11 @@ for path in params:
 # compiled for this machine. Every `dot` of the program, by its result.
 
 # %%
-shape = llama.Shape(2048, 256, 640, 2, 4, 2, jnp.float32, remat=False, scan=False)
-model = llama.Llama(shape)
+shape = decoder.Shape(2048, 256, 640, 2, 4, 2, jnp.float32, remat=False, scan=False)
+model = decoder.Decoder(shape)
 windows = jax.random.randint(jax.random.key(3), (4, 193), 0, 2048)
 weights = jax.jit(lambda: model.init(jax.random.key(4), windows[:, :8])["params"])()
-llama_loss = partial(llama.loss, model)
+llama_loss = partial(decoder.loss, model)
 
 ARRAY = re.compile(r"%([\w.\-]+) = \w+\[([\d,]*)\]")
 DOT = re.compile(

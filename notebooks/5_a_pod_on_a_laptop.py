@@ -36,7 +36,7 @@ import flora_jax
 from experiments.bench import traffic
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory import estimate, outline, report
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from flora_jax.paths import path_name
 
 # %% [markdown]
@@ -111,8 +111,8 @@ else:
 print(f"compiled for {len(devices)} x {devices[0].device_kind}")
 mesh = Mesh(np.array(devices).reshape(2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
-shape = llama.Shape(4096, 256, 768, 4, 4, 4, jnp.bfloat16, sharded=(("data", "fsdp"),))
-net = llama.Llama(shape)
+shape = decoder.Shape(4096, 256, 768, 4, 4, 4, jnp.bfloat16, sharded=(("data", "fsdp"),))
+net = decoder.Decoder(shape)
 
 
 def placed(tree, shardings):
@@ -188,7 +188,7 @@ assert on_a_chip(states["Flora"]) < 0.2 * on_a_chip(states["MultiSteps"])
 # optimizer step. Bytes are those that a chip sends by the ring algorithms.
 
 # %%
-loss = partial(llama.loss, net)
+loss = partial(decoder.loss, net)
 
 
 def ordinary(params, state, batch):

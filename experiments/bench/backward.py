@@ -19,7 +19,7 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import interleaved, setting
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from flora_jax.rounding import Rounding
 from flora_jax.update.ordinary_step import ordinary_step
 
@@ -45,7 +45,7 @@ def adafactor() -> optax.GradientTransformation:
 def compare(config: Config, title: str, build: Any, dtype: Any, variant: dict) -> None:
     """Prints a table of steps; `build` gives them by name, from the loss and the params."""
     model, params, windows = config.started(dtype, **variant)
-    steps = build(partial(llama.loss, model), params, windows)
+    steps = build(partial(decoder.loss, model), params, windows)
     found = interleaved.seconds(steps, (windows,), config.rounds)
     (base,) = next(iter(found.values()))
     rows = [(name, f"{one:.3f}", f"{one / base:.3f}") for name, (one,) in found.items()]

@@ -26,7 +26,7 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import setting, topology, traffic
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from flora_jax.models.families import outline
 
 
@@ -60,7 +60,7 @@ def reduced(config: Config, gradient, params) -> list[tuple[str, int]]:
 def compare(config: Config):
     """Gives the all-reduces of the ordinary and of the fused gradient, and the plan."""
     model = setting.small(config.width, config.layers, dtype=jnp.float32, remat=False, scan=False)
-    loss = partial(llama.loss, model)
+    loss = partial(decoder.loss, model)
     params = outline(model)
     projection = flora_jax.Projection(config.rank, side="input")
     fused = partial(flora_jax.value_and_grad(loss, projection), cycle=0)

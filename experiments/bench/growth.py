@@ -41,7 +41,7 @@ from experiments.bench import exponents, pods, records, topology, traffic
 from experiments.bench.baselines import in_jax, page
 from experiments.bench.baselines.methods import Size
 from experiments.bench.exponents import AXES, KEYS
-from flora_jax.models import llama
+from flora_jax.models import decoder
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def gradient_flops(size: Size) -> float:
     windows = jax.ShapeDtypeStruct((size.batch, size.length + 1), jnp.int32)
     projection = in_jax.build("flora", size, 0.0, in_jax.LONG)[1]
     assert projection is not None
-    fused = flora_jax.value_and_grad(partial(llama.loss, model), projection)
+    fused = flora_jax.value_and_grad(partial(decoder.loss, model), projection)
     return _flops(jax.jit(partial(fused, cycle=0)).lower(params, windows).compile())
 
 
@@ -154,7 +154,7 @@ def on_devices(key: str, size: Size, devices: int) -> dict[str, float]:
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
     )
     size = dataclasses.replace(size, batch=devices)
-    model = llama.Llama(dataclasses.replace(in_jax.outline(size)[0].shape, sharded=("fsdp",)))
+    model = decoder.Decoder(dataclasses.replace(in_jax.outline(size)[0].shape, sharded=("fsdp",)))
     params, _, windows, peak = _shapes(key, size)
     specs = pods.weight_specs(params, size.rank, ("fsdp",) if devices > 1 else ())
     params = topology.placed(params, jax.tree.map(partial(NamedSharding, mesh), specs))

@@ -34,12 +34,12 @@ from experiments import report
 from experiments.bench import topology
 from flora_jax import Projection
 from flora_jax.adapters import Adapter, lora
-from flora_jax.models import families, gpt2, llama, t5
+from flora_jax.models import decoder, families, gpt2, t5
 from flora_jax.models.config import NAMED
 from flora_jax.update.ordinary_step import ordinary_step
 
 STEPS = 16
-LANGUAGE = (*llama.SHAPES, *gpt2.SHAPES, *t5.SHAPES)
+LANGUAGE = (*decoder.SHAPES, *gpt2.SHAPES, *t5.SHAPES)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from experiments import optimizers, report
 from experiments.bench import interleaved, setting
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.plan import tree_bytes
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from flora_jax.update.ordinary_step import ordinary_step
 
 EVERY = 2
@@ -59,7 +59,7 @@ ROWS = {
 
 def main(config: Config) -> None:
     model, params, windows = config.started(jnp.float32, **setting.VARIANTS["scan"])
-    loss = partial(llama.loss, model)
+    loss = partial(decoder.loss, model)
     held: dict[str, tuple[Any, Any, Any]] = {}
     for name, row in ROWS.items():
         tx, projection = optimizers.build(

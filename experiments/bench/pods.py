@@ -26,7 +26,7 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import topology, traffic
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from flora_jax.models.families import outline
 from flora_jax.update.ordinary_step import ordinary_step
 
@@ -37,7 +37,7 @@ STEPS = 16
 class Config:
     """The model, and its layout on the chips."""
 
-    shape: Literal[tuple(llama.SHAPES)] = "LLaMA-7B"  # type: ignore[valid-type]
+    shape: Literal[tuple(decoder.SHAPES)] = "LLaMA-7B"  # type: ignore[valid-type]
     """The name of the model's shape."""
     chip: Literal["v5e", "v5p"] = "v5e"
     """The kind of TPU chip."""
@@ -121,9 +121,9 @@ def weight_specs(params: Any, rank: int, axes: tuple[str, ...]) -> Any:
 
 def shapes(config: Config, mesh: Any) -> tuple[Any, Any, Any]:
     """Gives the model, its params and a batch, as shapes with shardings."""
-    shape = llama.SHAPES[config.shape]
+    shape = decoder.SHAPES[config.shape]
     shape = dataclasses.replace(shape, layers=config.layers or shape.layers)
-    model = llama.Llama(dataclasses.replace(shape, sharded=(("data", "fsdp"),)))
+    model = decoder.Decoder(dataclasses.replace(shape, sharded=(("data", "fsdp"),)))
     params = outline(model)
     axes = tuple(name for name in ("fsdp", "model") if getattr(config, name) > 1)
     specs = weight_specs(params, config.rank, axes)
@@ -143,7 +143,7 @@ def flora_step(config: Config, model: Any, params: Any) -> tuple[Any, Any]:
     """Flora with fused gradients: a function that lowers its step, and the state."""
     rule = projection(config.rank)
     tx = flora_jax.flora(1e-3, projection=rule, accumulation_steps=STEPS)
-    step: Any = flora_jax.make_train_step(partial(llama.loss, model), tx, rule)
+    step: Any = flora_jax.make_train_step(partial(decoder.loss, model), tx, rule)
     return step.lower, placed_state(tx, params)
 
 
@@ -152,7 +152,7 @@ def multisteps_step(config: Config, model: Any, params: Any) -> tuple[Any, Any]:
     tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
     state = placed_state(tx, params)
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
-    return ordinary_step(partial(llama.loss, model), tx, shardings).lower, state
+    return ordinary_step(partial(decoder.loss, model), tx, shardings).lower, state
 
 
 METHODS = {"Flora, fused": flora_step, "MultiSteps + Adafactor": multisteps_step}
@@ -176,7 +176,7 @@ def measure(config: Config, method: Any) -> Step | None:
 
 def weights(config: Config) -> float:
     """Counts the numbers in all matrices that a token is multiplied by."""
-    shape = llama.SHAPES[config.shape]
+    shape = decoder.SHAPES[config.shape]
     wide = 2 + 2 * shape.key_heads / shape.heads
     layers = config.layers or shape.layers
     inside = layers * (wide * shape.width**2 + 3 * shape.width * shape.hidden)

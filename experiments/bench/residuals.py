@@ -19,7 +19,7 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import setting, topology
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from flora_jax.models.families import outline
 
 
@@ -41,7 +41,7 @@ class Config:
 
 def main(config: Config) -> None:
     model = setting.small(config.width, config.layers, remat=False)
-    loss = partial(llama.loss, model)
+    loss = partial(decoder.loss, model)
     place = NamedSharding(topology.mesh(), PartitionSpec())
     params = outline(model)
     params = topology.placed(params, place)

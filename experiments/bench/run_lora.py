@@ -24,7 +24,7 @@ from experiments.bench import setting
 from flora_jax import Projection
 from flora_jax.adapters import lora, run_lora
 from flora_jax.adapters.run_lora import ORDERS, Order, cheapest, flops, multiply
-from flora_jax.models import llama
+from flora_jax.models import decoder
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def models(config: Config) -> list[tuple[str, ...]]:
         np.random.default_rng(0).integers(0, 256, (config.batch, config.length + 1)), jnp.int32
     )
     params = jax.jit(model.init)(jax.random.key(0), windows[:, :8])["params"]
-    loss = partial(llama.loss, model)
+    loss = partial(decoder.loss, model)
     rows = []
     for rank in config.ranks:
         adapter = lora(Projection(rank, side="input", embedding="whole"))

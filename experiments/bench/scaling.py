@@ -21,7 +21,7 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import pods
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from flora_jax.models.families import outline
 
 
@@ -29,7 +29,7 @@ from flora_jax.models.families import outline
 class Config:
     """The model, a slice, and the number of chips in all."""
 
-    shape: Literal[tuple(llama.SHAPES)] = "LLaMA-7B"  # type: ignore[valid-type]
+    shape: Literal[tuple(decoder.SHAPES)] = "LLaMA-7B"  # type: ignore[valid-type]
     """The name of the model's shape."""
     chip: Literal["v5e", "v5p"] = "v5e"
     """The kind of TPU chip."""
@@ -109,8 +109,8 @@ def methods(config: Config) -> dict[str, Method]:
 
 def shared_bytes(config: pods.Config) -> dict[str, float]:
     """Gives the bytes of a chip's part of one gradient, in bfloat16, and of its sketches, in float32."""
-    shape = llama.SHAPES[config.shape]
-    params: Any = outline(llama.Llama(shape))
+    shape = decoder.SHAPES[config.shape]
+    params: Any = outline(decoder.Decoder(shape))
     plan = flora_jax.plan(params, flora_jax.Projection(config.rank, resample_every=pods.STEPS))
     share = (config.layers or shape.layers) / shape.layers / config.fsdp
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))

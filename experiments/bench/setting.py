@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.models import llama
+from flora_jax.models import decoder
 
 VARIANTS = {
     "unrolled": {"scan": False, "remat": False},
@@ -33,7 +33,7 @@ class Sizes:
     def __str__(self) -> str:
         return f"width {self.width}, {self.batch} x {self.length} tokens"
 
-    def started(self, dtype: Any, **variant: Any) -> tuple[llama.Llama, Any, jax.Array]:
+    def started(self, dtype: Any, **variant: Any) -> tuple[decoder.Decoder, Any, jax.Array]:
         """Gives a model with such layers, its params and windows of random bytes, int32 `(batch, length + 1)`."""
         model = small(self.width, self.layers, dtype=dtype, **variant)
         random = np.random.default_rng(0)
@@ -41,9 +41,9 @@ class Sizes:
         return model, jax.jit(model.init)(jax.random.key(0), windows[:, :8])["params"], windows
 
 
-def small(width: int, layers: int, **others: Any) -> llama.Llama:
+def small(width: int, layers: int, **others: Any) -> decoder.Decoder:
     """Gives a LLaMA with a vocabulary of bytes; `others` are further fields of its shape."""
-    shape = llama.Shape(
+    shape = decoder.Shape(
         vocabulary=256,
         width=width,
         hidden=4 * width,
@@ -52,4 +52,4 @@ def small(width: int, layers: int, **others: Any) -> llama.Llama:
         key_heads=8,
         **others,
     )
-    return llama.Llama(shape)
+    return decoder.Decoder(shape)

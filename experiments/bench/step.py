@@ -23,7 +23,7 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import interleaved, setting
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from flora_jax.models.families import outline
 from flora_jax.update.ordinary_step import ordinary_step
 
@@ -42,9 +42,9 @@ class Config(setting.Sizes):
     """A file to write the tables to."""
 
 
-def steps(config: Config, model: llama.Llama, params):
+def steps(config: Config, model: decoder.Decoder, params):
     """Gives the micro-steps under `jit`, by name, each with its state."""
-    loss = partial(llama.loss, model)
+    loss = partial(decoder.loss, model)
     multi = optax.MultiSteps(optax.adafactor(1e-3), 1000).gradient_transformation()
     projection = project(config.rank)
     tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=1000)
@@ -62,7 +62,7 @@ def project(rank: int) -> flora_jax.Projection:
 def flops(config: Config, width: int) -> tuple[float, float]:
     """Gives XLA's count of FLOPs for the ordinary gradient and for the fused one, at rank width / 16."""
     model = setting.small(width, config.layers, dtype=jnp.float32, **setting.VARIANTS["unrolled"])
-    loss = partial(llama.loss, model)
+    loss = partial(decoder.loss, model)
     params = outline(model)
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments import text
 from experiments.tasks import batches, catalogues, data, digits, docstrings, hub, scores, tokens
-from flora_jax.models import generate, gpt2, llama, t5, vit
+from flora_jax.models import decoder, generate, gpt2, t5, vit
 from flora_jax.models.config import NAMED
 from flora_jax.models.families import MODULES
 from flora_jax.models.load import load as load_checkpoint
@@ -22,7 +22,7 @@ Data = Literal["offline", "paper"]
 SMALL = {
     "T5-test": t5.Shape(1024, 128, 512, 2, 4, 32),
     "GPT-2-test": gpt2.Shape(1024, 256, 128, 2, 4),
-    "LLaMA-test": llama.Shape(1024, 128, 384, 2, 4, 2, jnp.float32),
+    "LLaMA-test": decoder.Shape(1024, 128, 384, 2, 4, 2, jnp.float32),
     "ViT-test": vit.Shape(8, 2, 1, 128, 2, 4, 256, 10),
 }
 """Shapes for two CPU cores."""

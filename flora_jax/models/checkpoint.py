@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flora_jax.models import gpt2, llama, t5, vit
+from flora_jax.models import decoder, gpt2, t5, vit
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def _gpt2_rules(shape: gpt2.Shape) -> dict[str, Rule]:
     return rules
 
 
-def _llama_rules(shape: llama.Shape) -> dict[str, Rule]:
+def _llama_rules(shape: decoder.Shape) -> dict[str, Rule]:
     layer = "model.layers.{i}."
     rules = {
         "embed/embedding": Rule("model.embed_tokens.weight"),
@@ -166,7 +166,7 @@ _LAYOUTS = {
     gpt2.Shape: Layout(
         _gpt2_rules, "transformer.", ("*.attn.bias", "*.attn.masked_bias", "lm_head.weight")
     ),
-    llama.Shape: Layout(_llama_rules, "", ("*.rotary_emb.inv_freq", "lm_head.weight")),
+    decoder.Shape: Layout(_llama_rules, "", ("*.rotary_emb.inv_freq", "lm_head.weight")),
     t5.Shape: Layout(
         _t5_rules,
         "",

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from flora_jax.models import gpt2, llama, t5, vit
+from flora_jax.models import decoder, gpt2, t5, vit
 
 FILE = "config.json"
-NAMED: dict[str, Any] = {**llama.SHAPES, **gpt2.SHAPES, **t5.SHAPES, **vit.SHAPES}
+NAMED: dict[str, Any] = {**decoder.SHAPES, **gpt2.SHAPES, **t5.SHAPES, **vit.SHAPES}
 """Shapes by name."""
 
 _Config = Mapping[str, Any]
@@ -102,7 +102,7 @@ def config_of(shape: Any) -> dict[str, Any]:
     return config
 
 
-def _llama(config: _Config, dtype: Any) -> llama.Shape:
+def _llama(config: _Config, dtype: Any) -> decoder.Shape:
     kind = config["model_type"]
     _require(config, "hidden_act", "silu", "silu")
     width, heads = _int(config, "hidden_size"), _int(config, "num_attention_heads")
@@ -112,7 +112,7 @@ def _llama(config: _Config, dtype: Any) -> llama.Shape:
     if kind == "mistral":
         _require(config, "attention_bias", False, False)
     biased = kind != "qwen2" and _flag(config, "attention_bias", False)
-    return llama.Shape(
+    return decoder.Shape(
         _int(config, "vocab_size"),
         width,
         _int(config, "intermediate_size"),
@@ -158,7 +158,7 @@ def _window(config: _Config) -> int | None:
     return None
 
 
-def _write_llama(shape: llama.Shape) -> dict[str, Any]:
+def _write_llama(shape: decoder.Shape) -> dict[str, Any]:
     config: dict[str, Any] = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.width,

@@ -12,16 +12,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flora_jax.models import gpt2, llama, t5, vit
+from flora_jax.models import decoder, gpt2, t5, vit
 
 MODULES: dict[type, Callable[[Any], nn.Module]] = {
-    llama.Shape: llama.Llama,
+    decoder.Shape: decoder.Decoder,
     gpt2.Shape: gpt2.Gpt2,
     t5.Shape: t5.T5,
     vit.Shape: vit.Vit,
 }
 _LOSSES: dict[type, Callable[..., jax.Array]] = {
-    llama.Llama: llama.loss,
+    decoder.Decoder: decoder.loss,
     gpt2.Gpt2: gpt2.loss,
     t5.T5: t5.loss,
     vit.Vit: vit.loss,

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flora_jax.models import gpt2, t5
-from flora_jax.models import llama as llama_
+from flora_jax.models import decoder, gpt2, t5
 from flora_jax.models.cache import Cache
 
 START = 0
@@ -218,7 +217,7 @@ def _begin(model: Any, params: Any, tokens: Any, mask: Any, count: int) -> tuple
         start = jnp.full((rows, 1), START, jnp.int32)
         found = model.apply(variables, tokens, mask, start, count, method="start")
     else:
-        module: Any = llama_ if isinstance(model, llama_.Llama) else gpt2
+        module: Any = decoder if isinstance(model, decoder.Decoder) else gpt2
         cache = module.make_cache(model.shape, rows, tokens.shape[1] + count)
         found = model.apply(variables, tokens, mask=mask, cache=cache)
     return found[0][:, -1], found[1]

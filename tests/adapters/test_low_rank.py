@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flora_jax
 from flora_jax.adapters import Adapter, Factors, lora
 from flora_jax.adapters.low_rank import specs
-from flora_jax.models import gpt2, llama, t5
+from flora_jax.models import decoder, gpt2, t5
 from tests.fused.test_models import TOKENS, Experts, Lstm, init
 from tests.fused.test_value_and_grad import (
     FUNCTIONS,
@@ -147,11 +147,11 @@ def test_convolution_with_channels_alone_on_the_input_side():
 
 
 def test_llama():
-    shape = llama.Shape(48, 32, 56, 2, 4, 2, jnp.float32)
-    model = llama.Llama(shape)
+    shape = decoder.Shape(48, 32, 56, 2, 4, 2, jnp.float32)
+    model = decoder.Decoder(shape)
     params = init(model, TOKENS)
     projection = rule(min_dim=12, embedding="output")
-    compare(lambda p: llama.loss(model, p, TOKENS), params, projection=projection, tolerance=1e-4)
+    compare(lambda p: decoder.loss(model, p, TOKENS), params, projection=projection, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])

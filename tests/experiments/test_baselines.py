@@ -18,7 +18,7 @@ from experiments.bench import exponents, growth, setting
 from experiments.bench.baselines import in_jax, in_torch, methods, page, worker
 from experiments.bench.baselines.__main__ import Config, Log, figures, next_rate
 from flora_jax.chain.plan import tree_bytes
-from flora_jax.models import llama
+from flora_jax.models import decoder
 
 SIZE = methods.Size(width=128, layers=1, batch=2, length=16, rank=8, accumulation=2)
 
@@ -220,7 +220,7 @@ def test_both_worlds_begin_from_the_same_weights(tmp_path):
     first = jax.jit(stacked.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     model, shapes = in_jax.outline(SIZE)
     assert jax.tree.structure(params) == jax.tree.structure(shapes)
-    of_stacked, of_each = (jax.jit(partial(llama.loss, one)) for one in (stacked, model))
+    of_stacked, of_each = (jax.jit(partial(decoder.loss, one)) for one in (stacked, model))
     np.testing.assert_allclose(of_each(params, windows), of_stacked(first, windows), rtol=1e-5)
 
 

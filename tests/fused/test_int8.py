@@ -9,7 +9,7 @@ import pytest
 import flora_jax
 from flora_jax import rounding
 from flora_jax.fused import int8
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from tests.helpers import assert_close, assert_tree_equal, normal
 
 pytest.importorskip("qwix")
@@ -17,9 +17,11 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (4, 17)), jnp.int3
 
 
 def model_of(dtype=jnp.float32, **changes):
-    shape = llama.Shape(48, 32, 64, 3, 4, 2, dtype, **changes)
-    model = llama.Llama(shape)
-    return (lambda p: llama.loss(model, p, TOKENS)), model.init(jax.random.key(0), TOKENS)["params"]
+    shape = decoder.Shape(48, 32, 64, 3, 4, 2, dtype, **changes)
+    model = decoder.Decoder(shape)
+    return (lambda p: decoder.loss(model, p, TOKENS)), model.init(jax.random.key(0), TOKENS)[
+        "params"
+    ]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -149,13 +151,13 @@ def test_without_update_backward_it_is_refused():
 @pytest.mark.optimized
 def test_no_second_copy_of_the_weights():
     """What the program needs beside its arguments is less than a fifth of the weights as they are used."""
-    shape = llama.Shape(48, 128, 512, 24, 4, 4, jnp.float32)
-    model = llama.Llama(shape)
+    shape = decoder.Shape(48, 128, 512, 24, 4, 4, jnp.float32)
+    model = decoder.Decoder(shape)
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     quantized = jax.eval_shape(flora_jax.to_int8, params)
     tx = optax.sgd(optax.constant_schedule(0.1))
     step = flora_jax.make_train_step(
-        lambda p: llama.loss(model, p, TOKENS), tx, update="backward", rounding="stochastic"
+        lambda p: decoder.loss(model, p, TOKENS), tx, update="backward", rounding="stochastic"
     )
     state = jax.eval_shape(tx.init, params)
     memory = step.lower(quantized, state).compile().memory_analysis()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import flora_jax
 from flora_jax.chain.sketch import is_sketch
-from flora_jax.models import attention, gpt2, llama, t5
+from flora_jax.models import attention, decoder, gpt2, t5
 from flora_jax.models import loss as chunked
 from tests.helpers import Naive, assert_close, matrix_of_a, normal
 
@@ -50,16 +50,16 @@ def init(model, *args):
 @pytest.mark.parametrize("remat", [True, False])
 def test_llama(scan, remat, side):
     """Rotary positions, grouped-query attention, SwiGLU, chunks of attention and of the loss."""
-    shape = llama.Shape(48, 32, 56, 2, 4, 2, jnp.float32, remat=remat, scan=scan)
-    model = llama.Llama(shape)
-    compare(lambda p: llama.loss(model, p, TOKENS), init(model, TOKENS), side)
+    shape = decoder.Shape(48, 32, 56, 2, 4, 2, jnp.float32, remat=remat, scan=scan)
+    model = decoder.Decoder(shape)
+    compare(lambda p: decoder.loss(model, p, TOKENS), init(model, TOKENS), side)
 
 
 def test_llama_in_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK", 4)
     monkeypatch.setattr(attention, "CHUNK", 4)
-    model = llama.Llama(llama.Shape(48, 32, 56, 2, 4, 2, jnp.float32))
-    compare(lambda p: llama.loss(model, p, TOKENS), init(model, TOKENS))
+    model = decoder.Decoder(decoder.Shape(48, 32, 56, 2, 4, 2, jnp.float32))
+    compare(lambda p: decoder.loss(model, p, TOKENS), init(model, TOKENS))
 
 
 class Experts(nn.Module):

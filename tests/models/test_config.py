@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flora_jax.models import config, families, llama
+from flora_jax.models import config, decoder, families
 
 LLAMA = config.config_of(config.NAMED["LLaMA-60M"])
 QWEN2 = {  # Qwen2-0.5B
@@ -194,12 +194,12 @@ def test_what_is_not_supported_gets_a_sentence(entries, said):
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        (llama.Shape(bias=True), "a llama checkpoint must have out_bias True, found False"),
-        (llama.Shape(normed_heads=True), "a llama checkpoint must have normed_heads False"),
-        (llama.Shape(model_type="qwen2"), "a qwen2 checkpoint must have bias True, found False"),
-        (llama.Shape(gated=False), "a llama checkpoint must have gated True, found False"),
-        (llama.Shape(activation="gelu"), "hidden_act of a llama config must be 'silu'"),
-        (llama.Shape(window=512), "a llama checkpoint must have window None, found 512"),
+        (decoder.Shape(bias=True), "a llama checkpoint must have out_bias True, found False"),
+        (decoder.Shape(normed_heads=True), "a llama checkpoint must have normed_heads False"),
+        (decoder.Shape(model_type="qwen2"), "a qwen2 checkpoint must have bias True, found False"),
+        (decoder.Shape(gated=False), "a llama checkpoint must have gated True, found False"),
+        (decoder.Shape(activation="gelu"), "hidden_act of a llama config must be 'silu'"),
+        (decoder.Shape(window=512), "a llama checkpoint must have window None, found 512"),
     ],
 )
 def test_what_a_model_type_has_no_entry_for_is_not_written(shape, said):

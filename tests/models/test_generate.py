@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.models import generate, gpt2, llama, t5
+from flora_jax.models import decoder, generate, gpt2, t5
 from tests.helpers import normal
 
 END, COUNT = 3, 6
@@ -17,7 +17,7 @@ MASK[1, :2] = MASK[2, :4] = False  # padded on the left
 MODELS = {
     "t5": t5.T5(t5.Shape(12, 16, 24, 2, 2, 8, gated=True, tied=False)),
     "gpt2": gpt2.Gpt2(gpt2.Shape(12, 16, 16, 2, 2)),
-    "llama": llama.Llama(llama.Shape(12, 16, 24, 2, 4, 2, jnp.float32)),
+    "llama": decoder.Decoder(decoder.Shape(12, 16, 24, 2, 4, 2, jnp.float32)),
 }
 
 

@@ -8,29 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.models import gpt2, llama, t5, vit
+from flora_jax.models import decoder, gpt2, t5, vit
 from flora_jax.models.checkpoint import INDEX
 from flora_jax.models.families import outline
 from flora_jax.models.load import load
 from flora_jax.models.save import save
 from tests.helpers import normal
 
-SMALL = llama.Shape(24, 8, 12, 2, 4, 2, jnp.dtype("float32"))
+SMALL = decoder.Shape(24, 8, 12, 2, 4, 2, jnp.dtype("float32"))
 MODELS = {
     "gpt2": gpt2.Gpt2(gpt2.Shape(24, 8, 8, 2, 2)),
-    "llama": llama.Llama(
-        llama.Shape(24, 8, 12, 2, 4, 2, jnp.dtype("bfloat16"), theta=300.0, epsilon=1e-5)
+    "llama": decoder.Decoder(
+        decoder.Shape(24, 8, 12, 2, 4, 2, jnp.dtype("bfloat16"), theta=300.0, epsilon=1e-5)
     ),
     "t5": t5.T5(t5.Shape(24, 8, 12, 2, 2, 6)),
     "t5-1.1": t5.T5(t5.Shape(24, 8, 12, 2, 2, 6, gated=True, tied=False)),
     "vit": vit.Vit(vit.Shape(8, 4, 3, 8, 2, 2, 12, 3)),
     "gpt2-inner": gpt2.Gpt2(gpt2.Shape(24, 8, 8, 2, 2, inner=12)),
-    "llama-biases": llama.Llama(
+    "llama-biases": decoder.Decoder(
         dataclasses.replace(SMALL, bias=True, out_bias=True, feed_forward_bias=True)
     ),
-    "mistral": llama.Llama(dataclasses.replace(SMALL, model_type="mistral", window=64)),
-    "qwen2": llama.Llama(dataclasses.replace(SMALL, model_type="qwen2", bias=True, tied=True)),
-    "qwen3": llama.Llama(
+    "mistral": decoder.Decoder(dataclasses.replace(SMALL, model_type="mistral", window=64)),
+    "qwen2": decoder.Decoder(dataclasses.replace(SMALL, model_type="qwen2", bias=True, tied=True)),
+    "qwen3": decoder.Decoder(
         dataclasses.replace(SMALL, model_type="qwen3", normed_heads=True, head_size=6)
     ),
     "t5-deep": t5.T5(t5.Shape(24, 8, 12, 1, 2, 6, decoder_layers=3)),
@@ -44,7 +44,7 @@ def params_of(model):
 
 
 def test_what_has_no_place_in_a_checkpoint_is_not_written(tmp_path):
-    model = llama.Llama(dataclasses.replace(SMALL, gated=False))
+    model = decoder.Decoder(dataclasses.replace(SMALL, gated=False))
     with pytest.raises(ValueError, match="a llama checkpoint must have gated True, found False"):
         save(tmp_path / "out", model, params_of(model))
     assert not list(tmp_path.iterdir())

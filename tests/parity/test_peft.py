@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from flora_jax.adapters import peft
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from tests.helpers import assert_close
 
 SIZES = dict(vocab_size=48, hidden_size=32, intermediate_size=56, num_hidden_layers=2)
@@ -44,7 +44,7 @@ def modules(path, index):
 
 
 def params_of(model):
-    """The same weights for flora_jax.models.llama, layers stacked."""
+    """The same weights for flora_jax.models.decoder, layers stacked."""
     state = {
         name: jnp.asarray(value.detach().numpy()) for name, value in model.state_dict().items()
     }
@@ -66,7 +66,7 @@ def params_of(model):
 
 @pytest.fixture(scope="module")
 def ours():
-    return llama.Llama(llama.Shape(48, 32, 56, 2, 4, 2, jnp.float32))
+    return decoder.Decoder(decoder.Shape(48, 32, 56, 2, 4, 2, jnp.float32))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["lora", "rslora"])

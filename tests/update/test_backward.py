@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flora_jax
-from flora_jax.models import gpt2, llama, t5
+from flora_jax.models import decoder, gpt2, t5
 from flora_jax.update.ordinary_step import ordinary_step
 from tests.fused.test_models import LANGUAGE, TOKENS, Vit, cross_entropy, init
 from tests.fused.test_programs import ROWS, SQUARE, STACKED, WIDTH, WRAPPERS
 from tests.helpers import assert_close, assert_tree_close, assert_tree_equal, normal
 
-SHAPE = llama.Shape(48, 32, 56, 3, 4, 2, jnp.float32)
+SHAPE = decoder.Shape(48, 32, 56, 3, 4, 2, jnp.float32)
 
 
 def copied(tree):
@@ -60,8 +60,8 @@ def named(tree, part):
 
 
 def of_llama(**changes):
-    model = llama.Llama(dataclasses.replace(SHAPE, **changes))
-    return lambda p: llama.loss(model, p, TOKENS), init(model, TOKENS)
+    model = decoder.Decoder(dataclasses.replace(SHAPE, **changes))
+    return lambda p: decoder.loss(model, p, TOKENS), init(model, TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -399,12 +399,12 @@ def test_auxiliary_data_and_params_without_a_use():
 def test_no_stack_of_gradients_and_no_tree_of_updates_in_the_program():
     """What the program needs beside its arguments is a layer and the activations; an ordinary one has the gradients."""
     shape = dataclasses.replace(SHAPE, width=64, hidden=256, layers=32)
-    model = llama.Llama(shape)
+    model = decoder.Decoder(shape)
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     tx = optax.adam(1e-3)
 
     def loss(p):
-        return llama.loss(model, p, TOKENS)
+        return decoder.loss(model, p, TOKENS)
 
     def program(step):
         return step.lower(params, jax.eval_shape(tx.init, params)).compile()

@@ -18,7 +18,7 @@ from flora_jax.chain import products
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory.compiled import compiled_bytes
-from flora_jax.models import llama
+from flora_jax.models import decoder
 from flora_jax.models.families import outline as outline_of
 from flora_jax.models.load import load as load_checkpoint
 from flora_jax.models.save import save as save_checkpoint
@@ -93,7 +93,7 @@ def build(
     return optax.MultiSteps(inner(rate), size.accumulation).gradient_transformation(), None
 
 
-def outline(size: Size) -> tuple[llama.Llama, Any]:
+def outline(size: Size) -> tuple[decoder.Decoder, Any]:
     """Gives a model with each layer on its own, and the shapes of its params."""
     model = setting.small(size.width, size.layers, dtype=jnp.float32, scan=False, remat=False)
     return model, outline_of(model)
@@ -117,9 +117,9 @@ def load(folder: Path) -> Any:
     return params
 
 
-def step_of(key: str, size: Size, model: llama.Llama, optimizer_steps: int = LONG) -> Any:
+def step_of(key: str, size: Size, model: decoder.Decoder, optimizer_steps: int = LONG) -> Any:
     """Gives the step `(params, state, windows, peak) -> (params, state, loss)`, under `jit`."""
-    loss = partial(llama.loss, model)
+    loss = partial(decoder.loss, model)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, windows, peak):
@@ -143,7 +143,7 @@ class Run:
         self.key, self.size, self.first, self.optimizer_steps = key, size, first, optimizer_steps
         self.tx, self.projection = build(key, size, 0.0, optimizer_steps)
         self._step = step_of(key, size, model, optimizer_steps)
-        self._loss = jax.jit(partial(llama.loss, model))
+        self._loss = jax.jit(partial(decoder.loss, model))
         self._sample = jax.jit(self._projections)
         self._compiled: Any = None
         self.reset(1e-3)

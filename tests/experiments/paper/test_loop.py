@@ -12,7 +12,7 @@ import flora_jax
 from experiments.paper import loop, methods, problem
 from experiments.paper.methods import Method
 from experiments.tasks import batches
-from flora_jax.models import llama, vit
+from flora_jax.models import decoder, vit
 from tests.helpers import assert_tree_close, assert_tree_equal, normal
 
 SIZES = problem.Sizes("ViT-test", (0, 0), 3, 2, 3)
@@ -183,8 +183,8 @@ def test_a_run_that_was_interrupted_goes_on_bit_equal(tmp_path):
 
 
 def test_galore_is_what_optax_has_over_accumulation():
-    shape = llama.Shape(20, 8, 12, 1, 2, 2, jnp.float32, remat=False, scan=False)
-    model = llama.Llama(shape)
+    shape = decoder.Shape(20, 8, 12, 1, 2, 2, jnp.float32, remat=False, scan=False)
+    model = decoder.Decoder(shape)
     tokens = np.random.default_rng(0).integers(0, 20, (12, 5)).astype(np.int32)
     arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from experiments.paper import loop, problem, start
 from experiments.paper.methods import Method
 from experiments.tasks import data
-from flora_jax.models import gpt2, llama, t5, vit
+from flora_jax.models import decoder, gpt2, t5, vit
 from flora_jax.models.families import outline
 from flora_jax.models.load import load
 from flora_jax.models.save import save
@@ -16,7 +16,7 @@ from flora_jax.models.save import save
 MODELS = {
     "summarisation": (t5.T5, t5.Shape(280, 8, 12, 1, 2, 4)),
     "translation": (gpt2.Gpt2, gpt2.Shape(280, 16, 8, 1, 2)),
-    "language": (llama.Llama, llama.Shape(280, 8, 12, 1, 2, 2, np.float32)),
+    "language": (decoder.Decoder, decoder.Shape(280, 8, 12, 1, 2, 2, np.float32)),
     "images": (vit.Vit, vit.Shape(8, 4, 1, 8, 1, 2, 12, 10)),
 }
 CARD = data.Card("Words", "Made.", "none", "by place.")

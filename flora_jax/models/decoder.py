@@ -110,7 +110,7 @@ SHAPES = {
 }
 
 
-class Llama(nn.Module):
+class Decoder(nn.Module):
     """Maps tokens `(B, T)` to logits `(B, T, vocabulary)`; with targets `(B, T)`, to the mean loss.
 
     `weights` `(B, T)` are those of the losses; `mask` `(B, T)` says which tokens count, the others
@@ -219,6 +219,6 @@ def _norm(shape: Shape, name: str) -> nn.RMSNorm:
     return nn.RMSNorm(shape.epsilon, name=name, **types)
 
 
-def loss(model: Llama, params: Any, windows: jax.Array) -> jax.Array:
+def loss(model: Decoder, params: Any, windows: jax.Array) -> jax.Array:
     """Returns the mean cross-entropy, nats per token, of `(B, T + 1)` windows."""
     return jnp.asarray(model.apply({"params": params}, windows[:, :-1], windows[:, 1:]))

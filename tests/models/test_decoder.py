@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from flora_jax.models import families, llama
+from flora_jax.models import decoder, families
 from tests.helpers import normal
 
-SHAPE = llama.Shape(31, 24, 40, 2, 4, 2, jnp.float32, theta=300.0, epsilon=1e-5)
+SHAPE = decoder.Shape(31, 24, 40, 2, 4, 2, jnp.float32, theta=300.0, epsilon=1e-5)
 SHAPES = {
     "llama": SHAPE,
     "qwen2": dataclasses.replace(SHAPE, bias=True, tied=True),
@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
 
 
 def params_of(shape):
-    shapes = families.outline(llama.Llama(shape))
+    shapes = families.outline(decoder.Decoder(shape))
     return jax.tree.map(lambda x: jnp.asarray(normal(x.size, x.shape)) / 3, shapes)
 
 
@@ -86,7 +86,7 @@ def logits_of(shape, params, tokens):
 def test_logits_are_the_formulas(name):
     shape = SHAPES[name]
     params = params_of(shape)
-    found = llama.Llama(shape).apply({"params": params}, jnp.asarray(TOKENS))
+    found = decoder.Decoder(shape).apply({"params": params}, jnp.asarray(TOKENS))
     expected = logits_of(shape, params, TOKENS)
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -95,7 +95,7 @@ def test_logits_are_the_formulas(name):
 def test_the_loss_in_chunks_is_the_mean_surprise():
     windows = np.random.default_rng(1).integers(0, 31, (2, 1025))  # two chunks
     params = params_of(SHAPE)
-    found = llama.loss(llama.Llama(SHAPE), params, jnp.asarray(windows))
+    found = decoder.loss(decoder.Decoder(SHAPE), params, jnp.asarray(windows))
     logits = logits_of(SHAPE, params, windows[:, :-1])
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(logits, windows[:, 1:, None], -1).mean()
@@ -108,11 +108,11 @@ def test_unrolled_layers_are_the_stacked_ones(remat):
     apart = {name: x for name, x in params.items() if name != "layers"}
     for i in range(2):
         apart[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], params["layers"])
-    unrolled = llama.Llama(dataclasses.replace(SHAPE, scan=False, remat=remat))
+    unrolled = decoder.Decoder(dataclasses.replace(SHAPE, scan=False, remat=remat))
     assert jax.tree.map(jnp.shape, apart) == jax.tree.map(jnp.shape, families.outline(unrolled))
     found, expected = (
         model.apply({"params": p}, jnp.asarray(TOKENS))
-        for model, p in ((unrolled, apart), (llama.Llama(SHAPE), params))
+        for model, p in ((unrolled, apart), (decoder.Decoder(SHAPE), params))
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -122,23 +122,23 @@ def test_sharded_activations_are_the_same_numbers(sharded):
     kinds = (jax.sharding.AxisType.Auto,) * 2
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"), axis_types=kinds)
     params = params_of(SHAPE)
-    model = llama.Llama(dataclasses.replace(SHAPE, sharded=sharded))
+    model = decoder.Decoder(dataclasses.replace(SHAPE, sharded=sharded))
     with jax.set_mesh(mesh):
         found = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, jnp.asarray(TOKENS))
-    expected = llama.Llama(SHAPE).apply({"params": params}, jnp.asarray(TOKENS))
+    expected = decoder.Decoder(SHAPE).apply({"params": params}, jnp.asarray(TOKENS))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_sequence_longer_than_the_window_is_refused():
-    model = llama.Llama(dataclasses.replace(SHAPE, window=9))
+    model = decoder.Decoder(dataclasses.replace(SHAPE, window=9))
     params = params_of(SHAPE)
     found = model.apply({"params": params}, jnp.asarray(TOKENS))
     np.testing.assert_array_equal(
-        found, llama.Llama(SHAPE).apply({"params": params}, jnp.asarray(TOKENS))
+        found, decoder.Decoder(SHAPE).apply({"params": params}, jnp.asarray(TOKENS))
     )
     with pytest.raises(ValueError, match=r"must have at most 9 tokens, the window of .*, found 10"):
         model.apply({"params": params}, jnp.zeros((1, 10), jnp.int32))
-    cache = llama.make_cache(model.shape, 1, 12)
+    cache = decoder.make_cache(model.shape, 1, 12)
     with pytest.raises(ValueError, match="found 12"):
         model.apply({"params": params}, jnp.zeros((1, 1), jnp.int32), cache=cache)
 
