@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flora_jax
-from experiments.checkpoint import Checkpoints
+from flora_jax.finetune.checkpoints import Checkpoints
 from experiments.paper import lora, methods
 from experiments.paper.problem import Problem, Sizes
 from experiments.tasks import batches
