@@ -31,12 +31,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import decoder, optimizers, report, text
-from flora_jax.finetune import layout
-from flora_jax.finetune.checkpoints import Checkpoints
 from flora_jax import make_train_step, state_shardings
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.chain.projection import Side
+from flora_jax.finetune import layout
+from flora_jax.finetune.checkpoints import Checkpoints
 from flora_jax.memory.compiled import compiled_bytes
 from flora_jax.models.decoder import Decoder
 from flora_jax.update.ordinary_step import ordinary_step

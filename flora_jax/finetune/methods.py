@@ -158,7 +158,7 @@ def _muon(rate: Any, others: Any, decay: float | None) -> optax.GradientTransfor
     rule = Projection(1, side="input", min_dim=MIN_DIM, embedding="whole", head="whole")
     matrix = [
         optax.contrib.scale_by_muon(beta=0.95, weight_dimension_numbers=numbers),
-        flora_jax.scale_by_shape(rule),
+        optax.stateless(_by_outputs),
         *([optax.add_decayed_weights(decay)] if decay else []),
         optax.scale_by_learning_rate(rate),
     ]
@@ -170,6 +170,12 @@ def _muon(rate: Any, others: Any, decay: float | None) -> optax.GradientTransfor
     return optax.partition(
         {"matrix": optax.chain(*matrix), "other": optax.adafactor(others)}, kinds
     )
+
+
+def _by_outputs(updates: Any, params: Any = None) -> Any:
+    """Multiplies the update of each matrix by the root of its outputs over its inputs, where that is above 1."""
+    del params
+    return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
 
 
 def _accumulated(tx: Any, count: int) -> Any:

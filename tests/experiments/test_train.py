@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from experiments import text, train
-from flora_jax.finetune import checkpoints as checkpoint
-from flora_jax.finetune import layout
 from experiments.decoder import Shape
 from experiments.soak import final_state
+from flora_jax.finetune import checkpoints as checkpoint
+from flora_jax.finetune import layout
 from tests.helpers import assert_tree_close, assert_tree_equal
 
 SMALL = train.Config(

@@ -95,6 +95,6 @@ def test_an_option_that_the_model_has_not(tmp_path):
     config["rope_parameters"]["rope_type"] = "yarn"
     file.write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match="rope_type of a llama config must be 'default' or .*, found 'yarn'"
+        ValueError, match=r"rope_type of a llama config must be 'default' or .*, found 'yarn'"
     ):
         load(tmp_path / "out")
