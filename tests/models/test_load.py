@@ -55,7 +55,7 @@ def test_what_has_no_place_in_a_checkpoint_is_not_written(tmp_path):
 def test_what_is_written_is_read(tmp_path, name, shard_bytes):
     model = MODELS[name]
     params = params_of(model)
-    save(tmp_path / "out", model, params, shard_bytes)
+    save(tmp_path / "out", model, params, shard_bytes=shard_bytes)
     found, read = load(tmp_path / "out")
     assert found == model
     assert jax.tree.structure(read) == jax.tree.structure(params)
@@ -77,7 +77,7 @@ def test_nothing_is_overwritten_or_half_written(tmp_path):
 
 def test_an_index_that_names_what_is_not_there(tmp_path):
     model = MODELS["gpt2"]
-    save(tmp_path / "out", model, params_of(model), 700)
+    save(tmp_path / "out", model, params_of(model), shard_bytes=700)
     file = tmp_path / "out" / INDEX
     index = json.loads(file.read_text())
     index["weight_map"]["transformer.h.9.ln_1.bias"] = next(iter(index["weight_map"].values()))

@@ -151,7 +151,7 @@ def test_torch_reads_what_is_written(case, tmp_path, shard_bytes):
     model, params = load(folder)
     params = jax.tree.map(lambda x: x + 0.05 * normal(x.size, x.shape), params)
     out = tmp_path / "out"
-    save(out, model, params, shard_bytes)
+    save(out, model, params, shard_bytes=shard_bytes)
     assert (out / INDEX).exists() == (shard_bytes == 4000)
     again, report = type(torch_model).from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
