@@ -23,6 +23,7 @@ from flora_jax.models.tensor_file import FLOATS, Tensor
 
 _SHOWN = 5
 """Weights that an error names."""
+_COLUMNS = 64
 _ALIGNMENT = 128
 """Bytes of whose multiples a buffer begins, so that the CPU's arrays take it as it is."""
 
@@ -140,13 +141,23 @@ def _array(leaf: jax.ShapeDtypeStruct, parts: _Parts, sharding: Any) -> Any:
             if all(first <= i < last for i, (first, last) in outer):
                 array = piece.rule.ours(tensor.read()) if array is None else array
                 inner = tuple(slice(first, last) for first, last in bounds[depth:])
-                buffer[(*(i - first for i, (first, _) in outer), ...)] = array[inner]
+                place = (*(i - first for i, (first, _) in outer), ...)
+                _copy(array[inner], buffer[place])
     if sharding is None:
         return next(iter(buffers.values()))
     made = jax.make_array_from_callback(
         leaf.shape, sharding, lambda index: buffers[_bounds(index, leaf.shape)], dtype=leaf.dtype
     )
     return made.block_until_ready()  # so that the next array's buffers do not come on top
+
+
+def _copy(array: np.ndarray, to: np.ndarray) -> None:
+    """Copies, and converts; a transposed array some columns at a time, which the processor's caches like."""
+    if to.ndim < 2 or array.flags.c_contiguous:
+        to[...] = array
+        return
+    for i in range(0, to.shape[-1], _COLUMNS):
+        to[..., i : i + _COLUMNS] = array[..., i : i + _COLUMNS]
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
