@@ -1,51 +1,120 @@
-"""Attention goes over a chunk of queries at a time; and rotary positions.
+"""Attention goes over a chunk of queries at a time.
 
 In the shape descriptions `B` is the batch, `T` the sequence, `L` the tokens that may be attended to.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 CHUNK = 512
 """Queries whose scores, and tokens whose logits, exist at a time."""
+FUSED = (jnp.bfloat16, jnp.float16)
+"""The dtypes for which GPUs have attention as one kernel."""
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Attends, `(B, T, heads, head_dim)`: causally, or to where the mask `(B, 1, T, L)` lets it.
+class Sight(NamedTuple):
+    """Says what queries may attend to; never to a later token.
 
-    Without a mask the scores of `CHUNK` queries exist at a time, where `CHUNK` divides `T`.
+    Attributes:
+      first: int32, the slot of the first query; None for 0.
+      valid: Bools `(B, L)`, which tokens may be attended to; None for all.
+      segments: int32 `(B, T)`, the document of each token, where a sequence holds several: tokens attend to their own alone.
     """
-    if mask is not None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
-    count = q.shape[1] // CHUNK
-    if count < 2 or q.shape[1] % CHUNK:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    first: jax.Array | None = None
+    valid: jax.Array | None = None
+    segments: jax.Array | None = None
+
+    def everything(self) -> bool:
+        """Returns whether all earlier tokens may be attended to."""
+        return self.first is None and self.valid is None and self.segments is None
+
+    def seen(self, start: Any, count: int, length: int, window: Any) -> jax.Array:
+        """Returns bools `(B or 1, 1, count, L)`: what `count` queries from `start` on attend to.
+
+        Args:
+          start: The index of the first of them in `T`.
+          count: How many there are.
+          length: `L`.
+          window: How many tokens back a query reaches, itself among them; None for all.
+        """
+        slots = start + jnp.arange(count) + (0 if self.first is None else self.first)
+        distance = slots[:, None] - jnp.arange(length)
+        seen = distance >= 0
+        if window is not None:
+            seen = seen & (distance < window)
+        seen = seen[None]
+        if self.valid is not None:
+            seen = seen & self.valid[:, None]
+        if self.segments is not None:
+            own = jax.lax.dynamic_slice_in_dim(self.segments, start, count, 1)
+            seen = seen & (own[:, :, None] == self.segments[:, None])
+        return seen[:, None]
+
+
+EVERYTHING = Sight()
+"""All earlier tokens may be attended to."""
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sight: Sight = EVERYTHING,
+    window: Any = None,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """Attends, `(B, T, heads, head_dim)`, to `k` and `v` `(B, L, key heads, head_dim)`.
+
+    The scores of `CHUNK` queries exist at a time, where `CHUNK` divides `T`; on a GPU, where all earlier tokens or a
+    window of them are attended to and the dtype is a narrow one, none do.
+
+    Args:
+      q: The queries.
+      k: The keys.
+      v: The values.
+      sight: Which tokens may be attended to.
+      window: How many tokens back a query reaches, itself among them; None for all. An array where it differs by layer.
+      scale: What multiplies the scores; by default one over the root of `head_dim`.
+      cap: The scores become `cap * tanh(scores / cap)`, if it is given.
+    """
+    length, slots = q.shape[1], k.shape[1]
+    if _has_kernel(q, sight, window, cap):
+        reach = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, local_window_size=reach, implementation="cudnn"
+        )
+    count = length // CHUNK
+    if count < 2 or length % CHUNK:
+        if sight.everything() and window is None and cap is None:
+            return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
+        return _attend(q, k, v, sight.seen(0, length, slots, window), scale, cap)
 
     @jax.checkpoint
     def some(i, q):
-        mask = i * CHUNK + jnp.arange(CHUNK)[:, None] >= jnp.arange(k.shape[1])
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
+        return _attend(q, k, v, sight.seen(i * CHUNK, CHUNK, slots, window), scale, cap)
 
     queries = jnp.moveaxis(q.reshape(q.shape[0], count, CHUNK, *q.shape[2:]), 1, 0)
     results = jax.lax.map(lambda pair: some(*pair), (jnp.arange(count), queries))
     return jnp.moveaxis(results, 0, 1).reshape(q.shape)
 
 
-def rotate(x: Any, positions: Any = None, theta: float = 10000.0) -> Any:
-    """Gives `(B, T, heads, head_dim)` rotary positions (Su et al., arXiv 2104.09864).
+def _has_kernel(q: jax.Array, sight: Sight, window: Any, cap: float | None) -> bool:
+    plain = sight.everything() and cap is None and (window is None or isinstance(window, int))
+    fits = q.dtype in FUSED and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    return plain and fits and jax.default_backend() == "gpu"
 
-    Args:
-      x: Queries or keys.
-      positions: Positions `(B, T)`; by default they count from 0.
-      theta: The base of the frequencies.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half) / half)
-    if positions is None:
-        positions = jnp.arange(x.shape[1])[None]
-    angles = positions[:, :, None, None] * frequencies
-    left, right = x[..., :half], x[..., half:]
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+def _attend(q, k, v, seen, scale, cap) -> jax.Array:
+    if cap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=seen, scale=scale)
+    rows, length, heads, size = q.shape
+    q = q.reshape(rows, length, k.shape[2], -1, size)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
+    scores = cap * jnp.tanh(scores * (size**-0.5 if scale is None else scale) / cap)
+    scores = jnp.where(seen[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores).astype(v.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(rows, length, heads, size)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flora_jax.models.attention import Sight
+
 
 class Cache(NamedTuple):
     """Holds keys and values of the tokens that a decoder has seen, for all its layers.
@@ -30,30 +32,36 @@ def empty_cache(layers: int, batch: int, slots: int, heads: int, size: int, dtyp
 
 
 def places(
-    tokens: jax.Array, mask: jax.Array | None, cache: Cache | None
-) -> tuple[jax.Array | None, jax.Array | None, Cache | None]:
-    """Returns positions `(B, T)`, what may be attended to `(B, 1, T, L)`, and the cache with these slots marked.
+    tokens: jax.Array,
+    mask: jax.Array | None,
+    cache: Cache | None,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> tuple[jax.Array | None, Sight, Cache | None]:
+    """Returns positions `(B, T)`, what may be attended to, and the cache with these slots marked.
 
     A token's position is the number of tokens before it that count, so that padding on the left moves
-    nothing. Without a mask and a cache both are None: positions from 0 on, and causal attention.
+    nothing, unless positions are given. Without all of them they are None, which is from 0 on.
 
     Args:
       tokens: The new tokens, `(B, T)`.
       mask: `(B, T)`, which of them count; None for all.
       cache: The cache of the tokens before, if there is one.
+      positions: Positions `(B, T)`, as where a sequence holds several documents.
+      segments: The document of each token, `(B, T)`.
     """
     if mask is None and cache is None:
-        return None, None, None
+        return positions, Sight(segments=segments), None
     new = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     index, valid = jnp.int32(0), new
     if cache is not None:
         index = cache.filled
         valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, new, index, 1)
         cache = cache._replace(valid=valid, filled=index + tokens.shape[1])
-    counts = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    positions = jax.lax.dynamic_slice_in_dim(counts, index, tokens.shape[1], 1)
-    causal = jnp.arange(valid.shape[1]) <= index + jnp.arange(tokens.shape[1])[:, None]
-    return positions, (causal & valid[:, None])[:, None], cache
+    if positions is None:
+        counts = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+        positions = jax.lax.dynamic_slice_in_dim(counts, index, tokens.shape[1], 1)
+    return positions, Sight(index, valid, segments), cache
 
 
 def remember(past: Any, index: Any, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, Any]:

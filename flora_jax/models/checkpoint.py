@@ -124,22 +124,31 @@ def _gpt2_rules(shape: gpt2.Shape) -> dict[str, Rule]:
     return rules
 
 
-def _llama_rules(shape: decoder.Shape) -> dict[str, Rule]:
+def _decoder_rules(shape: decoder.Shape) -> dict[str, Rule]:
     layer = "model.layers.{i}."
-    rules = {
-        "embed/embedding": Rule("model.embed_tokens.weight"),
-        **_normed("norm", "model.norm", False),
-        **_normed("layers/attention_norm", layer + "input_layernorm", False),
-        **_normed("layers/feed_forward_norm", layer + "post_attention_layernorm", False),
-    }
+    norms = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
+    if shape.post_norms:
+        norms["attention_post_norm"] = "post_attention_layernorm"
+        norms["feed_forward_norm"] = "pre_feedforward_layernorm"
+        norms["feed_forward_post_norm"] = "post_feedforward_layernorm"
     if shape.normed_heads:
-        rules |= _normed("layers/query_norm", layer + "self_attn.q_norm", False)
-        rules |= _normed("layers/key_norm", layer + "self_attn.k_norm", False)
+        norms |= {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+    rules = {"embed/embedding": Rule("model.embed_tokens.weight")}
+    rules |= _normed("norm", "model.norm", False)
+    for ours, theirs in norms.items():
+        rules |= _normed(f"layers/{ours}", layer + theirs, False)
     inward = {"query": "self_attn.q", "key": "self_attn.k", "value": "self_attn.v"}
+    forward = {"gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"}
+    if shape.fused:
+        inward = {"qkv": "self_attn.qkv"}
+        forward = {"gate_up": "mlp.gate_up", "down": "mlp.down"}
+    if shape.experts is not None:
+        rules |= _expert_rules(shape, layer)
+        forward = {}
     groups = (
         (inward, shape.bias),
         ({"out": "self_attn.o"}, shape.out_bias),
-        ({"gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down"}, shape.feed_forward_bias),
+        (forward, shape.feed_forward_bias),
     )
     for names, bias in groups:
         for ours, theirs in names.items():
@@ -147,6 +156,18 @@ def _llama_rules(shape: decoder.Shape) -> dict[str, Rule]:
             if bias:
                 rules[f"layers/{ours}/bias"] = Rule(f"{layer}{theirs}_proj.bias")
     return rules if shape.tied else {**rules, "head/kernel": _linear("lm_head.weight")}
+
+
+def _expert_rules(shape: decoder.Shape, layer: str) -> dict[str, Rule]:
+    mixtral = shape.model_type == "mixtral"
+    part = layer + ("block_sparse_moe." if mixtral else "mlp.")
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    if mixtral:
+        names = {"gate": "w1", "up": "w3", "down": "w2"}
+    rules = {"layers/experts/router/kernel": _linear(part + "gate.weight")}
+    for ours, theirs in names.items():
+        rules[f"layers/experts/{ours}"] = _linear(f"{part}experts.{{e}}.{theirs}.weight")
+    return rules
 
 
 def _t5_rules(shape: t5.Shape) -> dict[str, Rule]:
@@ -210,7 +231,7 @@ _LAYOUTS = {
         tied={"lm_head.weight": "transformer.wte.weight"},
     ),
     decoder.Shape: Layout(
-        _llama_rules,
+        _decoder_rules,
         "",
         ("*.rotary_emb.inv_freq", "lm_head.weight"),
         tied={"lm_head.weight": "model.embed_tokens.weight"},

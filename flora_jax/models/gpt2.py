@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flora_jax.models.attention import attention
+from flora_jax.models.attention import Sight, attention
 from flora_jax.models.cache import Cache, empty_cache, places, remember
 from flora_jax.models.layers import Dense, Tied, placed, stacked
 from flora_jax.models.loss import losses, mean_loss
@@ -74,7 +74,8 @@ class Gpt2(nn.Module):
     """Maps tokens `(B, T)` to logits `(B, T, vocabulary)`; with targets `(B, T)`, to the mean loss.
 
     `weights` `(B, T)` are those of the losses; `mask` `(B, T)` says which tokens count, the others
-    being padding on either side. With a cache the result is a pair of logits and the next cache.
+    being padding on either side. `positions` and `segments` `(B, T)` are those of a sequence that holds several
+    documents. With a cache the result is a pair of logits and the next cache.
     """
 
     shape: Shape
@@ -87,17 +88,19 @@ class Gpt2(nn.Module):
         weights: jax.Array | None = None,
         mask: jax.Array | None = None,
         cache: Cache | None = None,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
     ) -> Any:
         shape = self.shape
         types = {"dtype": shape.dtype, "param_dtype": shape.dtype}
         wte = nn.Embed(shape.vocabulary, shape.width, name="wte", **types)
         wpe = nn.Embed(shape.positions, shape.width, name="wpe", **types)
         index = None if cache is None else cache.filled
-        positions, mask, cache = places(tokens, mask, cache)
+        positions, sight, cache = places(tokens, mask, cache, positions, segments)
         x = wte(tokens) + wpe(jnp.arange(tokens.shape[1]) if positions is None else positions)
         layers = stacked(Layer, shape.layers, shape.remat, broadcast=2)
         past = None if cache is None else cache.layers
-        x, past = layers(shape, name="layers")(placed(x, *shape.sharded), past, index, mask)
+        x, past = layers(shape, name="layers")(placed(x, *shape.sharded), past, index, sight)
         x = placed(nn.LayerNorm(shape.epsilon, name="norm", **types)(x), *shape.sharded)
         if targets is not None:
             return mean_loss(losses(Tied(wte), x, targets), weights)
@@ -111,7 +114,7 @@ class Layer(nn.Module):
     shape: Shape
 
     @nn.compact
-    def __call__(self, x: jax.Array, past: Any, index: Any, mask: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, past: Any, index: Any, sight: Sight) -> tuple[jax.Array, Any]:
         shape = self.shape
 
         def dense(features, name):
@@ -128,7 +131,7 @@ class Layer(nn.Module):
             for part in jnp.split(dense(3 * shape.width, "qkv")(y), 3, axis=-1)
         )
         k, v, past = remember(past, index, k, v)
-        x = x + dense(shape.width, "out")(attention(q, k, v, mask).reshape(x.shape))
+        x = x + dense(shape.width, "out")(attention(q, k, v, sight).reshape(x.shape))
         y = nn.gelu(dense(shape.hidden, "up")(norm("feed_forward_norm")(x)))
         return placed(x + dense(shape.width, "down")(y), *shape.sharded), past
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 
@@ -39,6 +40,35 @@ class Tied(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.table.attend(x if self.scale == 1.0 else x * self.scale)
+
+
+class Capped(nn.Module):
+    """Maps states to the logits of another head, kept between `-cap` and `cap` by `cap * tanh(logits / cap)`."""
+
+    head: nn.Module
+    cap: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        logits = jnp.asarray(self.head(x))  # pyright: ignore[reportCallIssue]
+        return self.cap * jnp.tanh(logits / self.cap)
+
+
+class CentredNorm(nn.Module):
+    """Is an RMS norm whose scale is kept as its difference from 1, as Gemma's checkpoints have it.
+
+    Attributes:
+      epsilon: The number that is added to the mean square.
+      dtype: The dtype of the scale and of the result.
+    """
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],), self.dtype)
+        x = nn.RMSNorm(self.epsilon, use_scale=False, dtype=jnp.float32, name="unscaled")(x)
+        return (x * (1 + scale.astype(jnp.float32))).astype(self.dtype)
 
 
 def stacked(layer: Any, count: int, remat: bool, broadcast: int = 0) -> Any:

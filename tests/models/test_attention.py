@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.models.attention import attention, rotate
-from tests.helpers import normal
+from flora_jax.models.attention import Sight, attention
 
 
 @pytest.mark.parametrize("length", [7, 512, 1024, 1030, 1536])
@@ -16,13 +15,32 @@ def test_attention_in_chunks_is_attention(length):
     np.testing.assert_allclose(attention(q, k, v), expected, atol=2e-6)
 
 
-def test_a_score_of_rotated_states_depends_on_their_distance_alone():
-    q, k = jnp.asarray(normal(0, (1, 1, 1, 8))), jnp.asarray(normal(1, (1, 1, 1, 8)))
-
-    def score(first, second):
-        left, right = (rotate(x, jnp.array([[i]]), 300.0) for x, i in ((q, first), (k, second)))
-        return float((left * right).sum())
-
-    assert score(3, 7) == pytest.approx(score(103, 107), rel=1e-4)
-    assert score(3, 7) != pytest.approx(score(3, 8), rel=1e-2)
-    np.testing.assert_allclose(rotate(q), q)  # position 0
+@pytest.mark.parametrize("length", [7, 512, 1024])
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 3, "array"])
+def test_documents_windows_and_caps(length, cap, window):
+    """Against a loop over queries, of heads that share keys."""
+    random = np.random.default_rng(0)
+    q = random.normal(size=(2, length, 4, 6)).astype(np.float32)
+    k, v = random.normal(size=(2, 2, length, 2, 6)).astype(np.float32)
+    segments = np.sort(random.integers(0, 4, (2, length)))
+    reach = length if window is None else 3
+    expected = np.zeros(q.shape)
+    for row in range(2):
+        for i in random.choice(length, 7, replace=False):
+            seen = [
+                j
+                for j in range(max(0, i - reach + 1), i + 1)
+                if segments[row, j] == segments[row, i]
+            ]
+            for head in range(4):
+                scores = 0.3 * k[row, seen, head // 2].astype(float) @ q[row, i, head]
+                scores = scores if cap is None else cap * np.tanh(scores / cap)
+                weights = np.exp(scores - scores.max())
+                expected[row, i, head] = weights @ v[row, seen, head // 2] / weights.sum()
+    sight = Sight(segments=jnp.asarray(segments))
+    window = jnp.int32(3) if window == "array" else window
+    found = np.asarray(attention(*map(jnp.asarray, (q, k, v)), sight, window, 0.3, cap))
+    looked = expected != 0
+    assert looked.sum() == 2 * 7 * 4 * 6
+    np.testing.assert_allclose(found[looked], expected[looked], atol=2e-6)

@@ -46,6 +46,77 @@ MISTRAL = {  # Mistral-7B-v0.1
     "num_key_value_heads": 8,
     "sliding_window": 4096,
 }
+MIXTRAL = {  # Mixtral-8x7B-v0.1
+    **MISTRAL,
+    "model_type": "mixtral",
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+QWEN3_MOE = {  # Qwen3-30B-A3B
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
+LLAMA3 = {  # Llama-3.2-1B
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": True,
+}
+GEMMA2 = {  # gemma-2-2b
+    "model_type": "gemma2",
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+GEMMA3 = {  # gemma-3-270m
+    "model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "sliding_window": 512,
+}
+PHI3 = {  # Phi-3-mini
+    "model_type": "phi3",
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+}
 T5 = config.config_of(config.NAMED["T5-small"])
 VIT = config.config_of(config.NAMED["ViT-B"])
 
@@ -74,8 +145,18 @@ def test_counts_of_the_published_checkpoints(name, expected):
 
 @pytest.mark.parametrize(
     ("entries", "expected"),
-    [(QWEN2, 494_032_768), (QWEN3, 596_049_920), (MISTRAL, 7_241_732_096)],
-    ids=["qwen2", "qwen3", "mistral"],
+    [
+        (QWEN2, 494_032_768),
+        (QWEN3, 596_049_920),
+        (MISTRAL, 7_241_732_096),
+        (MIXTRAL, 46_702_792_704),
+        (QWEN3_MOE, 30_532_122_624),
+        (LLAMA3, 1_235_814_400),
+        (GEMMA2, 2_614_341_888),
+        (GEMMA3, 268_098_176),
+        (PHI3, 3_821_079_552),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else None,
 )
 def test_counts_of_the_others(entries, expected):
     assert count(config.shape_of(entries)) == expected
@@ -123,7 +204,7 @@ def test_a_configuration_is_read_and_written(entries):
 def test_what_the_entries_mean():
     shape = config.shape_of(QWEN2)
     assert (shape.bias, shape.out_bias, shape.tied, shape.window) == (True, False, True, None)
-    assert (shape.theta, shape.dtype, shape.size) == (1e6, jnp.bfloat16, 64)
+    assert (shape.rotary.theta, shape.dtype, shape.size) == (1e6, jnp.bfloat16, 64)
     shape = config.shape_of(QWEN3)
     assert (shape.bias, shape.normed_heads, shape.head_size) == (False, True, 128)
     assert config.shape_of({**QWEN3, "head_dim": None}).size == 128
@@ -137,9 +218,11 @@ def test_what_the_entries_mean():
 
 
 def test_rotary_frequencies_by_either_entry():
-    assert config.shape_of({**LLAMA, "rope_parameters": None, "rope_theta": 5e5}).theta == 5e5
+    assert (
+        config.shape_of({**LLAMA, "rope_parameters": None, "rope_theta": 5e5}).rotary.theta == 5e5
+    )
     found = config.shape_of({**LLAMA, "rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1.0})
-    assert found.theta == 5e5
+    assert found.rotary.theta == 5e5
 
 
 @pytest.mark.parametrize(
@@ -153,13 +236,35 @@ def test_rotary_frequencies_by_either_entry():
         ({"model_type": "gpt2", "n_embd": "x"}, "n_embd .* found 'x'"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act of a llama config must be 'silu'"),
         (
-            {**LLAMA, "rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_type of a llama config must be 'default', found 'linear'",
+            {**LLAMA, "rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_type of a llama config must be 'default' or 'linear' or .*, found 'yarn'",
         ),
         (
             {**LLAMA, "rope_parameters": {"rope_type": "llama3"}},
-            "rope_type of a llama config must be 'default', found 'llama3'",
+            "original_max_position_embeddings of a llama config must be an int .*, found None",
         ),
+        (
+            {**LLAMA, "rope_parameters": None, "rope_scaling": {"type": "linear"}},
+            "factor of a llama config must be a number above 0, found None",
+        ),
+        ({**LLAMA, "rope_scaling": "linear"}, "rope_scaling .* must be an object, found 'linear'"),
+        (
+            {**PHI3, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            r"short_factor of a phi3 config must be a list of 48 numbers, found \[1.0\]",
+        ),
+        (
+            {**GEMMA3, "use_bidirectional_attention": True},
+            "use_bidirectional_attention of a gemma3_text config must be False, found True",
+        ),
+        (
+            {**GEMMA3, "layer_types": ["full_attention"]},
+            r"must be a list of 18 names, found \['full_attention'\]",
+        ),
+        (
+            {**QWEN3_MOE, "mlp_only_layers": [0]},
+            r"mlp_only_layers of a qwen3_moe config must be \[\], found \[0\]",
+        ),
+        ({**MIXTRAL, "output_router_logits": True}, "output_router_logits of a mixtral config"),
         (
             {**LLAMA, "partial_rotary_factor": 0.5},
             "partial_rotary_factor of a llama config must be 1.0, found 0.5",
@@ -172,10 +277,9 @@ def test_rotary_frequencies_by_either_entry():
         ),
         ({**MISTRAL, "attention_bias": True}, "attention_bias of a mistral config must be False"),
         ({**QWEN2, "mlp_bias": True}, "mlp_bias of a qwen2 config must be False, found True"),
-        ({**QWEN2, "use_sliding_window": True}, "use_sliding_window of a qwen2 config must be"),
         (
-            {**QWEN3, "layer_types": ["full_attention", "sliding_attention"]},
-            "layer_types of a qwen3 config must be 'full_attention', found 'sliding_attention'",
+            {**QWEN3, "layer_types": ["chunked_attention"]},
+            "layer_types of a qwen3 config must be 'full_attention', found 'chunked_attention'",
         ),
         (
             {**config.config_of(config.NAMED["GPT-2"]), "activation_function": "relu"},

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import Mesh
 
 from flora_jax.models import decoder, families
+from flora_jax.models.rotary import Rotary
 from tests.helpers import normal
 
-SHAPE = decoder.Shape(31, 24, 40, 2, 4, 2, jnp.float32, theta=300.0, epsilon=1e-5)
+SHAPE = decoder.Shape(31, 24, 40, 2, 4, 2, jnp.float32, rotary=Rotary(300.0), epsilon=1e-5)
 SHAPES = {
     "llama": SHAPE,
     "qwen2": dataclasses.replace(SHAPE, bias=True, tied=True),
@@ -66,7 +67,7 @@ def logits_of(shape, params, tokens):
         if shape.normed_heads:
             q = norm(p["query_norm"]["scale"], q, shape.epsilon)
             k = norm(p["key_norm"]["scale"], k, shape.epsilon)
-        q, k = turned(q, shape.theta), turned(k, shape.theta)
+        q, k = turned(q, shape.rotary.theta), turned(k, shape.rotary.theta)
         heads = []
         for head in range(shape.heads):
             own = head // (shape.heads // shape.key_heads)
@@ -129,18 +130,76 @@ def test_sharded_activations_are_the_same_numbers(sharded):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_sequence_longer_than_the_window_is_refused():
-    model = decoder.Decoder(dataclasses.replace(SHAPE, window=9))
-    params = params_of(SHAPE)
-    found = model.apply({"params": params}, jnp.asarray(TOKENS))
-    np.testing.assert_array_equal(
-        found, decoder.Decoder(SHAPE).apply({"params": params}, jnp.asarray(TOKENS))
+MIXED = dataclasses.replace(
+    SHAPE,
+    layers=3,
+    window=4,
+    local=(True, False, True),
+    local_rotary=Rotary(40.0),
+    post_norms=True,
+    centred=True,
+    scaled=True,
+    score_cap=1.5,
+    logit_cap=2.0,
+)
+EXPERTS = dataclasses.replace(SHAPE, experts=5, chosen=2)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, MIXED, EXPERTS], ids=["plain", "mixed", "experts"])
+def test_documents_in_one_sequence_are_as_alone(shape):
+    params = params_of(shape)
+    model = decoder.Decoder(shape)
+    documents = [TOKENS[0, :4], TOKENS[1, :9], TOKENS[0, 4:9]]
+    row = np.concatenate([*documents, [0, 0]])[None]
+    segments = np.repeat([1, 2, 3, 0], [4, 9, 5, 2])[None]
+    positions = np.concatenate([np.arange(n) for n in (4, 9, 5, 2)])[None]
+    together = model.apply(
+        {"params": params}, jnp.asarray(row), positions=positions, segments=segments
     )
-    with pytest.raises(ValueError, match=r"must have at most 9 tokens, the window of .*, found 10"):
-        model.apply({"params": params}, jnp.zeros((1, 10), jnp.int32))
-    cache = decoder.make_cache(model.shape, 1, 12)
-    with pytest.raises(ValueError, match="found 12"):
-        model.apply({"params": params}, jnp.zeros((1, 1), jnp.int32), cache=cache)
+    alone = [model.apply({"params": params}, jnp.asarray(one)[None])[0] for one in documents]
+    np.testing.assert_allclose(together[0, :18], np.concatenate(alone), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [MIXED, EXPERTS], ids=["mixed", "experts"])
+def test_a_cache_goes_on_where_the_prompt_ends(shape):
+    params = params_of(shape)
+    model = decoder.Decoder(shape)
+    expected = model.apply({"params": params}, jnp.asarray(TOKENS))
+    cache = decoder.make_cache(shape, 2, 12)
+    found, cache = model.apply({"params": params}, jnp.asarray(TOKENS[:, :5]), cache=cache)
+    parts = [found]
+    for i in range(5, 9):
+        one, cache = model.apply({"params": params}, jnp.asarray(TOKENS[:, i : i + 1]), cache=cache)
+        parts.append(one)
+    np.testing.assert_allclose(np.concatenate(parts, 1), expected, atol=2e-5)
+
+
+def test_local_layers_do_not_see_what_is_far():
+    """With a window of 2 in all of three layers, a token depends on the three before it and no more."""
+    shape = dataclasses.replace(SHAPE, layers=3, window=2)
+    params = params_of(shape)
+    changed = TOKENS.copy()
+    changed[:, 3] = (changed[:, 3] + 1) % 31
+    one, two = (
+        np.asarray(decoder.Decoder(shape).apply({"params": params}, jnp.asarray(t)))
+        for t in (TOKENS, changed)
+    )
+    differs = (one != two).any((0, 2))
+    assert differs.tolist() == [False] * 3 + [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("shape", [MIXED, EXPERTS], ids=["mixed", "experts"])
+def test_unrolled_layers_of_every_kind(shape):
+    params = params_of(shape)
+    apart = {name: x for name, x in params.items() if name != "layers"}
+    for i in range(shape.layers):
+        apart[f"layer_{i}"] = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+    unrolled = decoder.Decoder(dataclasses.replace(shape, scan=False))
+    found, expected = (
+        model.apply({"params": p}, jnp.asarray(TOKENS))
+        for model, p in ((unrolled, apart), (decoder.Decoder(shape), params))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_heads_that_do_not_fit_are_refused():
@@ -148,5 +207,7 @@ def test_heads_that_do_not_fit_are_refused():
         ValueError, match="heads must be a multiple of the key heads, found 4 and 3"
     ):
         dataclasses.replace(SHAPE, key_heads=3)
+    with pytest.raises(ValueError, match="local must have a bool for each of 2 layers, found 1"):
+        dataclasses.replace(SHAPE, local=(True,))
     with pytest.raises(ValueError, match=r"width of a head must be even, .* found 7"):
         dataclasses.replace(SHAPE, head_size=7)

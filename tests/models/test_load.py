@@ -12,6 +12,7 @@ from flora_jax.models import decoder, gpt2, t5, vit
 from flora_jax.models.checkpoint import INDEX
 from flora_jax.models.families import outline
 from flora_jax.models.load import load
+from flora_jax.models.rotary import Rotary
 from flora_jax.models.save import save
 from tests.helpers import normal
 
@@ -19,7 +20,7 @@ SMALL = decoder.Shape(24, 8, 12, 2, 4, 2, jnp.dtype("float32"))
 MODELS = {
     "gpt2": gpt2.Gpt2(gpt2.Shape(24, 8, 8, 2, 2)),
     "llama": decoder.Decoder(
-        decoder.Shape(24, 8, 12, 2, 4, 2, jnp.dtype("bfloat16"), theta=300.0, epsilon=1e-5)
+        decoder.Shape(24, 8, 12, 2, 4, 2, jnp.dtype("bfloat16"), rotary=Rotary(300.0), epsilon=1e-5)
     ),
     "t5": t5.T5(t5.Shape(24, 8, 12, 2, 2, 6)),
     "t5-1.1": t5.T5(t5.Shape(24, 8, 12, 2, 2, 6, gated=True, tied=False)),
@@ -91,7 +92,9 @@ def test_an_option_that_the_model_has_not(tmp_path):
     save(tmp_path / "out", model, params_of(model))
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
-    config["rope_parameters"]["rope_type"] = "llama3"
+    config["rope_parameters"]["rope_type"] = "yarn"
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="rope_type of a llama config must be 'default', found"):
+    with pytest.raises(
+        ValueError, match="rope_type of a llama config must be 'default' or .*, found 'yarn'"
+    ):
         load(tmp_path / "out")

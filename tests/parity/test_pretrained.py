@@ -10,9 +10,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from flora_jax.models import families
 from flora_jax.models.checkpoint import INDEX
 from flora_jax.models.load import load
-from flora_jax.models.save import save
+from flora_jax.models.save import _theirs, save
 from tests.helpers import normal
 
 TOKENS = np.random.default_rng(0).integers(1, 48, (2, 11))
@@ -31,6 +32,28 @@ LLAMA = dict(
     rms_norm_eps=1e-5,
     rope_parameters={"rope_type": "default", "rope_theta": 500.0},
 )
+GEMMA = LLAMA | dict(head_dim=12, sliding_window=5, pad_token_id=0)
+del GEMMA["rope_parameters"]
+PHI = LLAMA | dict(pad_token_id=0)
+BEFORE = dict(original_max_position_embeddings=16)
+
+
+def rope(kind, factor, **others):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, "factor": factor, **others}}
+
+
+def long_rope():
+    factors = {"short_factor": [1.0, 1.1, 1.5], "long_factor": [1.0, 3.0, 4.0]}
+    return {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.75,
+            **factors,
+        }
+    }
+
+
 VIT = dict(
     hidden_size=32,
     num_hidden_layers=3,
@@ -60,7 +83,7 @@ CASES = {
     "mistral": (
         transformers.MistralForCausalLM,
         transformers.MistralConfig,
-        LLAMA | dict(sliding_window=11),  # as long as the sequences
+        LLAMA | dict(sliding_window=5),
     ),
     "qwen2": (
         transformers.Qwen2ForCausalLM,
@@ -72,6 +95,81 @@ CASES = {
         transformers.Qwen3ForCausalLM,
         transformers.Qwen3Config,
         LLAMA | dict(head_dim=12, attention_bias=True),
+    ),
+    "llama3": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        LLAMA | rope("llama3", 4.0, low_freq_factor=1.0, high_freq_factor=4.0, **BEFORE),
+    ),
+    "llama-linear": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        LLAMA | rope("linear", 2.0),
+    ),
+    "llama-dynamic": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        LLAMA | rope("dynamic", 2.0) | dict(max_position_embeddings=8),
+    ),
+    "qwen2-windows": (
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config,
+        LLAMA | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ),
+    "qwen3-windows": (
+        transformers.Qwen3ForCausalLM,
+        transformers.Qwen3Config,
+        LLAMA | dict(use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    ),
+    "gemma2": (
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config,
+        GEMMA
+        | dict(query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    ),
+    "gemma3": (
+        transformers.Gemma3ForCausalLM,
+        transformers.Gemma3TextConfig,
+        GEMMA | dict(sliding_window_pattern=3, query_pre_attn_scalar=12),
+    ),
+    "gemma3-linear": (
+        transformers.Gemma3ForCausalLM,
+        transformers.Gemma3TextConfig,
+        GEMMA
+        | dict(
+            layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 900.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+            },
+        ),
+    ),
+    "phi3": (transformers.Phi3ForCausalLM, transformers.Phi3Config, PHI | dict(sliding_window=6)),
+    "phi3-long": (
+        transformers.Phi3ForCausalLM,
+        transformers.Phi3Config,
+        PHI | dict(max_position_embeddings=32, original_max_position_embeddings=8) | long_rope(),
+    ),
+    "phi3-short": (
+        transformers.Phi3ForCausalLM,
+        transformers.Phi3Config,
+        PHI | dict(max_position_embeddings=64, original_max_position_embeddings=16) | long_rope(),
+    ),
+    "mixtral": (
+        transformers.MixtralForCausalLM,
+        transformers.MixtralConfig,
+        LLAMA | dict(num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "qwen3-moe": (
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeConfig,
+        LLAMA | dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=12),
+    ),
+    "qwen3-moe-normed": (
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeConfig,
+        LLAMA
+        | dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
     ),
     "t5-deep": (
         transformers.T5ForConditionalGeneration,
@@ -143,6 +241,28 @@ def test_logits_of_a_torch_checkpoint(case):
     found, expected = ours(name, model, params), theirs(name, torch_model)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def test_gradients_are_torchs(case):
+    """Those of the mean loss of the next tokens, for every weight, with no padding."""
+    name, torch_model, folder = case
+    if name.startswith(("vit", "t5")):
+        pytest.skip("a decoder's loss")
+    model, params = load(folder)
+    windows = np.random.default_rng(1).integers(1, 48, (2, 12))
+    found = jax.jit(jax.grad(families.loss(model)))(params, jnp.asarray(windows))
+    torch_model.zero_grad()
+    logits = torch_model(torch.tensor(windows[:, :-1])).logits
+    targets = torch.tensor(windows[:, 1:]).reshape(-1)
+    torch.nn.functional.cross_entropy(logits.reshape(-1, 48), targets).backward()
+    expected = {k: p.grad.numpy() for k, p in torch_model.named_parameters()}
+    scale = max(np.abs(x).max() for x in expected.values())
+    assert scale > 0.01
+    named = {tensor.name: tensor.read() for tensor in _theirs(model, found)}
+    for key, value in expected.items():
+        if key in named:  # experts are kept apart in files
+            np.testing.assert_allclose(named[key], value, atol=1e-4 * max(scale, 1), err_msg=key)
+    assert len(named.keys() & expected.keys()) > 20 - 12 * ("experts" in str(named.keys()))
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 4000])
