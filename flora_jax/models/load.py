@@ -8,6 +8,7 @@
 import dataclasses
 import fnmatch
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,21 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _array(leaf: jax.ShapeDtypeStruct, parts: _Parts, sharding: Any) -> Any:
-    """Reads one of our arrays; each of its tensors is read once, if a device here needs any of it."""
+    """Reads one of our arrays; with a sharding onto its devices."""
     if sharding is None:
-        wanted = [tuple(slice(None) for _ in leaf.shape)]
-    else:
-        wanted = sharding.addressable_devices_indices_map(leaf.shape).values()
+        return next(iter(_buffers(leaf, parts, [(slice(None),) * len(leaf.shape)]).values()))
+    wanted = sharding.addressable_devices_indices_map(leaf.shape).values()
+    buffers = _buffers(leaf, parts, wanted)
+    made = jax.make_array_from_callback(
+        leaf.shape, sharding, lambda index: buffers[_bounds(index, leaf.shape)], dtype=leaf.dtype
+    )
+    return made.block_until_ready()  # so that the next array's buffers do not come on top
+
+
+def _buffers(
+    leaf: jax.ShapeDtypeStruct, parts: _Parts, wanted: Iterable[Any]
+) -> dict[Any, np.ndarray]:
+    """Returns the wanted slices of an array by their bounds; a tensor is read once, if it is in any of them."""
     buffers = {}
     for bounds in {_bounds(index, leaf.shape) for index in wanted}:
         buffers[bounds] = _buffer(tuple(last - first for first, last in bounds), leaf.dtype)
@@ -143,12 +154,7 @@ def _array(leaf: jax.ShapeDtypeStruct, parts: _Parts, sharding: Any) -> Any:
                 inner = tuple(slice(first, last) for first, last in bounds[depth:])
                 place = (*(i - first for i, (first, _) in outer), ...)
                 _copy(array[inner], buffer[place])
-    if sharding is None:
-        return next(iter(buffers.values()))
-    made = jax.make_array_from_callback(
-        leaf.shape, sharding, lambda index: buffers[_bounds(index, leaf.shape)], dtype=leaf.dtype
-    )
-    return made.block_until_ready()  # so that the next array's buffers do not come on top
+    return buffers
 
 
 def _copy(array: np.ndarray, to: np.ndarray) -> None:
