@@ -99,7 +99,7 @@ def _all_well(well: bool) -> bool:
 
 def _said(error: OSError, folder: Path, files: _Files) -> OSError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
+        return OSError(f"{folder} cannot be written: {error.strerror}; nothing of it is left")
     size = sum(bytes_of(tensor) for tensors in files.values() for tensor in tensors)
     return OSError(
         f"the disk is full: {folder} needs {size / 1e9:.2f} GB for its weights; nothing of it is left"
