@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -180,3 +182,41 @@ def test_each_tensor_is_read_once_and_only_where_it_is_needed(tmp_path, monkeypa
     buffers = _buffers(leaf, parts, mine.values())  # as if the other half were another process's
     assert read == [f"model.layers.{i}.self_attn.o_proj.weight" for i in range(2)]
     assert len(buffers) == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_host_holds_one_tensor_beside_the_params(tmp_path, dtype):
+    """A gigabyte in its files, read by a process of its own onto its CPU devices, and written again."""
+    shape = decoder.Shape(32000, 2048, 5632, 8, 16, 16, jnp.dtype("bfloat16"))
+    model = decoder.Decoder(shape)
+    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), outline(model))
+    save(tmp_path / "in", model, ones)
+    words = [str(tmp_path / "in"), dtype, str(tmp_path / "out")]
+    told = subprocess.run(
+        [sys.executable, "-c", MEASURE, *words], check=True, capture_output=True, text=True
+    )
+    size, loading, saving = map(int, told.stdout.split())
+    assert size == sum(x.size for x in jax.tree.leaves(ones)) * jnp.dtype(dtype).itemsize
+    largest = 32000 * 2048 * jnp.dtype(dtype).itemsize
+    assert loading < size + largest, (size, loading)
+    assert saving < 2 * largest, (size, saving)
+
+
+MEASURE = """
+import resource, sys
+import jax, jax.numpy as jnp
+from flora_jax.models.load import load
+from flora_jax.models.save import save
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+folder, dtype, out = sys.argv[1:]
+jax.block_until_ready(jnp.ones(3) + 1)
+start = peak()
+model, params = load(folder, dtype, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+loaded = peak()
+save(out, model, params, like=folder)
+print(sum(x.nbytes for x in jax.tree.leaves(params)), loaded - start, peak() - loaded)
+"""
