@@ -59,3 +59,29 @@ def loss(model: Decoder, params: Any, windows: jax.Array) -> jax.Array:
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     targets = windows[:, 1:, None]
     return -jnp.take_along_axis(log_probabilities, targets, axis=-1).mean()
+
+
+def sample(
+    model: Any, params: Any, prompt: jax.Array, count: int, key: jax.Array, heat: float
+) -> jax.Array:
+    """Samples tokens one after the other, each from a window of the last `S`, as long as those of training.
+
+    Args:
+      model: The module.
+      params: The model's params.
+      prompt: Prompts `(B, S)`.
+      count: The number of new tokens, `N`.
+      key: The key of all samples.
+      heat: The temperature, by which logits are divided.
+
+    Returns:
+      int32 `(B, S + N)`, the prompt first.
+    """
+
+    def step(window, key):
+        logits = jnp.asarray(model.apply({"params": params}, window))[:, -1]
+        token = jax.random.categorical(key, logits / heat)
+        return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
+
+    _, tokens = jax.lax.scan(step, prompt, jax.random.split(key, count))
+    return jnp.concatenate([prompt, tokens.T], axis=1)

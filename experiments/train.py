@@ -30,14 +30,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import decoder, layout, optimizers, report, text
-from experiments.checkpoint import Checkpoints
+from experiments import decoder, optimizers, report, text
 from flora_jax import make_train_step, state_shardings
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.chain.projection import Side
+from flora_jax.finetune import layout
+from flora_jax.finetune.checkpoints import Checkpoints
 from flora_jax.memory.compiled import compiled_bytes
-from flora_jax.models import generate
 from flora_jax.models.decoder import Decoder
 from flora_jax.update.ordinary_step import ordinary_step
 
@@ -332,7 +332,7 @@ def write(config: Config, params) -> str:
     model = decoder.model(config.model)
     prompt = ("\n" * config.length + PROMPT).encode()[-config.length :]
     tokens = jnp.asarray(np.frombuffer(prompt, np.uint8).astype(np.int32))[None]
-    sample = jax.jit(partial(generate.sample, model, count=240, heat=0.7))
+    sample = jax.jit(partial(decoder.sample, model, count=240, heat=0.7))
     written = sample(jax.tree.map(np.asarray, params), tokens, key=jax.random.key(config.seed))
     return bytes(np.asarray(written[0], np.uint8)).decode(errors="replace").lstrip("\n")
 

@@ -3,6 +3,7 @@
 flora-jax plan --model LLaMA-7B --chip v5e --rank 128
 flora-jax plan --config path/to/config.json --chip v6e --chips 4 --batch 4 --html plan.html
 flora-jax shapes
+flora-jax finetune MODEL_DIR data.jsonl --out mine
 """
 
 import os

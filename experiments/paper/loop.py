@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import flora_jax
-from experiments.checkpoint import Checkpoints
 from experiments.paper import lora, methods
 from experiments.paper.problem import Problem, Sizes
 from experiments.tasks import batches
 from flora_jax.chain.plan import tree_bytes
+from flora_jax.finetune.checkpoints import Checkpoints
 from flora_jax.fused.leaves import combine
 from flora_jax.memory.compiled import compiled_bytes
 from flora_jax.update.ordinary_step import ordinary_step

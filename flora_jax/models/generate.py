@@ -1,4 +1,4 @@
-"""Greedy and beam search for T5, GPT-2 and LLaMA are compiled, with a cache of keys and values; sampling has no cache.
+"""Greedy search, sampling and beam search for T5, GPT-2 and decoders are compiled, with a cache of keys and values.
 
 In the shape descriptions `B` is the batch, `S` the prompt (for T5 the source), `N` the new tokens,
 `K` the beams, `V` the vocabulary.
@@ -27,25 +27,67 @@ def greedy(
     mask: jax.Array | None = None,
     *,
     count: int,
-    end: int | None = None,
+    end: int | tuple[int, ...] | None = None,
     pad: int = 0,
 ) -> jax.Array:
     """Generates the likeliest token, again and again.
 
     Args:
-      model: A T5, GPT-2 or LLaMA module.
+      model: A T5, GPT-2 or decoder module.
       params: The model's params.
       tokens: Prompts (for T5 the sources), `(B, S)`; a decoder's are padded on the left.
       mask: Bools `(B, S)`, True where a token counts; None where all do.
       count: The number of new tokens, `N`.
-      end: The token after which a sequence has ended; None where none ends.
+      end: The token, or the tokens, after which a sequence has ended; None where none ends.
       pad: The token that stands after the end.
 
     Returns:
       int32 `(B, N)`, the end among them.
     """
+    return _write(model, params, tokens, mask, count, end, pad, lambda i, logits: logits.argmax(-1))
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("count", "end", "pad"))
+def sample(
+    model: Any,
+    params: Any,
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    count: int,
+    key: jax.Array,
+    heat: jax.typing.ArrayLike = 1.0,
+    end: int | tuple[int, ...] | None = None,
+    pad: int = 0,
+) -> jax.Array:
+    """Generates tokens by their probabilities, one after the other.
+
+    Args:
+      model: A T5, GPT-2 or decoder module.
+      params: The model's params.
+      tokens: Prompts (for T5 the sources), `(B, S)`; a decoder's are padded on the left.
+      mask: Bools `(B, S)`, True where a token counts; None where all do.
+      count: The number of new tokens, `N`.
+      key: The key of all samples.
+      heat: The temperature, by which logits are divided, above 0.
+      end: The token, or the tokens, after which a sequence has ended; None where none ends.
+      pad: The token that stands after the end.
+
+    Returns:
+      int32 `(B, N)`, the end among them.
+    """
+
+    def choose(i: jax.Array, logits: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(key, i), logits.astype(jnp.float32) / heat)
+
+    return _write(model, params, tokens, mask, count, end, pad, choose)
+
+
+def _write(model, params, tokens, mask, count, end, pad, choose) -> jax.Array:
+    """Generates what `choose` takes of the number of each new token and its logits `(B, V)`."""
     logits, cache = _begin(model, params, tokens, mask, count)
     rows = tokens.shape[0]
+    ends = () if end is None else (end,) if isinstance(end, int) else end
 
     def unfinished(state):
         i, _, _, _, ended = state
@@ -53,10 +95,10 @@ def greedy(
 
     def step(state):
         i, logits, cache, found, ended = state
-        token = jnp.where(ended, pad, logits.argmax(-1).astype(jnp.int32))
+        token = jnp.where(ended, pad, choose(i, logits).astype(jnp.int32))
         found = found.at[:, i].set(token)
-        if end is not None:
-            ended = ended | (token == end)
+        for one in ends:
+            ended = ended | (token == one)
         return i + 1, *_next(model, params, token, cache), found, ended
 
     found = jnp.full((rows, count), pad, jnp.int32)
@@ -181,32 +223,6 @@ def beam(
 
     search = jax.lax.while_loop(unfinished, step, search)
     return search.ended[:, 0], search.ended_scores[:, 0]
-
-
-def sample(
-    model: Any, params: Any, prompt: jax.Array, count: int, key: jax.Array, heat: float
-) -> jax.Array:
-    """Samples tokens one after the other, each from a window of the last `S`, with no cache.
-
-    Args:
-      model: A decoder: a GPT-2 or LLaMA module.
-      params: The model's params.
-      prompt: Prompts `(B, S)`.
-      count: The number of new tokens, `N`.
-      key: The key of all samples.
-      heat: The temperature, by which logits are divided.
-
-    Returns:
-      int32 `(B, S + N)`, the prompt first.
-    """
-
-    def step(window, key):
-        logits = jnp.asarray(model.apply({"params": params}, window))[:, -1]
-        token = jax.random.categorical(key, logits / heat)
-        return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
-
-    _, tokens = jax.lax.scan(step, prompt, jax.random.split(key, count))
-    return jnp.concatenate([prompt, tokens.T], axis=1)
 
 
 def _begin(model: Any, params: Any, tokens: Any, mask: Any, count: int) -> tuple[jax.Array, Cache]:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from experiments import decoder
-from flora_jax.models import generate
 
 SHAPE = decoder.Shape(width=32, layers=2, heads=2)
 
@@ -35,7 +34,7 @@ def test_loss_is_the_mean_surprise(params):
 
 def test_sample_keeps_the_prompt_and_goes_on(params):
     prompt = jnp.arange(8)[None]
-    sampled = generate.sample(decoder.model(SHAPE), params, prompt, 5, jax.random.key(0), 1.0)
+    sampled = decoder.sample(decoder.model(SHAPE), params, prompt, 5, jax.random.key(0), 1.0)
     assert sampled.shape == (1, 13)
     np.testing.assert_array_equal(sampled[:, :8], prompt)
 

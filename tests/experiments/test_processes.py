@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from experiments import checkpoint, layout, soak, train
+from experiments import soak, train
+from flora_jax.finetune import checkpoints as checkpoint
+from flora_jax.finetune import layout
 from tests.helpers import assert_tree_close
 from tests.test_processes import free_port
 

@@ -7,9 +7,11 @@ import jax
 import pytest
 from rich.console import Console
 
-from experiments import checkpoint, layout, text, train
+from experiments import text, train
 from experiments.decoder import Shape
 from experiments.soak import final_state
+from flora_jax.finetune import checkpoints as checkpoint
+from flora_jax.finetune import layout
 from tests.helpers import assert_tree_close, assert_tree_equal
 
 SMALL = train.Config(

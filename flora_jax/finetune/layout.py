@@ -13,6 +13,8 @@ BATCH = ("data", "fsdp")
 """Axes over which a batch is sharded."""
 BY_ROWS = ("out", "down")
 """Layers whose input is sharded over `model`."""
+MATRICES = ("kernel", "embedding", "gate", "up", "down")
+"""Names of params that are matrices, those of experts among them."""
 
 
 def parse(text: str) -> dict[str, int]:
@@ -54,21 +56,33 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def of_params(mesh: Mesh, params: Any) -> Any:
-    """Gives shardings of the decoder's params: heads and hidden units over `model`, the other side over `fsdp`."""
+    """Gives shardings of a decoder's params, of arrays or their shapes.
+
+    The outputs of a matrix are sharded over `fsdp` and those of heads and hidden units over `model` as well; the inputs of
+    what follows these are over `model`. So Flora, which projects the inputs, exchanges no gradient over `fsdp`. A side that
+    the axes do not divide is replicated.
+    """
 
     def of(path, leaf):
-        if leaf.ndim != 2:
+        names = [getattr(key, "key", None) for key in path]
+        if names[-1] not in MATRICES:
             return NamedSharding(mesh, PartitionSpec())
-        names = ["fsdp", "model"]
-        if any(getattr(key, "key", None) in BY_ROWS for key in path):
-            names.reverse()
-        axes = [
-            name if length % mesh.shape[name] == 0 else None
-            for name, length in zip(names, leaf.shape, strict=True)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        sides: list[tuple[str, ...]] = [(), ("model", "fsdp")]
+        if any(name in BY_ROWS for name in names):
+            sides = [("model",), ("fsdp",)]
+        axes = [_dividing(mesh, side, n) for side, n in zip(sides, leaf.shape[-2:], strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 2), *axes))
 
     return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _dividing(mesh: Mesh, names: tuple[str, ...], length: int) -> Any:
+    """Gives those of the axes that divide a side, the first ones first."""
+    found: list[str] = []
+    for name in names:
+        if mesh.shape[name] > 1 and length % math.prod(mesh.shape[n] for n in (*found, name)) == 0:
+            found.append(name)
+    return tuple(found) if len(found) > 1 else found[0] if found else None
 
 
 def parts(mesh: Mesh) -> int:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.checkpoint import FORMAT, Checkpoints
+from flora_jax.finetune.checkpoints import FORMAT, Checkpoints
 
 SETTINGS = {"rank": 16, "seed": 0, "distribution": "srht", "side": "larger"}
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments import layout
+from flora_jax.finetune import layout
 
 
 def test_a_mesh_is_read_from_its_names():
@@ -26,16 +26,20 @@ def test_what_is_no_mesh_is_refused(text, message):
         layout.make_mesh(text)
 
 
-def test_model_cuts_what_comes_out_of_a_layer_and_what_goes_into_the_next():
+def test_outputs_are_over_fsdp_and_inputs_of_what_follows_over_model():
     mesh = layout.make_mesh("data=2,fsdp=2,model=2")
     params = {
-        "up": {"kernel": jnp.ones((4, 8))},
-        "down": {"kernel": jnp.ones((8, 4))},
-        "odd": {"kernel": jnp.ones((3, 4))},
-        "norm": {"scale": jnp.ones(4)},
+        "up": {"kernel": jnp.ones((3, 4, 8))},
+        "down": {"kernel": jnp.ones((3, 8, 4))},
+        "odd": {"kernel": jnp.ones((4, 6))},
+        "experts": {"gate": jnp.ones((3, 5, 4, 8)), "down": jnp.ones((3, 5, 8, 4))},
+        "norm": {"scale": jnp.ones((3, 4))},
+        "query": {"bias": jnp.ones((3, 4))},
     }
     specs = jax.tree.map(lambda sharding: sharding.spec, layout.of_params(mesh, params))
-    assert specs["up"]["kernel"] == PartitionSpec("fsdp", "model")
-    assert specs["down"]["kernel"] == PartitionSpec("model", "fsdp")
+    assert specs["up"]["kernel"] == PartitionSpec(None, None, ("model", "fsdp"))
+    assert specs["down"]["kernel"] == PartitionSpec(None, "model", "fsdp")
     assert specs["odd"]["kernel"] == PartitionSpec(None, "model")
-    assert specs["norm"]["scale"] == PartitionSpec()
+    assert specs["experts"]["gate"] == PartitionSpec(None, None, None, ("model", "fsdp"))
+    assert specs["experts"]["down"] == PartitionSpec(None, None, "model", "fsdp")
+    assert specs["norm"]["scale"] == specs["query"]["bias"] == PartitionSpec()

@@ -1,0 +1,38 @@
+"""The command `flora-jax finetune`."""
+
+import sys
+from typing import Annotated
+
+import jax
+import tyro
+from rich.console import Console
+
+from flora_jax.finetune.run import Stopped, finetune
+from flora_jax.finetune.settings import Settings
+
+
+def command(settings: Annotated[Settings, tyro.conf.OmitArgPrefixes]) -> int:
+    """Trains a checkpoint on texts, and writes one that `transformers` loads.
+
+    First it reads the data, and compiles the step to know what it takes; where that does not fit, it says what does.
+    The same command goes on where a run was stopped.
+
+    Args:
+      settings: The settings.
+
+    Returns:
+      0; 3 where the run was told to stop, and has saved its state.
+    """
+    if settings.distributed:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
+    console = Console(quiet=jax.process_index() > 0)
+    if not jax.config.jax_compilation_cache_dir:
+        # the step that was compiled for the plan is the one that runs
+        jax.config.update("jax_compilation_cache_dir", str(settings.run / "compiled"))
+    try:
+        finetune(settings, console)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 3
+    return 0

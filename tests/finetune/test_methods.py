@@ -1,0 +1,141 @@
+"""Methods: each learns a sentence by heart, in the state that it says; schedules are those of the formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flora_jax.finetune import methods
+from flora_jax.finetune.settings import EXACT, METHODS, UNRANKED, Settings
+from flora_jax.models import decoder, families
+
+SHAPE = decoder.Shape(64, 64, 96, 2, 4, 4, jnp.float32)
+MODEL = families.module(SHAPE)
+STEPS = 10
+WORDS = np.random.default_rng(0).integers(0, 64, (2, 33)).astype(np.int32)
+BATCH = {
+    "tokens": WORDS[:, :-1],
+    "targets": WORDS[:, 1:],
+    "weights": np.ones((2, 32), np.float32),
+    "share": np.float32(1),
+}
+BATCH = jax.tree.map(jnp.asarray, BATCH)
+
+
+def loss(params, batch):
+    found = MODEL.apply({"params": params}, batch["tokens"], batch["targets"], batch["weights"])
+    return found * batch["share"]
+
+
+def settings(method, **changes):
+    alone = method in (*EXACT, "xgb-lora")
+    given = {"micro_batches": None if alone else 2, "rank": None if method in UNRANKED else 8}
+    rate = 0.003 if method == "adam" else 0.02
+    return Settings("model", ("data",), method=method, rate=rate, **{**given, **changes})
+
+
+def start(given, dtype=jnp.float32):
+    params = MODEL.init(jax.random.key(0), BATCH["tokens"])["params"]
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    outline = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    method = methods.build(given, loss, MODEL, outline, STEPS)
+    frozen, state = jax.jit(method.init)(params, BATCH)
+    return method, params, frozen, state
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_learns(name):
+    given = settings(name)
+    method, params, frozen, state = start(given)
+    shapes = jax.eval_shape(method.init, params, BATCH)
+    assert jax.tree.map(jnp.shape, shapes[1]) == jax.tree.map(jnp.shape, state)
+    first = float(loss(params, BATCH))
+    for _ in range(STEPS * given.accumulated):
+        state, value = method.step(frozen, state, BATCH)
+    after = float(loss(method.params(frozen, state), BATCH))
+    assert float(value) < first - 0.3
+    assert after < first - 0.3
+    if frozen is not None:  # they are as they were
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), frozen, params))
+
+
+def test_micro_batches_are_as_one_batch():
+    """Two halves of which one counts four times as much as the other: the mean is that of tokens."""
+    given = settings("adafactor")
+    method, _, _, state = start(given)
+    weights = np.ones((2, 32), np.float32)
+    weights[1, 8:] = 0
+    for row, share in ((0, 32 / 20), (1, 8 / 20)):
+        one = {k: v[row : row + 1] for k, v in BATCH.items() if k != "share"}
+        one |= {"weights": jnp.asarray(weights[row : row + 1]), "share": jnp.float32(share)}
+        state, _ = method.step(None, state, one)
+    alone = settings("adafactor", micro_batches=1)
+    method, _, _, whole = start(alone)
+    whole, _ = method.step(None, whole, {**BATCH, "weights": jnp.asarray(weights)})
+    for a, b in zip(
+        jax.tree.leaves(state["params"]), jax.tree.leaves(whole["params"]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_adapters_are_kept_in_float32_and_weights_stay_bfloat16():
+    given = settings("lora")
+    method, _, frozen, state = start(given, jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(state["own"])} == {jnp.dtype("float32")}
+    before = state["own"]["layers/query/kernel"]["down"]
+    for _ in range(4):
+        state, _ = method.step(frozen, state, BATCH)
+    assert not np.array_equal(before, state["own"]["layers/query/kernel"]["down"])
+    merged = method.params(frozen, state)
+    assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
+
+
+def test_small_updates_arrive_in_bfloat16():
+    """At a rate far below a weight's last bit, the mean of the weights moves with stochastic rounding alone."""
+    moved = {}
+    for rounding in ("stochastic", "nearest"):
+        given = settings("exact", rounding=rounding)
+        given = given.__class__(
+            **{**given.__dict__, "rate": 2e-5, "schedule": "constant", "warmup": 0.0}
+        )
+        method, params, _, state = start(given, jnp.bfloat16)
+        before = jax.tree.map(jnp.copy, params)
+        for _ in range(STEPS):
+            state, _ = method.step(None, state, BATCH)
+        different = jax.tree.map(lambda a, b: float((a != b).mean()), before, state["params"])
+        moved[rounding] = different["layers"]["gate"]["kernel"]
+    assert moved["stochastic"] > 0.01 > moved["nearest"]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_schedules(kind):
+    given = Settings("model", ("data",), schedule=kind, warmup=0.2)
+    rate = methods.schedule(given, 0.5, 20)
+    rise = [float(rate(i)) for i in range(5)]
+    np.testing.assert_allclose(rise, [0.125, 0.25, 0.375, 0.5, 0.5], rtol=1e-6)
+    i = 12
+    expected = {
+        "cosine": 0.25 * (1 + np.cos(np.pi * (i - 4) / 16)),
+        "linear": 0.5 * (1 - (i - 4) / 16),
+        "constant": 0.5,
+    }
+    assert float(rate(i)) == pytest.approx(expected[kind], rel=1e-5)
+
+
+def test_the_advised_chain_is_that_of_the_library():
+    """One optimizer step of `flora` moves a matrix by the rate times an orthogonal matrix, times what its shape asks for."""
+    given = settings("flora", micro_batches=1, warmup=0.0, schedule="constant")
+    method, params, _, state = start(given)
+    before = np.asarray(params["layers"]["up"]["kernel"])
+    state, _ = method.step(None, state, BATCH)
+    update = np.asarray(state["params"]["layers"]["up"]["kernel"]) - before
+    values = np.linalg.svd(update[0], compute_uv=False)
+    assert (values[8:] < 1e-4 * values[0]).all()  # of rank 8
+    expected = 0.02 * (96 / 64) ** 0.5 * (64 / 8) ** 0.25
+    assert values[:8] == pytest.approx(np.full(8, expected), rel=0.2)
+
+
+def test_without_accumulation_there_is_no_multisteps():
+    tx, _ = methods._transformation(settings("adafactor", micro_batches=1), STEPS)
+    assert not isinstance(jax.eval_shape(tx.init, {"a": jnp.ones(3)}), optax.MultiStepsState)
