@@ -4,7 +4,8 @@ A checkpoint is a folder with `config.json` and `model.safetensors`, or several 
 their index.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,9 @@ class Rule(NamedTuple):
     """Says where one of our arrays lies in a checkpoint.
 
     Attributes:
-      name: The name in the checkpoint; `{i}` in it stands for the layer, which is our first axis.
-      theirs: The function from our array (of one layer) to the checkpoint's form.
+      name: The name in the checkpoint; `{i}` in it stands for the layer and `{e}` for the expert, which are
+        our first axes, in this order.
+      theirs: The function from our array (of one layer, of one expert) to the checkpoint's form.
       ours: The reverse.
     """
 
@@ -33,23 +35,61 @@ class Layout(NamedTuple):
     """Says how the arrays of a family are named.
 
     Attributes:
-      rules: The function from a shape to the rule of each path of the params.
+      rules: The function from a shape to the rule of each path of the params, with the layers stacked.
       prefix: What all names begin with, and may be left out.
       needless: Patterns of names that may be there or not.
       copies: Where an array lies when it is not there by its own name, since it is a copy.
+      tied: Of names that may be there although the model has no such array: the name that they are copies of.
     """
 
     rules: Callable[[Any], dict[str, Rule]]
     prefix: str = ""
     needless: tuple[str, ...] = ()
     copies: dict[str, str] = {}  # noqa: RUF012
+    tied: dict[str, str] = {}  # noqa: RUF012
+
+    def full(self, names: list[str]) -> dict[str, str]:
+        """Returns each of the names of a checkpoint by its name with the prefix."""
+        bare = self.prefix and not any(name.startswith(self.prefix) for name in names)
+        return {
+            f"{self.prefix}{name}" if bare and name != "lm_head.weight" else name: name
+            for name in names
+        }
 
 
-def layers_of(shape: Any, path: str) -> int:
-    """Returns the number of layers that are stacked in the array at this path of the params."""
-    if isinstance(shape, t5.Shape):
-        return shape.count(decoder=path.startswith("decoder/"))
-    return shape.layers
+class Piece(NamedTuple):
+    """Says which part of our params one tensor of a checkpoint is.
+
+    Attributes:
+      name: The tensor's name.
+      path: The path of our array.
+      at: The layer and the expert in it, where they are its first axes.
+      rule: The rule of the path.
+    """
+
+    name: str
+    path: str
+    at: tuple[int, ...]
+    rule: Rule
+
+
+def pieces(shape: Any, leaves: Mapping[str, Any]) -> Iterator[Piece]:
+    """Yields the tensors of a checkpoint, those of each of our arrays one after the other.
+
+    Args:
+      shape: The shape of the model.
+      leaves: Its params by path, or their outline; layers stacked under `layers/`, or each under
+        `layer_0/`, `layer_1/` and so on.
+    """
+    rules = layout_of(shape).rules(shape)
+    for path, leaf in leaves.items():
+        unrolled = re.fullmatch(r"(.*/)?layer_(\d+)/(.*)", path)
+        fixed = {"i": int(unrolled[2])} if unrolled else {}
+        rule = rules[f"{unrolled[1] or ''}layers/{unrolled[3]}" if unrolled else path]
+        axes = [axis for axis in "ie" if f"{{{axis}}}" in rule.name and axis not in fixed]
+        for index in np.ndindex(*leaf.shape[: len(axes)]):
+            where = dict(zip(axes, index, strict=True))
+            yield Piece(rule.name.format(**fixed, **where), path, index, rule)
 
 
 def layout_of(shape: Any) -> Layout:
@@ -185,9 +225,17 @@ def _vit_rules(shape: vit.Shape) -> dict[str, Rule]:
 
 _LAYOUTS = {
     gpt2.Shape: Layout(
-        _gpt2_rules, "transformer.", ("*.attn.bias", "*.attn.masked_bias", "lm_head.weight")
+        _gpt2_rules,
+        "transformer.",
+        ("*.attn.bias", "*.attn.masked_bias", "lm_head.weight"),
+        tied={"lm_head.weight": "transformer.wte.weight"},
     ),
-    decoder.Shape: Layout(_decoder_rules, "", ("*.rotary_emb.inv_freq", "lm_head.weight")),
+    decoder.Shape: Layout(
+        _decoder_rules,
+        "",
+        ("*.rotary_emb.inv_freq", "lm_head.weight"),
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
+    ),
     t5.Shape: Layout(
         _t5_rules,
         "",
@@ -198,6 +246,10 @@ _LAYOUTS = {
             "lm_head.weight",
         ),
         {"lm_head.weight": "shared.weight"},  # as transformers 5 writes a head that is a copy
+        dict.fromkeys(
+            ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+            "shared.weight",
+        ),
     ),
     vit.Shape: Layout(_vit_rules, "", ("vit.pooler.*",)),
 }

@@ -258,7 +258,7 @@ def test_gradients_are_torchs(case):
     expected = {k: p.grad.numpy() for k, p in torch_model.named_parameters()}
     scale = max(np.abs(x).max() for x in expected.values())
     assert scale > 0.01
-    named = dict(_theirs(model, found))
+    named = {tensor.name: tensor.read() for tensor in _theirs(model, found)}
     for key, value in expected.items():
         if key in named:  # experts are kept apart in files
             np.testing.assert_allclose(named[key], value, atol=1e-4 * max(scale, 1), err_msg=key)
@@ -271,7 +271,7 @@ def test_torch_reads_what_is_written(case, tmp_path, shard_bytes):
     model, params = load(folder)
     params = jax.tree.map(lambda x: x + 0.05 * normal(x.size, x.shape), params)
     out = tmp_path / "out"
-    save(out, model, params, shard_bytes)
+    save(out, model, params, shard_bytes=shard_bytes)
     assert (out / INDEX).exists() == (shard_bytes == 4000)
     again, report = type(torch_model).from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
