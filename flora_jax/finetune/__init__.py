@@ -1,0 +1,1 @@
+"""Trains a checkpoint on a file of the user's texts."""
