@@ -4,10 +4,41 @@ import functools
 import io
 import json
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers import processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
-WORDS = "the cat sat on a mat, and THE dog didn't; 12 + 34 = 46. naïve café über 日本 x_y = f(z)".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat,",
+    "and",
+    "THE",
+    "dog",
+    "didn't;",
+    "12",
+    "+",
+    "34",
+    "=",
+    "46.",
+    "naïve",
+    "café",
+    "über",
+    "日本",
+    "x_y",
+    "=",
+    "f(z)",
+]
 CORPUS = [
     " ".join(WORDS[i % len(WORDS)] for i in range(j, 3 * j + 5, 1 + j % 3)) for j in range(80)
 ]
