@@ -118,8 +118,9 @@ def fill(store: Store, members: np.ndarray, length: int, pad: int) -> dict[str, 
     row["segments"][:total] = np.repeat(np.arange(len(members)) + 1, sizes)
     row["positions"][:total] = positions
     row["tokens"][:total] = store.tokens[where]
-    row["targets"][: total - 1] = row["tokens"][1:total]
-    weights[: total - 1] = store.counts[where[1:]]
+    predicted = max(0, total - 1)
+    row["targets"][:predicted] = row["tokens"][1:total]
+    weights[:predicted] = store.counts[where[1:]]
     row["targets"][ends - 1] = pad
     weights[ends - 1] = 0
     return {**row, "weights": weights}
