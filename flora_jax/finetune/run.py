@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -29,7 +29,9 @@ from flora_jax.finetune.checkpoints import Checkpoints
 from flora_jax.finetune.settings import Settings
 from flora_jax.finetune.stopping import Stopped, told_to_stop
 from flora_jax.finetune.tokenizer import Tokenizer
-from flora_jax.models import decoder, families, generate, gpt2
+from flora_jax.models import decoder, families, generate, gguf_tokenizer, gpt2
+from flora_jax.models.config import shape_of
+from flora_jax.models.gguf_file import open_gguf
 from flora_jax.models.load import load, opened
 from flora_jax.models.save import save
 from flora_jax.sharding.state import state_shardings
@@ -68,7 +70,7 @@ class Problem(NamedTuple):
             name: jax.ShapeDtypeStruct((size, length), kind, sharding=place)
             for name, kind in kinds.items()
         }
-        everywhere = layout.of_batch(self.mesh, 1) if self.mesh.size > 1 else place
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
         return {**shapes, "share": jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)}
 
     def started(self) -> tuple[Any, Any]:
@@ -80,7 +82,7 @@ class Problem(NamedTuple):
 
     def _placed(self, state: Any) -> Any:
         """Gives each leaf of the state the sharding that follows from those of the params."""
-        everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
         put = lambda x, s=everywhere: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
         if "params" not in state or self.mesh.size == 1:
             return jax.tree.map(put, state)
@@ -107,8 +109,6 @@ def shape_for(settings: Settings, config: dict[str, Any], mesh: Mesh) -> Any:
     Raises:
       ValueError: The model is none that writes text, or asks for what the models here have not.
     """
-    from flora_jax.models.config import shape_of
-
     kind: Any = settings.dtype
     if kind == "auto":
         kind = "float32" if jax.default_backend() == "cpu" else None
@@ -197,11 +197,16 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any]:
 
 def tokenizer_of(source: Path) -> Tokenizer:
     """Returns the tokenizer of a checkpoint's folder or of a `.gguf` file."""
-    if source.is_file():
-        from flora_jax.models import gguf_model
-
-        return gguf_model.tokenizer(source)
-    return Tokenizer.load(source)
+    if not source.is_file():
+        return Tokenizer.load(source)
+    metadata = open_gguf(source).metadata
+    found = gguf_tokenizer.tokenizer_of(metadata)
+    ids = {
+        name: found.tokenizer.token_to_id(found.specials[f"{name}_token"])
+        for name in ("bos", "eos", "pad")
+        if f"{name}_token" in found.specials
+    }
+    return Tokenizer(found.tokenizer, **ids, template=found.template)
 
 
 def _data(settings: Settings, tokenizer: Tokenizer, console: Console) -> Data:
@@ -212,7 +217,7 @@ def _data(settings: Settings, tokenizer: Tokenizer, console: Console) -> Data:
             length=settings.length,
             loss=settings.loss,
             held_out=settings.held_out,
-            validation=settings.validation,
+            validation=settings.validation or None,
             cache=settings.run / "data",
             seed=settings.seed,
             pack=settings.packed,
@@ -220,7 +225,7 @@ def _data(settings: Settings, tokenizer: Tokenizer, console: Console) -> Data:
             progress=lambda done, total: status.update(f"Tokenizing {done:,} of {total:,}"),
         )
     for line in data.report:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return data
 
 
@@ -317,7 +322,7 @@ def _train(
         console.print(f"Passed over {sentence}.", markup=False)
     if first:
         console.print(f"Going on from step {first} of {given.steps}.")
-    else:
+    elif before is not None:
         history["validation"].append((0, before))
     show.begin(history, first)
     trained = _loop(
@@ -331,9 +336,8 @@ def _train(
         _save_adapter(given, trained)
     figures = {
         "method": settings.method,
-        "before": history["validation"][0][1],
-        "after": history["validation"][-1][1],
-        "best": min(value for _, value in history["validation"]),
+        "before": history["validation"][0][1] if history["validation"] else None,
+        "after": history["validation"][-1][1] if history["validation"] else None,
         "seconds": history["seconds"],
         "steps": given.steps,
         "tokens": history["train"][-1][0] if history["train"] else 0,
@@ -392,8 +396,8 @@ def _put(given: Problem, batch: dict[str, np.ndarray], share: float) -> dict[str
     }
 
 
-def _evaluation(given: Problem, data: Data) -> Callable[[Any], float]:
-    """Returns a function from params to the mean validation loss, nats a token that counts."""
+def _evaluation(given: Problem, data: Data) -> Callable[[Any], float | None]:
+    """Returns a function from params to the mean validation loss, nats a token that counts; None without such data."""
     settings = given.settings
     most = max(1, settings.validation_rows // settings.batch)
     batches = []
@@ -403,7 +407,9 @@ def _evaluation(given: Problem, data: Data) -> Callable[[Any], float]:
         batches.append((_put(given, batch, 1.0), float(np.sum(batch["weights"]))))
     value = jax.jit(partial(_mean, given.model))
 
-    def evaluate(params: Any) -> float:
+    def evaluate(params: Any) -> float | None:
+        if not batches:
+            return None
         losses = [(value(params, batch), count) for batch, count in batches]
         total = sum(count for _, count in losses)
         return sum(float(one) * count for one, count in losses) / max(total, 1.0)
@@ -460,7 +466,7 @@ def _loop(
     first: int,
     batches: Any,
     history: dict[str, Any],
-    evaluate: Callable[[Any], float],
+    evaluate: Callable[[Any], float | None],
     checkpoints: Checkpoints,
     show: "report.Log",
     planned: sizes.Sizes,
@@ -510,8 +516,9 @@ def _loop(
             told = stop(done)
             if done % every == 0 or done == total:
                 value = evaluate(method.params(frozen, state))
-                history["validation"].append((seen, value))
-                show.validation(done, value)
+                if value is not None:
+                    history["validation"].append((seen, value))
+                    show.validation(done, value)
                 start, before, begun = time.perf_counter(), seconds, seen
             if done % save_every == 0 or done == total or told:
                 history["data"] = batches.get_state()

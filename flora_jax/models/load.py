@@ -55,7 +55,7 @@ def load(
         not known.
     """
     source = Path(source)
-    config, found = (gguf_model if source.is_file() else folder).opened(source)
+    config, found = opened(source)
     shape = shape_of(config, dtype)
     model = module(shape if scan else _unrolled(shape))
     params = outline(model)
@@ -67,6 +67,16 @@ def load(
         places = flatten_dict(jax.tree.broadcast(tree, params), sep="/")  # pyright: ignore[reportAssignmentType]
     read = {path: _array(leaf, parts[path], places[path]) for path, leaf in leaves.items()}
     return model, unflatten_dict(read, sep="/")
+
+
+def opened(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the configuration and the tensors by name, each of which is read when it is asked for.
+
+    Raises:
+      ValueError: A file is missing or damaged.
+    """
+    source = Path(source)
+    return (gguf_model if source.is_file() else folder).opened(source)
 
 
 _Parts = list[tuple[Piece, Tensor]]
