@@ -55,7 +55,7 @@ def load(
         not known.
     """
     source = Path(source)
-    config, found = (gguf_model if source.is_file() else folder).opened(source)
+    config, found = opened(source)
     shape = shape_of(config, dtype)
     model = module(shape if scan else _unrolled(shape))
     params = outline(model)
@@ -67,6 +67,19 @@ def load(
         places = flatten_dict(jax.tree.broadcast(tree, params), sep="/")  # pyright: ignore[reportAssignmentType]
     read = {path: _array(leaf, parts[path], places[path]) for path, leaf in leaves.items()}
     return model, unflatten_dict(read, sep="/")
+
+
+def opened(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the entries of a checkpoint's `config.json` and its tensors by name; no weight is read.
+
+    Args:
+      source: As in `load`; of a `.gguf` file entries and names are Hugging Face's.
+
+    Raises:
+      ValueError: As `load`, where it is not about the model.
+    """
+    source = Path(source)
+    return (gguf_model if source.is_file() else folder).opened(source)
 
 
 _Parts = list[tuple[Piece, Tensor]]
