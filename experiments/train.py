@@ -9,11 +9,7 @@ the curves, and text that the model wrote.
 """
 
 import contextlib
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +21,6 @@ import numpy as np
 import optax
 import psutil
 import tyro
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,6 +32,7 @@ from flora_jax.chain.plan import tree_bytes
 from flora_jax.chain.projection import Side
 from flora_jax.finetune import layout
 from flora_jax.finetune.checkpoints import Checkpoints
+from flora_jax.finetune.stopping import Stopped, told_to_stop
 from flora_jax.memory.compiled import compiled_bytes
 from flora_jax.models.decoder import Decoder
 from flora_jax.update.ordinary_step import ordinary_step
@@ -194,39 +190,11 @@ def peak(config: Config, method: optimizers.Method, mesh: Mesh, state: tuple[Any
         return compiled_bytes(step.lower(*state, windows).compile())
 
 
-class Preempted(Exception):
-    """The run has been told to stop, and has saved its state."""
-
-
-@contextlib.contextmanager
-def told_to_stop() -> Iterator[Callable[[int], bool]]:
-    """Gives a function that says whether to stop after so many micro-steps; all processes ask it after each.
-
-    SIGTERM, the notice before a preemption, and Ctrl-C are heard. Of several processes it is enough
-    that one hears: JAX, which has its own handler of SIGTERM there, lets all agree on a micro-step.
-    """
-    told: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        handlers, stop = {}, lambda _: False
-    elif jax.process_count() > 1:
-        handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
-        stop = multihost_utils.reached_preemption_sync_point
-    else:
-        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda n, _: told.append(n))
-        stop = lambda _: bool(told)  # noqa: E731
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def train(config: Config, console: Console) -> dict[str, Any]:
     """Trains, or goes on, and gives the figures of the final table.
 
     Raises:
-      Preempted: The run was told to stop by SIGTERM or Ctrl-C; the state is saved.
+      Stopped: The run was told to stop by SIGTERM or Ctrl-C; the state is saved.
       ValueError: The mesh does not fit, or the folder has a run of other settings.
     """
     corpus = text.load()
@@ -313,7 +281,7 @@ def train(config: Config, console: Console) -> dict[str, Any]:
                 state = {"params": params, "opt_state": opt_state}
                 checkpoints.save(done, state, history)
             if told and done < total:
-                raise Preempted(f"Stopped at micro-step {done}, saved; the same command goes on.")
+                raise Stopped(f"Stopped at micro-step {done}, saved; the same command goes on.")
     return {
         "unigram": text.unigram_loss(corpus),
         "initial": history["validation"][0][1],
@@ -412,7 +380,7 @@ def main(config: Config) -> None:
     console = Console(quiet=jax.process_index() > 0)
     try:
         figures = train(config, console)
-    except (ValueError, Preempted) as error:
+    except (ValueError, Stopped) as error:
         raise SystemExit(str(error)) from error
     if jax.process_count() == 1:
         show(config, figures, console)

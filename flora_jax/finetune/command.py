@@ -7,8 +7,9 @@ import jax
 import tyro
 from rich.console import Console
 
-from flora_jax.finetune.run import Stopped, finetune
+from flora_jax.finetune.run import finetune
 from flora_jax.finetune.settings import Settings
+from flora_jax.finetune.stopping import Stopped
 
 
 def command(settings: Annotated[Settings, tyro.conf.OmitArgPrefixes]) -> int:

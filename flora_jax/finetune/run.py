@@ -8,11 +8,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +27,7 @@ from flora_jax.finetune import layout, methods, report, sizes
 from flora_jax.finetune.batches import Data, prepare
 from flora_jax.finetune.checkpoints import Checkpoints
 from flora_jax.finetune.settings import Settings
+from flora_jax.finetune.stopping import Stopped, told_to_stop
 from flora_jax.finetune.tokenizer import Tokenizer
 from flora_jax.models import decoder, families, generate, gpt2
 from flora_jax.models.load import load, opened
@@ -40,10 +38,6 @@ ARRAYS = ("tokens", "targets", "weights", "segments", "positions")
 """The arrays of a micro-batch, each `(B, T)`."""
 PARTS = 10
 """Validations, and checkpoints, of a run by default."""
-
-
-class Stopped(Exception):
-    """The run was told to stop, and has saved its state."""
 
 
 class Problem(NamedTuple):
@@ -175,30 +169,6 @@ def _mean(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         segments=batch["segments"],
     )
     return found
-
-
-@contextlib.contextmanager
-def told_to_stop() -> Iterator[Callable[[int], bool]]:
-    """Gives a function that says whether to stop after so many micro-steps; all processes ask it after each.
-
-    SIGTERM, the notice before a preemption, and Ctrl-C are heard. Of several processes it is enough
-    that one hears: JAX, which has its own handler of SIGTERM there, lets all agree on a micro-step.
-    """
-    told: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        handlers, stop = {}, lambda _: False
-    elif jax.process_count() > 1:
-        handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
-        stop = multihost_utils.reached_preemption_sync_point
-    else:
-        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda n, _: told.append(n))
-        stop = lambda _: bool(told)  # noqa: E731
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def finetune(settings: Settings, console: Console) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def test_a_notice_to_stop_saves_at_once(tmp_path, monkeypatch):
 
     with (
         before_batch(4, notice, monkeypatch),
-        pytest.raises(train.Preempted, match="Stopped at micro-step 5, saved"),
+        pytest.raises(train.Stopped, match="Stopped at micro-step 5, saved"),
     ):
         run(config)
     _, output = run(config)
