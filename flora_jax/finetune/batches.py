@@ -17,7 +17,7 @@ from flora_jax.finetune import pipeline, store
 from flora_jax.finetune.chat import Chat
 from flora_jax.finetune.documents import Document, Source, sources
 from flora_jax.finetune.examples import Counts, Example, Loss, TooLong, encode, fit
-from flora_jax.finetune.packing import Rows, Store, efficiency, plan
+from flora_jax.finetune.packing import Rows, Store, efficiency, most_counted, plan
 from flora_jax.finetune.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -43,6 +43,7 @@ class Side:
       tokens: The number of tokens in them, without padding.
       counted: The number of those whose loss counts; equal to the sum of the weights.
       efficiency: The share of the rows' places that is no padding.
+      most: The most tokens of a row whose loss counts, or a few more.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Side:
         self.source = pipeline.Source(examples, plan, length, pad)
         self.rows, self.tokens, self.counted = len(plan), counts.tokens, counts.counted
         self.efficiency = efficiency(np.diff(examples.offsets), plan, length)
+        self.most = most_counted(examples, plan)
 
 
 class Data:

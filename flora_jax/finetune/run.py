@@ -36,8 +36,12 @@ from flora_jax.models.load import load, opened
 from flora_jax.models.save import save
 from flora_jax.sharding.state import state_shardings
 
-ARRAYS = ("tokens", "targets", "weights", "segments", "positions")
-"""The arrays of a micro-batch, each `(B, T)`."""
+ARRAYS = ("tokens", "segments", "positions")
+"""The arrays of a micro-batch that are `(B, T)`."""
+SCORED = ("targets", "weights", "places")
+"""Those that are `(B, K)`: the tokens that count, their weights and their places in the sequence."""
+ROUND = 64
+"""`K` is a multiple of this."""
 PARTS = 10
 """Validations, and checkpoints, of a run by default."""
 
@@ -52,6 +56,7 @@ class Problem(NamedTuple):
       outline: The shapes of its params, with shardings.
       method: The method.
       steps: The number of optimizer steps.
+      scored: `K`, the most tokens of a sequence whose loss counts; logits of others are not computed.
     """
 
     settings: Settings
@@ -60,15 +65,18 @@ class Problem(NamedTuple):
     outline: Any
     method: methods.Method
     steps: int
+    scored: int
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of a micro-batch."""
         size, length = self.settings.batch, self.settings.length
         place = layout.of_batch(self.mesh, size)
-        kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in ARRAYS}
+        lengths = {**dict.fromkeys(ARRAYS, length), **dict.fromkeys(SCORED, self.scored)}
         shapes = {
-            name: jax.ShapeDtypeStruct((size, length), kind, sharding=place)
-            for name, kind in kinds.items()
+            name: jax.ShapeDtypeStruct(
+                (size, n), jnp.float32 if name == "weights" else jnp.int32, sharding=place
+            )
+            for name, n in lengths.items()
         }
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return {**shapes, "share": jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)}
@@ -133,8 +141,18 @@ def shape_for(settings: Settings, config: dict[str, Any], mesh: Mesh) -> Any:
     return dataclasses.replace(shape, remat=settings.remat, sharded=over)
 
 
-def problem(settings: Settings, config: dict[str, Any], mesh: Mesh, steps: int) -> Problem:
-    """Returns the model and the method that the settings ask for; nothing is compiled or read."""
+def problem(
+    settings: Settings, config: dict[str, Any], mesh: Mesh, steps: int, most: int
+) -> Problem:
+    """Returns the model and the method that the settings ask for; nothing is compiled or read.
+
+    Args:
+      settings: The settings.
+      config: The model's configuration.
+      mesh: The mesh.
+      steps: The number of optimizer steps.
+      most: The most tokens of a sequence whose loss counts.
+    """
     if settings.batch % layout.parts(mesh):
         raise ValueError(
             f"batch must be a multiple of the mesh's data x fsdp, {layout.parts(mesh)}, found {settings.batch}"
@@ -147,7 +165,8 @@ def problem(settings: Settings, config: dict[str, Any], mesh: Mesh, steps: int) 
         layout.of_params(mesh, outline),
     )
     method = methods.build(settings, partial(loss, model), model, outline, steps)
-    return Problem(settings, mesh, model, outline, method, steps)
+    scored = min(settings.length, -(-most // ROUND) * ROUND)
+    return Problem(settings, mesh, model, outline, method, steps, scored)
 
 
 def loss(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -167,6 +186,7 @@ def _mean(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         batch["weights"],
         positions=batch["positions"],
         segments=batch["segments"],
+        places=batch["places"],
     )
     return found
 
@@ -188,7 +208,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any]:
     tokenizer.check(shape.vocabulary)
     data = _data(settings, tokenizer, console)
     steps = _steps(settings, data)
-    given = problem(settings, config, mesh, steps)
+    most = max(data.train.most, data.validation.most)
+    given = problem(settings, config, mesh, steps, most)
     planned = _plan(given, config, console)
     if settings.plan_only:
         return {"planned": planned._asdict()}
@@ -252,7 +273,7 @@ def _plan(given: Problem, config: dict[str, Any], console: Console) -> sizes.Siz
 
     def other(settings: Settings) -> sizes.Sizes | None:
         try:
-            return problem(settings, config, given.mesh, given.steps).measured()
+            return problem(settings, config, given.mesh, given.steps, given.scored).measured()
         except (ValueError, jax.errors.JaxRuntimeError):
             return None
 
@@ -389,11 +410,19 @@ def _save_adapter(given: Problem, state: Any) -> None:
 
 def _put(given: Problem, batch: dict[str, np.ndarray], share: float) -> dict[str, jax.Array]:
     shapes = given.batch()
-    arrays = {**{name: batch[name] for name in ARRAYS}, "share": np.float32(share)}
+    arrays = {name: batch[name] for name in ARRAYS} | _scored(batch, given.scored)
+    arrays["share"] = np.float32(share)
     return {
         name: layout.put(shapes[name].sharding, np.asarray(array, shapes[name].dtype))
         for name, array in arrays.items()
     }
+
+
+def _scored(batch: dict[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
+    """Returns places, targets and weights `(B, most)` of the tokens that count, those that do first."""
+    places = np.argsort(batch["weights"] == 0, axis=1, kind="stable")[:, :most]
+    picked = {name: np.take_along_axis(batch[name], places, 1) for name in ("targets", "weights")}
+    return {**picked, "places": places}
 
 
 def _evaluation(given: Problem, data: Data) -> Callable[[Any], float | None]:

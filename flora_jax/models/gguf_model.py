@@ -120,17 +120,17 @@ def _config(gguf: Gguf, architecture: _Architecture) -> dict[str, Any]:
         }
     if "blk.0.attn_q.bias" in gguf.tensors and architecture.kind != "qwen2":
         config["attention_bias"] = True
-    return config | ends_of(gguf) | architecture.more(gguf, about)
+    return config | ends_of(gguf.metadata) | architecture.more(gguf, about)
 
 
-def ends_of(gguf: Gguf) -> dict[str, Any]:
+def ends_of(metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns the ids of the tokens that begin, end and pad texts, by Hugging Face's names."""
     ids: dict[str, Any] = {
-        name: gguf.metadata[f"tokenizer.ggml.{theirs}"]
+        name: metadata[f"tokenizer.ggml.{theirs}"]
         for name, theirs in _ENDS.items()
-        if f"tokenizer.ggml.{theirs}" in gguf.metadata
+        if f"tokenizer.ggml.{theirs}" in metadata
     }
-    turn = gguf.metadata.get("tokenizer.ggml.eot_token_id")
+    turn = metadata.get("tokenizer.ggml.eot_token_id")
     if turn is not None and ids.get("eos_token_id", turn) != turn:
         ids["eos_token_id"] = [ids["eos_token_id"], turn]
     return ids

@@ -13,6 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
+from flora_jax.models.gguf_file import open_gguf
+from flora_jax.models.gguf_model import ends_of
+
 _SINGLE = _UNKNOWN, _CONTROL, _GIVEN, _BYTE = 2, 3, 4, 6
 """Types of tokens that are not pieces of texts: the unknown one, marks, what is always one token, single bytes."""
 _SPACE = "\u2581"
@@ -36,14 +39,25 @@ class GgufTokenizer(NamedTuple):
     Attributes:
       tokenizer: The tokenizer; it begins texts with `bos_token` where the file wants it so.
       specials: The special tokens by name, such as `bos_token`.
+      ids: The ids that begin, end and pad texts, such as `bos_token_id`; `eos_token_id` may be several.
       template: The chat template in Jinja, or None.
       length: The most tokens of a sequence, or None.
     """
 
     tokenizer: Tokenizer
     specials: dict[str, str]
+    ids: dict[str, Any]
     template: str | None
     length: int | None
+
+
+def read_tokenizer(file: str | Path) -> GgufTokenizer:
+    """Returns the tokenizer of a GGUF file.
+
+    Raises:
+      ValueError: The file is damaged, or has no tokenizer of a kind that is known.
+    """
+    return tokenizer_of(open_gguf(Path(file)).metadata)
 
 
 def tokenizer_of(metadata: dict[str, Any]) -> GgufTokenizer:
@@ -81,7 +95,8 @@ def tokenizer_of(metadata: dict[str, Any]) -> GgufTokenizer:
         (tokenizer.add_special_tokens if marks else tokenizer.add_tokens)(tokens)
     _add_ends(tokenizer, about, specials)
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    return GgufTokenizer(tokenizer, specials, metadata.get("tokenizer.chat_template"), length)
+    template = metadata.get("tokenizer.chat_template")
+    return GgufTokenizer(tokenizer, specials, ends_of(metadata), template, length)
 
 
 def write_tokenizer(found: GgufTokenizer, folder: Path) -> None:
@@ -94,8 +109,9 @@ def write_tokenizer(found: GgufTokenizer, folder: Path) -> None:
     }
     if found.length is not None:
         config["model_max_length"] = found.length
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    for name, entries in (("tokenizer_config", config), ("generation_config", found.ids)):
+        text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
     if found.template is not None:
         (folder / "chat_template.jinja").write_text(found.template, encoding="utf-8")
 

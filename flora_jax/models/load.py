@@ -70,10 +70,13 @@ def load(
 
 
 def opened(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the configuration and the tensors by name, each of which is read when it is asked for.
+    """Returns the entries of a checkpoint's `config.json` and its tensors by name; no weight is read.
+
+    Args:
+      source: As in `load`; of a `.gguf` file entries and names are Hugging Face's.
 
     Raises:
-      ValueError: A file is missing or damaged.
+      ValueError: As `load`, where it is not about the model.
     """
     source = Path(source)
     return (gguf_model if source.is_file() else folder).opened(source)

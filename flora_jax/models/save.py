@@ -23,7 +23,6 @@ from flora_jax.models.checkpoint import INDEX, ONE, Piece, layout_of, pieces
 from flora_jax.models.config import FILE, config_of, read, shape_of
 from flora_jax.models.families import outline
 from flora_jax.models.folder import copy_companions, files_of
-from flora_jax.models.gguf_file import open_gguf
 from flora_jax.models.tensor_file import (
     Tensor,
     bytes_of,
@@ -138,11 +137,9 @@ def _write(
 
 
 def _from_gguf(file: Path, folder: Path) -> None:
-    from flora_jax.models.gguf_tokenizer import tokenizer_of, write_tokenizer
+    from flora_jax.models.gguf_tokenizer import read_tokenizer, write_tokenizer
 
-    gguf = open_gguf(file)
-    write_tokenizer(tokenizer_of(gguf.metadata), folder)
-    _write_json(folder / "generation_config.json", gguf_model.ends_of(gguf))
+    write_tokenizer(read_tokenizer(file), folder)
 
 
 def _write_json(file: Path, entries: dict[str, Any]) -> None:

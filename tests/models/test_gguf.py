@@ -181,7 +181,9 @@ def test_tokens_of_bytes(split):
     tokens = found.tokenizer.encode("ab ab1111<|end|>").tokens
     ones = {"qwen2": ["1"] * 4, "smollm": ["1"] * 4, "llama-bpe": ["11", "1", "1"]}
     assert tokens == ["ab", "Ġab", *ones.get(split, ["11", "11"]), "<|end|>"]
-    assert found.specials == {"eos_token": "<|end|>"}
+    assert found.specials == {"eos_token": "<|end|>"} and found.ids == {"eos_token_id": 256}
+    ends = tokenizer_of(metadata | {"tokenizer.ggml.eot_token_id": 3}).ids
+    assert ends == {"eos_token_id": [256, 3]}
     for text in ("Grüße, 世界 🎉", "  a\n\n\tb  ", "x = [1]\r\n"):
         ids = found.tokenizer.encode(text).ids
         assert found.tokenizer.decode(ids) == text

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from flora_jax.models.gguf_file import open_gguf
-from flora_jax.models.gguf_tokenizer import tokenizer_of, write_tokenizer
+from flora_jax.models.gguf_tokenizer import read_tokenizer, write_tokenizer
 from flora_jax.models.load import load
 from flora_jax.models.save import save
 from tests.models import ggufs
@@ -84,7 +84,7 @@ def gemma(tmp_path_factory):
 def test_gemmas_tokens_are_sentencepieces(gemma, tmp_path):
     """By the library, and by a naive one in a few lines."""
     metadata = open_gguf(gemma).metadata
-    found = tokenizer_of(metadata)
+    found = read_tokenizer(gemma)
     columns = [metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")]
     library = sentencepiece_of(*columns)
     write_tokenizer(found, tmp_path)
