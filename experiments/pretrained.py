@@ -1,6 +1,6 @@
 """This command fine-tunes a real pretrained model, Gemma 3 270M, by each method, and prints one table.
 
-    python -m experiments.pretrained                       # some six hours on two cores; goes on where it was stopped
+    python -m experiments.pretrained                       # some three hours on two cores; goes on where it was stopped
     python -m experiments.pretrained --methods flora lora --steps 20
     python -m experiments.pretrained --data-only           # writes the model and the texts for `flora-jax finetune`
 
@@ -48,14 +48,15 @@ ROWS = (
     "adafactor",
     "flora:64",
     "exact",
-    "exact-muon",
     "lora:8",
+    "exact-muon",
     "lora:64",
     "flora:16",
     "flora:128",
     "flora-adafactor:64",
     "flora-adafactor:16",
     "flora-adafactor:128",
+    "muon",
 )
 BASELINE = "adafactor"
 
@@ -70,7 +71,7 @@ class Config:
     """Tokens of a sequence."""
     micro_batches: int = 4
     """Sequences of an optimizer step where a method accumulates; other methods take as many steps as sequences."""
-    steps: int = 30
+    steps: int = 12
     """Optimizer steps of methods that accumulate."""
     other_rate: float = 0.001
     """Rate of embeddings and norms where matrices are orthogonalized."""
@@ -138,8 +139,7 @@ def settings(config: Config, row: str, rate: float) -> Settings:
         validate_every=10**9,
         save_every=10**9,
         seed=config.seed,
-        samples=3,
-        sample_tokens=32,
+        samples=0,
     )
 
 

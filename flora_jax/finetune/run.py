@@ -31,7 +31,6 @@ from flora_jax.finetune.stopping import Stopped, told_to_stop
 from flora_jax.finetune.tokenizer import Tokenizer
 from flora_jax.models import decoder, families, generate, gguf_tokenizer, gpt2
 from flora_jax.models.config import shape_of
-from flora_jax.models.gguf_file import open_gguf
 from flora_jax.models.load import load, opened
 from flora_jax.models.save import save
 from flora_jax.sharding.state import state_shardings
@@ -220,14 +219,19 @@ def tokenizer_of(source: Path) -> Tokenizer:
     """Returns the tokenizer of a checkpoint's folder or of a `.gguf` file."""
     if not source.is_file():
         return Tokenizer.load(source)
-    metadata = open_gguf(source).metadata
-    found = gguf_tokenizer.tokenizer_of(metadata)
+    found = gguf_tokenizer.read_tokenizer(source)
     ids = {
-        name: found.tokenizer.token_to_id(found.specials[f"{name}_token"])
-        for name in ("bos", "eos", "pad")
-        if f"{name}_token" in found.specials
+        name: found.tokenizer.token_to_id(token)
+        for name, token in found.specials.items()
+        if name in ("bos_token", "eos_token", "pad_token")
     }
-    return Tokenizer(found.tokenizer, **ids, template=found.template)
+    return Tokenizer(
+        found.tokenizer,
+        bos=ids.get("bos_token"),
+        eos=[ids["eos_token"]] if "eos_token" in ids else [],
+        pad=ids.get("pad_token"),
+        template=found.template,
+    )
 
 
 def _data(settings: Settings, tokenizer: Tokenizer, console: Console) -> Data:
@@ -411,7 +415,7 @@ def _save_adapter(given: Problem, state: Any) -> None:
 def _put(given: Problem, batch: dict[str, np.ndarray], share: float) -> dict[str, jax.Array]:
     shapes = given.batch()
     arrays = {name: batch[name] for name in ARRAYS} | _scored(batch, given.scored)
-    arrays["share"] = np.float32(share)
+    arrays["share"] = np.asarray(share)
     return {
         name: layout.put(shapes[name].sharding, np.asarray(array, shapes[name].dtype))
         for name, array in arrays.items()
