@@ -7,6 +7,7 @@ was being written when the process was killed, nor one that was damaged later, i
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -41,6 +42,7 @@ class Checkpoints:
         self.seals.mkdir(parents=True, exist_ok=True)
         self.passed_over: list[str] = []
         self.unsealed = False
+        self.sound: int | None = None
         file = self.folder / "settings.json"
         settings = json.loads(json.dumps({"format": FORMAT, **settings}, default=str))
         if file.exists():
@@ -56,16 +58,26 @@ class Checkpoints:
         """Gives the newest sound step, state and history; 0 and what was given where there is none.
 
         Args:
-          state: A tree of arrays; what is restored has their shardings.
+          state: A tree of arrays, or of their shapes where `newest` says that there is a step; what is restored has
+            their shardings.
           history: A dict of JSON values.
+
+        """
+        sound = self.newest()
+        return (sound, *self._read(sound, state)) if sound else (0, state, history)
+
+    def newest(self) -> int:
+        """Gives the newest sound step, or 0.
 
         `passed_over` names each newer step that was not sound, and what is wrong with it.
         """
-        sound = self._newest_sound() if jax.process_index() == 0 else 0
-        if jax.process_count() > 1:
-            sound = int(multihost_utils.broadcast_one_to_all(np.int32(sound)))
-        self.manager.reload()
-        return (sound, *self._read(sound, state)) if sound else (0, state, history)
+        if self.sound is None:
+            sound = self._newest_sound() if jax.process_index() == 0 else 0
+            if jax.process_count() > 1:
+                sound = int(multihost_utils.broadcast_one_to_all(np.int32(sound)))
+            self.manager.reload()
+            self.sound = sound
+        return self.sound
 
     def _newest_sound(self) -> int:
         """Gives the newest sound step, or 0; process 0 calls this, and sets aside what is not sound."""
@@ -85,7 +97,7 @@ class Checkpoints:
         """Begins to save; the arrays may be overwritten as soon as this returns."""
         self.manager.wait_until_finished()
         self.seal()
-        self.unsealed = True
+        self.unsealed, self.sound = True, None
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -124,7 +136,9 @@ class Checkpoints:
             ),
         )
         complete = jax.tree.map(
-            lambda given, kept: given if kept is None else kept, state, restored["state"]
+            lambda given, kept: jnp.zeros(given.shape, given.dtype) if kept is None else kept,
+            state,
+            restored["state"],
         )
         return complete, restored["history"]
 
@@ -156,7 +170,7 @@ class Checkpoints:
 
 def _without_empty(state: Any) -> Any:
     """Puts None in the place of arrays of size zero, which orbax does not save; GaLore's state has some."""
-    return jax.tree.map(lambda leaf: leaf if jnp.size(leaf) else None, state)
+    return jax.tree.map(lambda leaf: leaf if math.prod(leaf.shape) else None, state)
 
 
 def _sums(folder: Path) -> dict[str, str]:

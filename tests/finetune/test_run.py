@@ -1,0 +1,192 @@
+"""Runs of small checkpoints: they learn, resume to the last bit, and leave a checkpoint behind."""
+
+import contextlib
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from flora_jax.finetune import run
+from flora_jax.finetune.settings import Settings
+from flora_jax.finetune.stopping import Stopped
+from flora_jax.models.load import load
+from tests.finetune.checkpoint import PAIRS, make_checkpoint, write
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "pairs.jsonl", PAIRS)
+
+
+def settings(model, data, out, **changes):
+    given = Settings(
+        str(model),
+        (str(data),),
+        out=out,
+        method="flora",
+        rank=8,
+        length=64,
+        batch=4,
+        micro_batches=2,
+        steps=12,
+        rate=0.02,
+        other_rate=0.01,
+        samples=2,
+        sample_tokens=8,
+    )
+    return replace(given, **changes)
+
+
+def weights(folder):
+    return jax.tree.leaves(load(folder)[1])
+
+
+def test_a_run_learns_and_leaves_a_checkpoint(model, data, tmp_path):
+    given = settings(model, data, tmp_path / "mine")
+    figures = run.finetune(given, QUIET)
+    assert figures["after"] < 0.75 * figures["before"]
+    assert figures["before"] == pytest.approx(np.log(300), rel=0.3)
+    out, own = tmp_path / "mine", tmp_path / "mine.run"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"):
+        assert (out / name).read_bytes() == (model / name).read_bytes()
+    assert json.loads((out / "config.json").read_text()) == json.loads(
+        (model / "config.json").read_text()
+    )
+    assert not any(np.array_equal(a, b) for a, b in zip(weights(out), weights(model), strict=True))
+    assert (own / "loss.svg").exists() and list((own / "logs").glob("events*"))
+    report = json.loads((own / "report.json").read_text())
+    assert len(report["history"]["train"]) == 12
+    assert [len(report["answers"]), report["answers"][0]["goal"][:2]] == [2, " a"]
+    # the validation loss is that of the exported weights, on the counted tokens alone
+    assert report["after"] == pytest.approx(naive_loss(given, out), rel=1e-4)
+
+
+def naive_loss(given, folder):
+    """The mean loss of the validation side, one document at a time, from logits."""
+    found, params = load(folder)
+    apply = jax.jit(lambda tokens: found.apply({"params": params}, tokens))
+    tokenizer = run.tokenizer_of(folder)
+    held = run._data(given, tokenizer, QUIET).validation.store
+    total, count = 0.0, 0
+    for first, last in zip(held.offsets[:-1], held.offsets[1:], strict=True):
+        tokens, counts = held.tokens[first:last], held.counts[first:last]
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        odds = jax.nn.log_softmax(apply(jnp.asarray(padded))[0])
+        for i in np.flatnonzero(counts[1:]):
+            total -= float(odds[i, tokens[i + 1]])
+            count += 1
+    return total / count
+
+
+def stopping_at(step):
+    @contextlib.contextmanager
+    def told_to_stop():
+        yield lambda done: done == step
+
+    return told_to_stop
+
+
+@pytest.mark.parametrize("method", ["flora", "exact", "lora"])
+def test_a_stopped_run_goes_on_to_the_same_bits(method, model, data, tmp_path, monkeypatch):
+    own = {"rank": None, "micro_batches": None} if method == "exact" else {}
+    given = settings(model, data, tmp_path / "mine", method=method, steps=5, samples=0, **own)
+    run.finetune(replace(given, out=tmp_path / "whole"), QUIET)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "told_to_stop", stopping_at(2))
+        with pytest.raises(Stopped, match="Stopped at step 2, saved; the same command goes on"):
+            run.finetune(given, QUIET)
+    assert not given.out.exists()
+    figures = run.finetune(given, QUIET)
+    assert len(figures["history"]["train"]) == 5
+    for a, b in zip(weights(given.out), weights(tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_run_in_its_place_is_refused(model, data, tmp_path, monkeypatch):
+    given = settings(model, data, tmp_path / "mine", steps=4, samples=0)
+    monkeypatch.setattr(run, "told_to_stop", stopping_at(1))
+    with pytest.raises(Stopped):
+        run.finetune(given, QUIET)
+    with pytest.raises(
+        ValueError, match=r"rate: the run in .*mine.run was started with 0.02, this"
+    ):
+        run.finetune(replace(given, rate=0.5), QUIET)
+    fewer = write(tmp_path / "fewer.jsonl", PAIRS[:100])
+    with pytest.raises(ValueError, match=r"data: the run in .* was started with"):
+        run.finetune(replace(given, data=(str(fewer),)), QUIET)
+
+
+def test_a_mesh_gives_the_losses_of_one_device(model, data, tmp_path):
+    given = settings(model, data, tmp_path / "one", steps=4, samples=0)
+    alone = run.finetune(given, QUIET)
+    for mesh in ("data=2,fsdp=4", "fsdp=2,model=4"):
+        sharded = replace(given, out=tmp_path / mesh, mesh=mesh, batch=8 if "data" in mesh else 4)
+        if "data" in mesh:
+            sharded = replace(sharded, micro_batches=1)
+        found = run.finetune(sharded, QUIET)
+        losses = [[value for _, value in x["history"]["train"]] for x in (found, alone)]
+        np.testing.assert_allclose(*losses, rtol=2e-4)
+
+
+def test_what_does_not_fit_is_refused_before_the_weights_are_read(
+    model, data, tmp_path, monkeypatch
+):
+    given = settings(model, data, tmp_path / "mine", memory=0.002)
+    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(
+        ValueError, match=r"does not fit: 0.0\d GiB on each device, which has 0.00; "
+    ):
+        run.finetune(given, QUIET)
+    size = run.finetune(replace(given, memory=None, plan_only=True), QUIET)["planned"]
+    room = (sum(size.values()) - 1000) / 2**30
+    with pytest.raises(ValueError, match=r"what fits: --rank \d \(0.0\d GiB\), or --length "):
+        run.finetune(replace(given, memory=room), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch": 3, "mesh": "fsdp=8"}, "batch must be a multiple of the mesh's data x fsdp, 8"),
+        ({"mesh": "fsdp=3"}, "mesh 'fsdp=3' has 3 devices, found 8"),
+        ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl"),
+        ({"model": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_is_wrong_gets_a_sentence(changes, said, model, data, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        run.finetune(replace(settings(model, data, tmp_path / "mine"), **changes), QUIET)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_folder_that_is_there_is_not_touched(model, data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match=r"out: .*mine is there already; give another folder"):
+        run.finetune(settings(model, data, tmp_path / "mine"), QUIET)
+
+
+def test_chats_learn_their_answers_alone(model, tmp_path):
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": one["prompt"]},
+                {"role": "assistant", "content": one["completion"]},
+            ]
+        }
+        for one in PAIRS
+    ]
+    file = write(tmp_path / "chats.jsonl", chats)
+    figures = run.finetune(settings(model, file, tmp_path / "mine"), QUIET)
+    assert figures["after"] < 0.75 * figures["before"]
+    assert figures["answers"][0]["goal"].strip().startswith("a")
