@@ -70,13 +70,10 @@ def load(
 
 
 def opened(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the entries of a checkpoint's `config.json` and its tensors by name; no weight is read.
-
-    Args:
-      source: As in `load`; of a `.gguf` file entries and names are Hugging Face's.
+    """Returns the configuration and the tensors by name, each of which is read when it is asked for.
 
     Raises:
-      ValueError: As `load`, where it is not about the model.
+      ValueError: A file is missing or damaged.
     """
     source = Path(source)
     return (gguf_model if source.is_file() else folder).opened(source)
@@ -163,7 +160,7 @@ def _buffers(
         for bounds, buffer in buffers.items():
             outer = list(zip(piece.at, bounds, strict=False))
             if all(first <= i < last for i, (first, last) in outer):
-                array = piece.rule.ours(tensor.read()) if array is None else array
+                array = piece.rule.ours(tensor.read(leaf.dtype)) if array is None else array
                 inner = tuple(slice(first, last) for first, last in bounds[depth:])
                 place = (*(i - first for i, (first, _) in outer), ...)
                 _copy(array[inner], buffer[place])
