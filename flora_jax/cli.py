@@ -9,6 +9,7 @@ flora-jax finetune MODEL_DIR data.jsonl --out mine
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -24,25 +25,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import rich as rich
         import tyro
     except ModuleNotFoundError as error:
-        print(
-            f"flora-jax needs flax, rich and tyro, found no {error.name}: pip install 'flora-jax[cli]'",
-            file=sys.stderr,
-        )
+        return _missing(error, "cli")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["finetune"]:
+            try:
+                from flora_jax.finetune.command import command
+            except ModuleNotFoundError as error:
+                return _missing(error, "finetune")
+            return tyro.cli(command, prog="flora-jax finetune", args=words[1:])
+        app = tyro.extras.SubcommandApp()
+        _plan(app)
+        return app.cli(prog="flora-jax", description="Flora for JAX.", args=words)
+    except (ValueError, OSError) as error:
+        print(f"flora-jax: {error}", file=sys.stderr)
         return 2
+
+
+def _plan(app: Any) -> None:
+    """Adds the commands that compute nothing on a device."""
     from flora_jax.memory import command
 
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")  # to plan for a chip is no reason to look for one
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # else libtpu complains of none
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    app = tyro.extras.SubcommandApp()
     app.command(name="plan")(command.plan)
     app.command(name="shapes")(command.shapes)
-    try:
-        return app.cli(prog="flora-jax", description="Flora for JAX.", args=arguments)
-    except (ValueError, OSError) as error:
-        print(f"flora-jax: {error}", file=sys.stderr)
-        return 2
+    app.command(name="finetune")(_elsewhere)
+
+
+def _elsewhere() -> int:
+    """Trains a checkpoint on texts: flora-jax finetune --help."""
+    raise AssertionError("finetune is a command of its own")
+
+
+def _missing(error: ModuleNotFoundError, extra: str) -> int:
+    print(
+        f"flora-jax needs {error.name}, which is not installed: pip install 'flora-jax[{extra}]'",
+        file=sys.stderr,
+    )
+    return 2
 
 
 if __name__ == "__main__":

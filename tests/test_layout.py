@@ -17,6 +17,7 @@ FOLDERS = (
     "models",
     "adapters",
     "memory",
+    "finetune",
     "cli",
 )
 """Of `flora_jax`, each of which imports only from those before it."""

@@ -1,1 +1,1 @@
-"""Trains a checkpoint on a file of the user's texts."""
+"""Fine-tuning: a checkpoint and a file of texts become a trained checkpoint, `flora-jax finetune`."""

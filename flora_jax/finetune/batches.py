@@ -17,7 +17,7 @@ from flora_jax.finetune import pipeline, store
 from flora_jax.finetune.chat import Chat
 from flora_jax.finetune.documents import Document, Source, sources
 from flora_jax.finetune.examples import Counts, Example, Loss, TooLong, encode, fit
-from flora_jax.finetune.packing import Rows, Store, efficiency, plan
+from flora_jax.finetune.packing import Rows, Store, efficiency, most_counted, plan
 from flora_jax.finetune.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -43,6 +43,7 @@ class Side:
       tokens: The number of tokens in them, without padding.
       counted: The number of those whose loss counts; equal to the sum of the weights.
       efficiency: The share of the rows' places that is no padding.
+      most: The most tokens of a row whose loss counts, or a few more.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Side:
         self.source = pipeline.Source(examples, plan, length, pad)
         self.rows, self.tokens, self.counted = len(plan), counts.tokens, counts.counted
         self.efficiency = efficiency(np.diff(examples.offsets), plan, length)
+        self.most = most_counted(examples, plan)
 
 
 class Data:
@@ -119,13 +121,13 @@ class Data:
 
 
 def prepare(
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     tokenizer: Tokenizer,
     *,
     length: int,
     loss: Loss = "completions",
     held_out: float = 0.05,
-    validation: Sequence[str | Path] | None = None,
+    validation: str | Path | Sequence[str | Path] | None = None,
     cache: Path | None = None,
     seed: int = 0,
     pack: bool = True,
@@ -138,12 +140,12 @@ def prepare(
     its content, so files may be reordered or appended to, and duplicates are on one side.
 
     Args:
-      files: Files, folders or `hub:owner/name`; see `documents`.
+      files: One or several files, folders or `hub:owner/name`; see `documents`.
       tokenizer: The model's.
       length: The tokens of a row.
       loss: `"completions"` or `"all"`; see `examples`.
       held_out: The share of documents that are for validation, at least one; 0 for none.
-      validation: Files to validate on instead; then nothing is held out.
+      validation: Files, likewise, to validate on instead; then nothing is held out.
       cache: A folder for encoded examples, by a digest of the content, the tokenizer and the settings; a
         second run with the same ones encodes nothing. By default a temporary folder.
       seed: Decides which documents share a row.
@@ -226,8 +228,10 @@ class _Encoder:
         loss: Loss,
         too_long: TooLong | None,
     ):
-        self._tokenizer, self._chat, self._loss = tokenizer, chat, loss
-        self._length, self._too_long = length, too_long
+        self._tokenizer, self._chat = tokenizer, chat
+        self._loss: Loss = loss
+        self._length = length
+        self._too_long: TooLong | None = too_long
         self.counts = {side: Counts() for side in store.SIDES}
 
     def __call__(self, side: str, documents: Sequence[Document]) -> list[Example]:

@@ -28,7 +28,7 @@ def command(settings: Annotated[Settings, tyro.conf.OmitArgPrefixes]) -> int:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
     console = Console(quiet=jax.process_index() > 0)
-    if not jax.config.jax_compilation_cache_dir:
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         # the step that was compiled for the plan is the one that runs
         jax.config.update("jax_compilation_cache_dir", str(settings.run / "compiled"))
     try:

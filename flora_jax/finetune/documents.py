@@ -50,11 +50,11 @@ class Document(NamedTuple):
         return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def sources(files: Sequence[str | Path]) -> "list[Source]":
+def sources(files: str | Path | Sequence[str | Path]) -> "list[Source]":
     """Returns what there is to read, each file of a folder by itself, in order of names.
 
     Args:
-      files: Files, folders, or `hub:owner/name` and `hub:owner/name:split` for a data set of the Hub,
+      files: One or several files, folders, or `hub:owner/name` and `hub:owner/name:split` for a data set of the Hub,
         whose split is "train" where none is named.
 
     Raises:
@@ -62,6 +62,7 @@ def sources(files: Sequence[str | Path]) -> "list[Source]":
     """
     if not files:
         raise ValueError("no data was given; expected a file, a folder or hub:owner/name")
+    files = [files] if isinstance(files, str | Path) else files
     return [source for name in files for source in _sources(name)]
 
 

@@ -94,6 +94,14 @@ def _best_fit(sizes: list[int], length: int) -> np.ndarray:
     return np.array(row_of, np.int64)
 
 
+def most_counted(store: Store, rows: Rows) -> int:
+    """Returns the most tokens of any row whose loss counts; first tokens of examples, which have none, may be among them."""
+    if not len(rows):
+        return 0
+    of_example = np.add.reduceat(store.counts, store.offsets[:-1], dtype=np.int64)
+    return int(np.add.reduceat(of_example[rows.members], rows.offsets[:-1]).max())
+
+
 def fill(store: Store, members: np.ndarray, length: int, pad: int) -> dict[str, np.ndarray]:
     """Returns the arrays of one row, each of shape `(T,)`.
 

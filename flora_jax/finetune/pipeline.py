@@ -23,8 +23,8 @@ class Source:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, i: int) -> Batch:
-        first, last = self._rows.offsets[i], self._rows.offsets[i + 1]
+    def __getitem__(self, index: int) -> Batch:
+        first, last = self._rows.offsets[index], self._rows.offsets[index + 1]
         return fill(self._store, self._rows.members[first:last], self._length, self._pad)
 
     def padding(self) -> Batch:

@@ -95,7 +95,8 @@ class Log:
         partial = self.folder / (REPORT + ".partial")
         partial.write_text(json.dumps(figures, indent=2))
         os.replace(partial, self.folder / REPORT)
-        self.console.print(table(settings, figures))
+        if figures["after"] is not None:
+            self.console.print(table(settings, figures))
         for answer in figures["answers"]:
             self.console.print(answers(answer))
         self.console.print(
@@ -144,8 +145,9 @@ def curves(folder: Path, figures: dict[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     if history["train"]:
         axes.plot(*zip(*history["train"], strict=True), color="#9ecae1", lw=1, label="training")
-    points = list(zip(*history["validation"], strict=True))
-    axes.plot(*points, color="#08519c", marker="o", label="validation")
+    if history["validation"]:
+        points = list(zip(*history["validation"], strict=True))
+        axes.plot(*points, color="#08519c", marker="o", label="validation")
     axes.set(xlabel="tokens", ylabel="loss (nats a token)", title=figures["method"])
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

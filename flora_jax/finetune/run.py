@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -29,13 +29,19 @@ from flora_jax.finetune.checkpoints import Checkpoints
 from flora_jax.finetune.settings import Settings
 from flora_jax.finetune.stopping import Stopped, told_to_stop
 from flora_jax.finetune.tokenizer import Tokenizer
-from flora_jax.models import decoder, families, generate, gpt2
+from flora_jax.models import decoder, families, generate, gguf_tokenizer, gpt2
+from flora_jax.models.config import shape_of
+from flora_jax.models.gguf_file import open_gguf
 from flora_jax.models.load import load, opened
 from flora_jax.models.save import save
 from flora_jax.sharding.state import state_shardings
 
-ARRAYS = ("tokens", "targets", "weights", "segments", "positions")
-"""The arrays of a micro-batch, each `(B, T)`."""
+ARRAYS = ("tokens", "segments", "positions")
+"""The arrays of a micro-batch that are `(B, T)`."""
+SCORED = ("targets", "weights", "places")
+"""Those that are `(B, K)`: the tokens that count, their weights and their places in the sequence."""
+ROUND = 64
+"""`K` is a multiple of this."""
 PARTS = 10
 """Validations, and checkpoints, of a run by default."""
 
@@ -50,6 +56,7 @@ class Problem(NamedTuple):
       outline: The shapes of its params, with shardings.
       method: The method.
       steps: The number of optimizer steps.
+      scored: `K`, the most tokens of a sequence whose loss counts; logits of others are not computed.
     """
 
     settings: Settings
@@ -58,17 +65,20 @@ class Problem(NamedTuple):
     outline: Any
     method: methods.Method
     steps: int
+    scored: int
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of a micro-batch."""
         size, length = self.settings.batch, self.settings.length
         place = layout.of_batch(self.mesh, size)
-        kinds = {name: jnp.float32 if name == "weights" else jnp.int32 for name in ARRAYS}
+        lengths = {**dict.fromkeys(ARRAYS, length), **dict.fromkeys(SCORED, self.scored)}
         shapes = {
-            name: jax.ShapeDtypeStruct((size, length), kind, sharding=place)
-            for name, kind in kinds.items()
+            name: jax.ShapeDtypeStruct(
+                (size, n), jnp.float32 if name == "weights" else jnp.int32, sharding=place
+            )
+            for name, n in lengths.items()
         }
-        everywhere = layout.of_batch(self.mesh, 1) if self.mesh.size > 1 else place
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
         return {**shapes, "share": jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)}
 
     def started(self) -> tuple[Any, Any]:
@@ -80,7 +90,7 @@ class Problem(NamedTuple):
 
     def _placed(self, state: Any) -> Any:
         """Gives each leaf of the state the sharding that follows from those of the params."""
-        everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
         put = lambda x, s=everywhere: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
         if "params" not in state or self.mesh.size == 1:
             return jax.tree.map(put, state)
@@ -107,8 +117,6 @@ def shape_for(settings: Settings, config: dict[str, Any], mesh: Mesh) -> Any:
     Raises:
       ValueError: The model is none that writes text, or asks for what the models here have not.
     """
-    from flora_jax.models.config import shape_of
-
     kind: Any = settings.dtype
     if kind == "auto":
         kind = "float32" if jax.default_backend() == "cpu" else None
@@ -133,8 +141,18 @@ def shape_for(settings: Settings, config: dict[str, Any], mesh: Mesh) -> Any:
     return dataclasses.replace(shape, remat=settings.remat, sharded=over)
 
 
-def problem(settings: Settings, config: dict[str, Any], mesh: Mesh, steps: int) -> Problem:
-    """Returns the model and the method that the settings ask for; nothing is compiled or read."""
+def problem(
+    settings: Settings, config: dict[str, Any], mesh: Mesh, steps: int, most: int
+) -> Problem:
+    """Returns the model and the method that the settings ask for; nothing is compiled or read.
+
+    Args:
+      settings: The settings.
+      config: The model's configuration.
+      mesh: The mesh.
+      steps: The number of optimizer steps.
+      most: The most tokens of a sequence whose loss counts.
+    """
     if settings.batch % layout.parts(mesh):
         raise ValueError(
             f"batch must be a multiple of the mesh's data x fsdp, {layout.parts(mesh)}, found {settings.batch}"
@@ -147,7 +165,8 @@ def problem(settings: Settings, config: dict[str, Any], mesh: Mesh, steps: int) 
         layout.of_params(mesh, outline),
     )
     method = methods.build(settings, partial(loss, model), model, outline, steps)
-    return Problem(settings, mesh, model, outline, method, steps)
+    scored = min(settings.length, -(-most // ROUND) * ROUND)
+    return Problem(settings, mesh, model, outline, method, steps, scored)
 
 
 def loss(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -167,6 +186,7 @@ def _mean(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         batch["weights"],
         positions=batch["positions"],
         segments=batch["segments"],
+        places=batch["places"],
     )
     return found
 
@@ -188,7 +208,8 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any]:
     tokenizer.check(shape.vocabulary)
     data = _data(settings, tokenizer, console)
     steps = _steps(settings, data)
-    given = problem(settings, config, mesh, steps)
+    most = max(data.train.most, data.validation.most)
+    given = problem(settings, config, mesh, steps, most)
     planned = _plan(given, config, console)
     if settings.plan_only:
         return {"planned": planned._asdict()}
@@ -197,11 +218,16 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any]:
 
 def tokenizer_of(source: Path) -> Tokenizer:
     """Returns the tokenizer of a checkpoint's folder or of a `.gguf` file."""
-    if source.is_file():
-        from flora_jax.models import gguf_model
-
-        return gguf_model.tokenizer(source)
-    return Tokenizer.load(source)
+    if not source.is_file():
+        return Tokenizer.load(source)
+    metadata = open_gguf(source).metadata
+    found = gguf_tokenizer.tokenizer_of(metadata)
+    ids = {
+        name: found.tokenizer.token_to_id(found.specials[f"{name}_token"])
+        for name in ("bos", "eos", "pad")
+        if f"{name}_token" in found.specials
+    }
+    return Tokenizer(found.tokenizer, **ids, template=found.template)
 
 
 def _data(settings: Settings, tokenizer: Tokenizer, console: Console) -> Data:
@@ -212,7 +238,7 @@ def _data(settings: Settings, tokenizer: Tokenizer, console: Console) -> Data:
             length=settings.length,
             loss=settings.loss,
             held_out=settings.held_out,
-            validation=settings.validation,
+            validation=settings.validation or None,
             cache=settings.run / "data",
             seed=settings.seed,
             pack=settings.packed,
@@ -220,7 +246,7 @@ def _data(settings: Settings, tokenizer: Tokenizer, console: Console) -> Data:
             progress=lambda done, total: status.update(f"Tokenizing {done:,} of {total:,}"),
         )
     for line in data.report:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return data
 
 
@@ -247,7 +273,7 @@ def _plan(given: Problem, config: dict[str, Any], console: Console) -> sizes.Siz
 
     def other(settings: Settings) -> sizes.Sizes | None:
         try:
-            return problem(settings, config, given.mesh, given.steps).measured()
+            return problem(settings, config, given.mesh, given.steps, given.scored).measured()
         except (ValueError, jax.errors.JaxRuntimeError):
             return None
 
@@ -317,7 +343,7 @@ def _train(
         console.print(f"Passed over {sentence}.", markup=False)
     if first:
         console.print(f"Going on from step {first} of {given.steps}.")
-    else:
+    elif before is not None:
         history["validation"].append((0, before))
     show.begin(history, first)
     trained = _loop(
@@ -331,9 +357,8 @@ def _train(
         _save_adapter(given, trained)
     figures = {
         "method": settings.method,
-        "before": history["validation"][0][1],
-        "after": history["validation"][-1][1],
-        "best": min(value for _, value in history["validation"]),
+        "before": history["validation"][0][1] if history["validation"] else None,
+        "after": history["validation"][-1][1] if history["validation"] else None,
         "seconds": history["seconds"],
         "steps": given.steps,
         "tokens": history["train"][-1][0] if history["train"] else 0,
@@ -385,15 +410,23 @@ def _save_adapter(given: Problem, state: Any) -> None:
 
 def _put(given: Problem, batch: dict[str, np.ndarray], share: float) -> dict[str, jax.Array]:
     shapes = given.batch()
-    arrays = {**{name: batch[name] for name in ARRAYS}, "share": np.float32(share)}
+    arrays = {name: batch[name] for name in ARRAYS} | _scored(batch, given.scored)
+    arrays["share"] = np.float32(share)
     return {
         name: layout.put(shapes[name].sharding, np.asarray(array, shapes[name].dtype))
         for name, array in arrays.items()
     }
 
 
-def _evaluation(given: Problem, data: Data) -> Callable[[Any], float]:
-    """Returns a function from params to the mean validation loss, nats a token that counts."""
+def _scored(batch: dict[str, np.ndarray], most: int) -> dict[str, np.ndarray]:
+    """Returns places, targets and weights `(B, most)` of the tokens that count, those that do first."""
+    places = np.argsort(batch["weights"] == 0, axis=1, kind="stable")[:, :most]
+    picked = {name: np.take_along_axis(batch[name], places, 1) for name in ("targets", "weights")}
+    return {**picked, "places": places}
+
+
+def _evaluation(given: Problem, data: Data) -> Callable[[Any], float | None]:
+    """Returns a function from params to the mean validation loss, nats a token that counts; None without such data."""
     settings = given.settings
     most = max(1, settings.validation_rows // settings.batch)
     batches = []
@@ -403,7 +436,9 @@ def _evaluation(given: Problem, data: Data) -> Callable[[Any], float]:
         batches.append((_put(given, batch, 1.0), float(np.sum(batch["weights"]))))
     value = jax.jit(partial(_mean, given.model))
 
-    def evaluate(params: Any) -> float:
+    def evaluate(params: Any) -> float | None:
+        if not batches:
+            return None
         losses = [(value(params, batch), count) for batch, count in batches]
         total = sum(count for _, count in losses)
         return sum(float(one) * count for one, count in losses) / max(total, 1.0)
@@ -460,7 +495,7 @@ def _loop(
     first: int,
     batches: Any,
     history: dict[str, Any],
-    evaluate: Callable[[Any], float],
+    evaluate: Callable[[Any], float | None],
     checkpoints: Checkpoints,
     show: "report.Log",
     planned: sizes.Sizes,
@@ -510,8 +545,9 @@ def _loop(
             told = stop(done)
             if done % every == 0 or done == total:
                 value = evaluate(method.params(frozen, state))
-                history["validation"].append((seen, value))
-                show.validation(done, value)
+                if value is not None:
+                    history["validation"].append((seen, value))
+                    show.validation(done, value)
                 start, before, begun = time.perf_counter(), seconds, seen
             if done % save_every == 0 or done == total or told:
                 history["data"] = batches.get_state()

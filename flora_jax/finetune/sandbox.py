@@ -8,21 +8,26 @@ import datetime
 import functools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.ext import loopcontrols as loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 STEPS = 2 * 10**6
 """Passes of loops, calls, and values looked at, in one rendering."""
-CHARACTERS = 2**24
+CHARACTERS = 2**22
 """Characters of one text, rendered or in between."""
 WIDTH = 100
 """Columns to which a text may be indented or filled up."""
 
+_ABSENT = ("slice", "batch", "urlize", "xmlattr", "wordwrap", "center", "filesizeformat", "random")
+"""Filters of jinja2 that chat templates have no use for, and that make much of little."""
 _CHEAP = ("length", "count", "first", "last", "default", "d")
 _WIDE = ("ljust", "rjust", "center", "zfill", "expandtabs", "indent")
 _COMPUTED = re.compile(r"\d{3}|\*|\{[^}]*\{")
@@ -92,7 +97,7 @@ class _State:
 class _Generation(Extension):
     """Parses `{% generation %}`, which marks what an assistant says."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -117,7 +122,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self.state = _State()
         self.filters["tojson"] = _to_json
-        self.filters = {name: self._counted(name, f) for name, f in self.filters.items()}
+        self.filters = {
+            name: self._counted(name, f) for name, f in self.filters.items() if name not in _ABSENT
+        }
         self.filters |= {"__step": self._step, "__join": self._join}
         self.globals |= {"raise_exception": _raise, "strftime_now": _now}
         del self.globals["lipsum"]
@@ -150,9 +157,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Counts and measures a call."""
         bound = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
-        owner, given = getattr(bound, "__self__", None), (*args, *options.values())
+        owner, args = getattr(bound, "__self__", None), tuple(map(self._listed, args))
+        given = (*args, *options.values())
         self.state.look_at(*given)
-        if isinstance(owner, str):
+        if isinstance(owner, str | bytes):
+            self.state.look_at(owner)
             _measure(bound.__name__, owner, given)
         return super().call(context, function, *args, **options)
 
@@ -163,12 +172,22 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)
         def counted(*args: Any, **options: Any) -> Any:
-            owner, *given = args[first:]
+            before, (owner, *given) = args[:first], map(self._listed, args[first:])
             self.state.look_at(owner, *given, *options.values())
             _measure(name, owner, (*given, *options.values()))
-            return function(*args, **options)
+            return function(*before, owner, *given, **options)
 
         return counted
+
+    def _listed(self, value: Any) -> Any:
+        """Returns a list for what would come one by one, once it is known to be short."""
+        if not isinstance(value, Iterator) or isinstance(value, LoopContext):
+            return value
+        found, length = [], 0
+        for part in value:
+            length = _bounded(length + _length(part, self.state))
+            found.append(part)
+        return found
 
     @jinja2.pass_context
     def _step(self, _context: Any, _value: Any) -> None:
@@ -189,22 +208,24 @@ def _filter(name: str, value: nodes.Expr) -> nodes.Filter:
 
 def _measure(name: str, owner: Any, given: tuple[Any, ...]) -> None:
     """Refuses a method or filter of this name whose text would be too long."""
+    size = _length(list(given))
     if name in _WIDE:
         if max((value for value in given if isinstance(value, int)), default=0) > WIDTH:
             raise SecurityError(f"{name} is asked for more than {WIDTH} columns")
+        _bounded((str(owner).count("\n") + str(owner).count("\t")) * (WIDTH + size))
     elif name == "replace" and len(given) > 1:
-        found = str(owner).count(str(given[0]))
-        _bounded(_length([owner]) + found * _length([given[1]]))
+        _bounded(str(owner).count(str(given[0])) * size)
+    elif name == "translate":
+        _bounded(len(owner) * size)
     elif name == "join":
-        parts, between = (
-            (given[0], owner) if isinstance(owner, str) and given else (owner, given[:1])
-        )
-        _bounded(len(parts) * _length([between]) if isinstance(parts, list | tuple | range) else 0)
+        parts, between = owner, given[:1]
+        if isinstance(owner, str | bytes) and given:
+            parts, between = given[0], owner
+        _bounded((len(parts) if hasattr(parts, "__len__") else 1) * _length(between))
     elif name in ("format", "format_map"):
         if _COMPUTED.search(str(owner)):
             raise SecurityError("it formats to a width that is large or computed")
-        fields = str(owner).count("{") + str(owner).count("%")
-        _bounded(fields * _length(list(given)))
+        _bounded((str(owner).count("{") + str(owner).count("%")) * size)
 
 
 def _length(value: Any, state: _State | None = None) -> int:
@@ -212,8 +233,9 @@ def _length(value: Any, state: _State | None = None) -> int:
     total, waiting, state = 0, [value], state or _State()
     while waiting:
         value = waiting.pop()
-        state.work(1)
-        total = _bounded(total + (len(value) if isinstance(value, str) else 1))
+        size = len(value) if isinstance(value, str | bytes) else 1
+        state.work(1 + size // 1000)
+        total = _bounded(total + size)
         if isinstance(value, dict):
             waiting += [*value, *value.values()]
         elif isinstance(value, list | tuple | range):

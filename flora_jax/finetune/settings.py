@@ -86,9 +86,9 @@ class Settings:
     """Share of each matrix that is subtracted at each step, times the rate."""
     loss: Literal["completions", "all"] = "completions"
     """Whether completions and assistants' messages alone count, or prompts as well."""
-    too_long: Literal["cut", "drop"] = "cut"
-    """What becomes of texts longer than a sequence: they are cut into several, or left out. Longer prompts and chats are left
-    out and counted."""
+    too_long: Literal["cut", "drop"] | None = None
+    """What becomes of documents longer than a sequence; by default texts are cut into several, and all others left out and
+    counted."""
     packed: bool = True
     """Whether documents share sequences."""
     held_out: float = 0.05

@@ -41,7 +41,7 @@ class Writer:
         }
         for side in SIDES:
             self._files[side, "offsets"].append(np.zeros(1))
-        self._ends = dict.fromkeys(SIDES, 0)
+        self._ends = {str(side): 0 for side in SIDES}
 
     def __enter__(self) -> "Writer":
         return self

@@ -141,7 +141,8 @@ class Tokenizer:
         """Refuses a tokenizer that does not fit a model with so many embeddings.
 
         Added tokens beyond the vocabulary are borne, as long as no text has them: Gemma 3 has one for
-        images, which its models for text have not.
+        images, which its models for text have not. A pad beyond it, which would look up no embedding,
+        becomes the first eos.
 
         Raises:
           ValueError: An ordinary token, bos or an eos in use has an id that is not below `vocabulary`.
@@ -158,6 +159,8 @@ class Tokenizer:
                 f"but the model's vocabulary has {vocabulary}; is it another model's tokenizer?"
             )
         self._vocabulary = vocabulary
+        if self.pad >= vocabulary:
+            self.pad = self.eos[0] if self.eos else 0
 
     @property
     def digest(self) -> str:

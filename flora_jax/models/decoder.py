@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.models.attention import Sight, attention
-from flora_jax.models.cache import Cache, empty_cache, places, remember
+from flora_jax.models.cache import Cache, empty_cache, remember
+from flora_jax.models.cache import places as _places
 from flora_jax.models.experts import Experts
 from flora_jax.models.layers import Capped, CentredNorm, Dense, Tied, placed, stacked
 from flora_jax.models.loss import losses, mean_loss
@@ -157,7 +158,8 @@ class Decoder(nn.Module):
 
     `weights` `(B, T)` are those of the losses; `mask` `(B, T)` says which tokens count, the others
     being padding on either side. Where a sequence holds several documents, `segments` `(B, T)` has a number for each and
-    `positions` `(B, T)` begin anew; tokens attend to their own document. With a cache (which needs `scan`) the
+    `positions` `(B, T)` begin anew; tokens attend to their own document. Where only some tokens have a loss, `places`
+    `(B, K)` says which, targets and weights are `(B, K)`, and no other logits are computed. With a cache (which needs `scan`) the
     result is a pair of logits and the next cache. The loss goes over a few hundred tokens at a time, so that not all
     logits exist at once.
     """
@@ -174,6 +176,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
+        places: jax.Array | None = None,
     ) -> Any:
         shape = self.shape
         embed = nn.Embed(
@@ -184,7 +187,7 @@ class Decoder(nn.Module):
             name="embed",
         )
         index = None if cache is None else cache.filled
-        positions, sight, cache = places(tokens, mask, cache, positions, segments)
+        positions, sight, cache = _places(tokens, mask, cache, positions, segments)
         x = embed(tokens)
         if shape.scaled:
             x = x * jnp.asarray(shape.width**0.5, x.dtype)
@@ -204,6 +207,8 @@ class Decoder(nn.Module):
             head = Capped(head, shape.logit_cap)
         x = placed(_norm(shape, "norm")(x), *shape.sharded[:1])
         if targets is not None:
+            if places is not None:
+                x = jnp.take_along_axis(x, places[..., None], axis=1)
             return mean_loss(losses(head, x, targets), weights)
         logits = head(x)
         return logits if cache is None else (logits, cache._replace(layers=past))

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.models.attention import Sight, attention
-from flora_jax.models.cache import Cache, empty_cache, places, remember
+from flora_jax.models.cache import Cache, empty_cache, remember
+from flora_jax.models.cache import places as _places
 from flora_jax.models.layers import Dense, Tied, placed, stacked
 from flora_jax.models.loss import losses, mean_loss
 
@@ -75,7 +76,7 @@ class Gpt2(nn.Module):
 
     `weights` `(B, T)` are those of the losses; `mask` `(B, T)` says which tokens count, the others
     being padding on either side. `positions` and `segments` `(B, T)` are those of a sequence that holds several
-    documents. With a cache the result is a pair of logits and the next cache.
+    documents, and `places` `(B, K)` are those of targets and weights `(B, K)`, where only some tokens have a loss. With a cache the result is a pair of logits and the next cache.
     """
 
     shape: Shape
@@ -90,19 +91,22 @@ class Gpt2(nn.Module):
         cache: Cache | None = None,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
+        places: jax.Array | None = None,
     ) -> Any:
         shape = self.shape
         types = {"dtype": shape.dtype, "param_dtype": shape.dtype}
         wte = nn.Embed(shape.vocabulary, shape.width, name="wte", **types)
         wpe = nn.Embed(shape.positions, shape.width, name="wpe", **types)
         index = None if cache is None else cache.filled
-        positions, sight, cache = places(tokens, mask, cache, positions, segments)
+        positions, sight, cache = _places(tokens, mask, cache, positions, segments)
         x = wte(tokens) + wpe(jnp.arange(tokens.shape[1]) if positions is None else positions)
         layers = stacked(Layer, shape.layers, shape.remat, broadcast=2)
         past = None if cache is None else cache.layers
         x, past = layers(shape, name="layers")(placed(x, *shape.sharded), past, index, sight)
         x = placed(nn.LayerNorm(shape.epsilon, name="norm", **types)(x), *shape.sharded)
         if targets is not None:
+            if places is not None:
+                x = jnp.take_along_axis(x, places[..., None], axis=1)
             return mean_loss(losses(Tied(wte), x, targets), weights)
         logits = wte.attend(x)
         return logits if cache is None else (logits, cache._replace(layers=past))

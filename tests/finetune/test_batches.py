@@ -101,7 +101,7 @@ def test_a_small_file_has_a_document_on_each_side(tmp_path):
 
 def test_a_validation_file(tmp_path, file):
     other = write(tmp_path / "b.jsonl", RECORDS[:7])
-    data = prepare([file], TOKENIZER, length=64, validation=[other])
+    data = prepare([file], TOKENIZER, length=64, validation=other)
     assert (data.train.counts.documents, data.validation.counts.documents) == (240, 7)
 
 

@@ -173,7 +173,14 @@ HOSTILE = [
     (GROWS % "{% set ns.x = '{}{}'.format(ns.x, ns.x) %}", "a text of more than"),
     (GROWS % "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}", "a text of more than"),
     ("{{ 'x'.ljust(10**9) }}", "is refused: ljust is asked for more than 100 columns"),
-    ("{{ 'x' | center(10**9) }}", "is refused: center is asked for more than 100 columns"),
+    ("{{ 'x'.center(10**9) }}", "is refused: center is asked for more than 100 columns"),
+    (GROWS % "{% set ns.x = ns.x.encode() + ns.x.encode() %}", "failed: "),
+    (GROWS.replace("x='x'", "x='x'.encode()") % "{% set ns.x = ns.x + ns.x %}", "a text of more"),
+    (GROWS % "{% set ns.x = ns.x.translate({120: 'xx'}) %}", "a text of more than"),
+    ("{{ range(99999) | map('string') | join('x' * 9999) }}", "a text of more than"),
+    ("{{ (['x'] * 9999) | map('replace', 'x', 'x' * 9999) | join }}", "a text of more than"),
+    ("{{ ('\n' * 10**6) | indent(99) }}", "a text of more than"),
+    ("{{ ('\t' * 10**6).expandtabs(99) }}", "a text of more than"),
     ("{{ 'x' | tojson(indent=10**9) }}", "is refused: indent is asked for more than 100 columns"),
     ("{{ '%999999999d' % 1 }}", "is refused: it formats to a width that is large or computed"),
     ("{{ '%*d' % (10**9, 1) }}", "is refused: it formats to a width that is large or computed"),
@@ -191,6 +198,24 @@ def test_a_hostile_template(template, said):
         chat(template).render(CHAT, where="f, line 3")
     assert said in str(caught.value)
     assert time.monotonic() - start < 20
+
+
+def test_what_chat_templates_have_no_use_for():
+    with pytest.raises(ValueError, match="cannot be read: No filter named 'slice'"):
+        chat("{{ messages | slice(10**9) }}")
+    with pytest.raises(ValueError, match="failed: 'lipsum' is undefined"):
+        chat("{{ lipsum() }}").render(CHAT)
+
+
+def test_what_chat_templates_use():
+    template = (
+        "{% for m in messages %}{{ loop.index ~ '/' ~ loop.length }}{{ m.role | upper | indent(2) }}"
+        "{{ m.items() | list | length }}{% endfor %}{{ messages | map(attribute='role') | join(',') }}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+        "{{ ', '.join(messages | map(attribute='role')) }}{{ '%s' | format('x') }}{{ [1, 2] | sum }}"
+    )
+    wanted = "1/2USER22/2ASSISTANT4user,assistant1user, assistantx3"
+    assert chat(template).render(CHAT[:2]) == wanted
 
 
 def test_a_template_with_an_unknown_tag():

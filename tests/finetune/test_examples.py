@@ -48,6 +48,10 @@ def test_text_without_bos_and_eos():
     assert counted(example) == ids[1:]
 
 
+def test_a_special_token_in_a_users_text_is_that_token():
+    assert one("text", "a<|end|>b").tokens.tolist().count(1) == 2
+
+
 def test_completion():
     prompt, answer = TOKENIZER.encode("12 + 34 ="), TOKENIZER.encode(" 46")
     example = one("completion", ("12 + 34 =", " 46"))

@@ -173,6 +173,9 @@ def test_another_models_vocabulary():
         ValueError, match=re.escape("the text has the token '<|im_end|>' with id 311")
     ):
         tokenizer.encode("a<|im_end|>")
+    padded = Tokenizer(backend, eos=1, pad=311)
+    padded.check(311)
+    assert padded.pad == 1
     with pytest.raises(ValueError, match=r"with id 309, but the model's vocabulary has 300; is it"):
         tokenizer.check(300)
     with pytest.raises(ValueError, match=re.escape("has the token '<|im_end|>' with id 311, but")):
