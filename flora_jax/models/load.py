@@ -57,6 +57,7 @@ def load(
     source = Path(source)
     config, found = opened(source)
     shape = shape_of(config, dtype)
+    _refuse_huge(source, shape, found)
     model = module(shape if scan else _unrolled(shape))
     params = outline(model)
     leaves: dict[str, Any] = flatten_dict(params, sep="/")  # pyright: ignore[reportAssignmentType]
@@ -86,6 +87,18 @@ def _unrolled(shape: Any) -> Any:
     if not hasattr(shape, "scan"):
         raise ValueError(f"the layers of a {shape.model_type} model are always stacked")
     return dataclasses.replace(shape, scan=False)
+
+
+def _refuse_huge(source: Path, shape: Any, found: dict[str, Tensor]) -> None:
+    """Refuses sizes beyond all that the files have, before anything of such a size is made."""
+    most = max([len(found), *(size for tensor in found.values() for size in tensor.shape)])
+    for name in ("vocabulary", "width", "hidden", "inner", "layers", "heads", "head_size"):
+        size = getattr(shape, name, None)
+        if size is not None and size > most:
+            raise ValueError(
+                f"the configuration of {source} asks for {name} {size}, and its files have no axis "
+                f"longer than {most}"
+            )
 
 
 def _parts(
