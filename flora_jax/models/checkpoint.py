@@ -87,9 +87,19 @@ def pieces(shape: Any, leaves: Mapping[str, Any]) -> Iterator[Piece]:
         fixed = {"i": int(unrolled[2])} if unrolled else {}
         rule = rules[f"{unrolled[1] or ''}layers/{unrolled[3]}" if unrolled else path]
         axes = [axis for axis in "ie" if f"{{{axis}}}" in rule.name and axis not in fixed]
-        for index in np.ndindex(*leaf.shape[: len(axes)]):
+        for index in _indices(leaf.shape[: len(axes)]):
             where = dict(zip(axes, index, strict=True))
             yield Piece(rule.name.format(**fixed, **where), path, index, rule)
+
+
+def _indices(sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yields all indices, none of them ahead: a stranger's sizes may be any."""
+    if not sizes:
+        yield ()
+        return
+    for i in range(sizes[0]):
+        for rest in _indices(sizes[1:]):
+            yield i, *rest
 
 
 def layout_of(shape: Any) -> Layout:

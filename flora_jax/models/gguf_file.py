@@ -32,7 +32,7 @@ class Gguf(NamedTuple):
 
     Attributes:
       metadata: The values by key; those of an array of numbers as a numpy array.
-      tensors: The tensors by name, with axes in numpy's order. One that is quantized is read as float32 and has `F32` as
+      tensors: The tensors by name, with axes in numpy's order. One that is quantized is read as float32 by default and has `F32` as
         its `kind`.
       types: The type of each tensor in the file, such as `Q4_K`.
     """
@@ -160,14 +160,14 @@ def _tensor(
         )
     plain = _KINDS.get(kind.name)
 
-    def read() -> np.ndarray:
+    def read(dtype: Any = np.float32) -> np.ndarray:
         if not size:
-            return np.empty(shape, np.float32)
+            return np.empty(shape, dtype)
         if plain is not None:
             return np.memmap(reader.file, np.dtype(plain), "r", start, shape)
         rows = math.prod(shape[:-1])
         stored = np.memmap(reader.file, np.uint8, "r", start, (rows, row // block * width))
-        array, some = np.empty((rows, row), np.float32), max(1, _AT_ONCE // row)
+        array, some = np.empty((rows, row), dtype), max(1, _AT_ONCE // row)
         try:
             for i in range(0, rows, some):
                 array[i : i + some] = dequantize(stored[i : i + some], kind)

@@ -211,7 +211,9 @@ def _tensors(gguf: Gguf, architecture: _Architecture, config: dict[str, Any]) ->
     return tensors
 
 
-def _changed(tensor: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def _changed(
+    tensor: Tensor, change: Callable[[np.ndarray], np.ndarray], _: Any = None
+) -> np.ndarray:
     return change(tensor.read())
 
 

@@ -57,6 +57,7 @@ def load(
     source = Path(source)
     config, found = opened(source)
     shape = shape_of(config, dtype)
+    _refuse_huge(source, shape, found)
     model = module(shape if scan else _unrolled(shape))
     params = outline(model)
     leaves: dict[str, Any] = flatten_dict(params, sep="/")  # pyright: ignore[reportAssignmentType]
@@ -70,13 +71,10 @@ def load(
 
 
 def opened(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the entries of a checkpoint's `config.json` and its tensors by name; no weight is read.
-
-    Args:
-      source: As in `load`; of a `.gguf` file entries and names are Hugging Face's.
+    """Returns the configuration and the tensors by name, each of which is read when it is asked for.
 
     Raises:
-      ValueError: As `load`, where it is not about the model.
+      ValueError: A file is missing or damaged.
     """
     source = Path(source)
     return (gguf_model if source.is_file() else folder).opened(source)
@@ -89,6 +87,18 @@ def _unrolled(shape: Any) -> Any:
     if not hasattr(shape, "scan"):
         raise ValueError(f"the layers of a {shape.model_type} model are always stacked")
     return dataclasses.replace(shape, scan=False)
+
+
+def _refuse_huge(source: Path, shape: Any, found: dict[str, Tensor]) -> None:
+    """Refuses sizes beyond all that the files have, before anything of such a size is made."""
+    most = max([len(found), *(size for tensor in found.values() for size in tensor.shape)])
+    for name in ("vocabulary", "width", "hidden", "inner", "layers", "heads", "head_size"):
+        size = getattr(shape, name, None)
+        if size is not None and size > most:
+            raise ValueError(
+                f"the configuration of {source} asks for {name} {size}, and its files have no axis "
+                f"longer than {most}"
+            )
 
 
 def _parts(
@@ -163,7 +173,7 @@ def _buffers(
         for bounds, buffer in buffers.items():
             outer = list(zip(piece.at, bounds, strict=False))
             if all(first <= i < last for i, (first, last) in outer):
-                array = piece.rule.ours(tensor.read()) if array is None else array
+                array = piece.rule.ours(tensor.read(leaf.dtype)) if array is None else array
                 inner = tuple(slice(first, last) for first, last in bounds[depth:])
                 place = (*(i - first for i, (first, _) in outer), ...)
                 _copy(array[inner], buffer[place])

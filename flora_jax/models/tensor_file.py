@@ -34,13 +34,13 @@ class Tensor(NamedTuple):
       name: Its name in its file.
       kind: Its dtype, as its file names it.
       shape: Its shape.
-      read: The function that reads it.
+      read: The function that reads it; one that dequantizes gives the dtype that it is called with, or float32.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ def _tensor(file: Path, start: int, size: int, name: str, entry: Any) -> Tensor:
     if start + last > size:
         raise _damaged(file, f"{name!r} up to byte {start + last} in a file of {size}")
 
-    def read() -> np.ndarray:
+    def read(_: Any = None) -> np.ndarray:
         dtype = FLOATS[kind] if kind in FLOATS else np.dtype(np.uint8)
         full = shape if kind in FLOATS else (last - first,)
         if first == last:

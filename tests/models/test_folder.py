@@ -111,8 +111,8 @@ def test_integers_in_place_of_weights(folder, kind, dtype):
 
 
 def test_floats_of_eight_bits(folder):
-    entry = {"dtype": "F8_E4M3", "shape": [12, 8], "data_offsets": [0, 96]}
-    with_header(folder, {NAME: entry}, bytes(96))
+    entry = {"dtype": "F8_E4M3", "shape": [24, 8], "data_offsets": [0, 192]}
+    with_header(folder, {NAME: entry}, bytes(192))
     refused(folder, rf"in is quantized \(weight '{NAME}' is F8_E4M3\)")
 
 
@@ -193,8 +193,13 @@ def test_all_that_does_not_fit_is_said_at_once_and_before_memory_is_taken(folder
         rf"weight '{missing}' is missing in .*; weight '{NAME}' in .* must have shape "
         r"\(12, 8\), found \(8, 12\); weight 'x' in .*in is not one of LlamaForCausalLM$",
     )
-    change(folder / "config.json", num_hidden_layers=10**6, vocab_size=10**9)
-    refused(folder, r"embed_tokens.weight' in .* must have shape \(1000000000, 8\), .*; and more$")
+    for entry, name in (("num_hidden_layers", "layers"), ("head_dim", "head_size")):
+        kept = (folder / "config.json").read_text()
+        change(folder / "config.json", **{entry: 2**31 - 2})
+        refused(folder, rf"asks for {name} 2147483646, and its files have no axis longer than 24")
+        (folder / "config.json").write_text(kept)
+    change(folder / "config.json", num_hidden_layers=20, vocab_size=22)
+    refused(folder, r"embed_tokens.weight' in .* must have shape \(22, 8\), .*; and more$")
 
 
 def test_a_folder_that_is_none(tmp_path):

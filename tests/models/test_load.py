@@ -161,7 +161,7 @@ def test_each_tensor_is_read_once_and_only_where_it_is_needed(tmp_path, monkeypa
         config, tensors = config_and_tensors
 
         def count(name, tensor):
-            return tensor._replace(read=lambda: read.append(name) or tensor.read())
+            return tensor._replace(read=lambda dtype: read.append(name) or tensor.read(dtype))
 
         return config, {name: count(name, tensor) for name, tensor in tensors.items()}
 
