@@ -62,7 +62,7 @@ def _elsewhere() -> int:
 
 def _missing(error: ModuleNotFoundError, extra: str) -> int:
     print(
-        f"flora-jax needs {error.name}, which is not installed: pip install 'flora-jax[{extra}]'",
+        f"flora-jax needs more packages for this, found no {error.name}: pip install 'flora-jax[{extra}]'",
         file=sys.stderr,
     )
     return 2

@@ -63,16 +63,11 @@ def tokenizer_of(source: Path) -> Tokenizer:
     if not source.is_file():
         return Tokenizer.load(source)
     found = gguf_tokenizer.read_tokenizer(source)
-    ids: dict[str, Any] = {
-        name: found.tokenizer.token_to_id(token)
-        for name, token in found.specials.items()
-        if name in ("bos_token", "eos_token", "pad_token")
-    }
     return Tokenizer(
         found.tokenizer,
-        bos=ids.get("bos_token"),
-        eos=[ids["eos_token"]] if "eos_token" in ids else [],
-        pad=ids.get("pad_token"),
+        bos=found.ids.get("bos_token_id"),
+        eos=found.ids.get("eos_token_id") or (),
+        pad=found.ids.get("pad_token_id"),
         template=found.template,
     )
 

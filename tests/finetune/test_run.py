@@ -137,7 +137,7 @@ def test_a_mesh_gives_the_losses_of_one_device(model, data, tmp_path):
             sharded = replace(sharded, micro_batches=1)
         found = run.finetune(sharded, QUIET)
         losses = [[value for _, value in x["history"]["train"]] for x in (found, alone)]
-        np.testing.assert_allclose(*losses, rtol=2e-4)
+        np.testing.assert_allclose(*losses, rtol=2e-3)
 
 
 def test_what_does_not_fit_is_refused_before_the_weights_are_read(
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused_before_the_weights_are_read(
         run.finetune(given, QUIET)
     size = run.finetune(replace(given, memory=None, plan_only=True), QUIET)["planned"]
     room = (sum(size.values()) - 1000) / 2**30
-    with pytest.raises(ValueError, match=r"what fits: --rank \d \(0.0\d GiB\), or --length "):
+    with pytest.raises(ValueError, match=r"what fits: --rank 4 \(0.00 GiB\), or --batch 1"):
         run.finetune(replace(given, memory=room), QUIET)
 
 
