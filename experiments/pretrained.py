@@ -32,13 +32,13 @@ from flora_jax.finetune.settings import EXACT, METHODS, Settings
 LONGEST = 400
 """The most characters of a prompt."""
 GRIDS: dict[str, tuple[float, ...]] = {
-    "flora": (0.0025, 0.005, 0.01),
-    "flora-adafactor": (0.0005, 0.001, 0.002),
-    "exact": (0.0005, 0.001, 0.002),
-    "exact-muon": (0.00125, 0.0025, 0.005),
-    "adafactor": (0.0005, 0.001, 0.002),
+    "flora": (0.0005, 0.001, 0.002),
+    "flora-adafactor": (0.000125, 0.00025, 0.0005),
+    "exact": (0.00006, 0.000125, 0.00025),
+    "exact-muon": (0.0003, 0.0006, 0.0012),
+    "adafactor": (0.000125, 0.00025, 0.0005),
     "lora": (0.0005, 0.001, 0.002),
-    "muon": (0.0025, 0.005, 0.01),
+    "muon": (0.0005, 0.001, 0.002),
     "adam": (1e-5, 2e-5, 4e-5),
 }
 """Rates that a grid begins with; of other methods as of lora."""
@@ -73,7 +73,7 @@ class Config:
     """Sequences of an optimizer step where a method accumulates; other methods take as many steps as sequences."""
     steps: int = 12
     """Optimizer steps of methods that accumulate."""
-    other_rate: float = 0.001
+    other_rate: float = 0.00025
     """Rate of embeddings and norms where matrices are orthogonalized."""
     seed: int = 0
     """Seed of projections, adapters and the order of the data."""

@@ -51,9 +51,9 @@ OTHERS = 0.003
 class Settings:
     """A checkpoint, data, a method, and how long to train."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A folder of Hugging Face's layout with safetensors, or a .gguf file."""
-    data: Annotated[tuple[str, ...], tyro.conf.Positional]
+    data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA...")]
     """Files or folders (.jsonl, .json, .parquet, texts), or hub:owner/name: records with `text`, with `prompt` and
     `completion`, or with `messages`."""
     out: Path = Path("finetuned")

@@ -40,7 +40,12 @@ def make_checkpoint(folder, **changes):
     )
     tokenizer.train_from_iterator([p["prompt"] + p["completion"] for p in PAIRS], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": TEMPLATE}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "chat_template": TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
     (folder / "README.md").write_text("the model's own")
