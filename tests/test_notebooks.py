@@ -19,6 +19,7 @@ NAMES = [
     "4_fused_gradients",
     "5_a_pod_on_a_laptop",
     "6_variants_of_lora",
+    "7_fine_tune_a_real_model",
 ]
 PICTURES = ("image/png", "image/svg+xml")
 MACHINE = re.compile(
@@ -106,7 +107,7 @@ def test_what_is_a_path_of_a_machine():
     )
 
 
-def test_they_are_the_six_and_the_readme_and_docs_name_each():
+def test_they_are_all_and_the_readme_and_docs_name_each():
     assert [source.stem for source in SOURCES] == NAMES
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == NAMES
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

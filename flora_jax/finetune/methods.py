@@ -30,7 +30,8 @@ class Method(NamedTuple):
         trained), and a dict of all that changes.
       step: The compiled function `(frozen, state, batch) -> (state, loss)`; it may overwrite the state.
       lower: The function that lowers the step for shapes of its arguments.
-      params: The function `(frozen, state) -> params`, the whole model as it is now.
+      loss: The function `(frozen, state, batch) -> scalar`, the loss as it is now; an adapter is not merged for it.
+      params: The function `(frozen, state) -> params`, the whole model as it is now; it may overwrite both.
       tx: The optax transformation of what is trained.
       adapter: The adapter, where there is one, or None.
     """
@@ -38,6 +39,7 @@ class Method(NamedTuple):
     init: Callable[[Any, Any], tuple[Any, dict[str, Any]]]
     step: Callable[[Any, Any, Any], tuple[dict[str, Any], jax.Array]]
     lower: Callable[[Any, Any, Any], Any]
+    loss: Callable[[Any, Any, Any], jax.Array]
     params: Callable[[Any, Any], Any]
     tx: optax.GradientTransformation
     adapter: Adapter | None = None
@@ -79,7 +81,10 @@ def build(
     def lower(_: Any, state: Any, batch: Any) -> Any:
         return step.lower(state["params"], state["opt_state"], batch)
 
-    return Method(init, run, lower, lambda _, state: state["params"], tx)
+    def now(_: Any, state: Any, batch: Any) -> jax.Array:
+        return loss(state["params"], batch)
+
+    return Method(init, run, lower, now, lambda _, state: state["params"], tx)
 
 
 def schedule(settings: Settings, peak: float, steps: int) -> optax.Schedule:
@@ -210,13 +215,18 @@ def _adapted(settings: Settings, loss: Callable, model: Any, outline: Any, steps
         own = jax.tree.map(lambda x: x.astype(jnp.float32), started)
         return params, {"own": own, "opt_state": tx.init(own), "count": jnp.int32(0)}
 
-    def value_of(own: Any, params: Any, count: jax.Array, batch: Any) -> jax.Array:
+    def narrow(own: Any, params: Any) -> Any:
         # the factors are kept in float32 and used in the dtype of the weights
-        own = jax.tree.map(lambda x: x.astype(jax.tree.leaves(params)[0].dtype), own)
+        return jax.tree.map(lambda x: x.astype(jax.tree.leaves(params)[0].dtype), own)
+
+    def value_of(own: Any, params: Any, count: jax.Array, batch: Any) -> jax.Array:
         used = adapter
         if settings.method == "flat-lora":
             used = adapters.flat_lora(adapter, jax.random.fold_in(key, count), noise(count))
-        return used.apply(loss)(params, own, batch)
+        return used.apply(loss)(params, narrow(own, params), batch)
+
+    def now(params: Any, state: Any, batch: Any) -> jax.Array:
+        return adapter.apply(loss)(params, narrow(state["own"], params), batch)
 
     @partial(jax.jit, donate_argnums=1)
     def step(params: Any, state: Any, batch: Any) -> tuple[dict[str, Any], jax.Array]:
@@ -225,9 +235,9 @@ def _adapted(settings: Settings, loss: Callable, model: Any, outline: Any, steps
         own = optax.apply_updates(state["own"], updates)
         return {"own": own, "opt_state": opt_state, "count": state["count"] + 1}, value
 
-    merge = jax.jit(lambda params, own: adapter.merge(params, own))
+    merge = jax.jit(lambda params, own: adapter.merge(params, own), donate_argnums=0)
     return Method(
-        init, step, step.lower, lambda frozen, state: merge(frozen, state["own"]), tx, adapter
+        init, step, step.lower, now, lambda frozen, state: merge(frozen, state["own"]), tx, adapter
     )
 
 
@@ -293,9 +303,12 @@ def _boosted(settings: Settings, loss: Callable, layers: int, rate: Any, steps: 
         closed = opened._replace(opt_state=opened.opt_state[0])
         return {**_without_key(closed), "count": state["count"] + 1}, value
 
-    finish = jax.jit(lambda state: starting.finish(_with_key(state, key)))
+    def now(_: Any, state: Any, batch: Any) -> jax.Array:
+        return adapter.apply(loss)(state["params"], state["adapter_params"], batch)
+
+    finish = jax.jit(lambda state: starting.finish(_with_key(state, key)), donate_argnums=0)
     return Method(
-        init, step, step.lower, lambda _, state: finish(state), optax.scale_by_adam(), None
+        init, step, step.lower, now, lambda _, state: finish(state), optax.scale_by_adam()
     )
 
 

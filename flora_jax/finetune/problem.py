@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of a micro-batch."""
-        size, length = self.settings.batch, self.settings.length
+        size, length = self.settings.rows, self.settings.length
         place = layout.of_batch(self.mesh, size)
         lengths = {**dict.fromkeys(ARRAYS, length), **dict.fromkeys(SCORED, self.scored)}
         shapes = {
@@ -133,9 +133,9 @@ def problem(
       steps: The number of optimizer steps.
       most: The most tokens of a sequence whose loss counts.
     """
-    if settings.batch % layout.parts(mesh):
+    if settings.rows % layout.parts(mesh):
         raise ValueError(
-            f"batch must be a multiple of the mesh's data x fsdp, {layout.parts(mesh)}, found {settings.batch}"
+            f"batch must be a multiple of the mesh's data x fsdp, {layout.parts(mesh)}, found {settings.rows}"
         )
     model = families.module(shape_for(settings, config, mesh))
     outline = families.outline(model)
@@ -155,11 +155,6 @@ def loss(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
     The mean over the micro-batches of a step is the mean over all of its tokens: `share` is the part of
     the step's tokens that are in this micro-batch, times the number of micro-batches.
     """
-    return mean_loss(model, params, batch) * batch["share"]
-
-
-def mean_loss(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    """Returns the mean loss, nats a token that counts, of a micro-batch."""
     found: Any = model.apply(
         {"params": params},
         batch["tokens"],
@@ -169,7 +164,7 @@ def mean_loss(model: Any, params: Any, batch: dict[str, jax.Array]) -> jax.Array
         segments=batch["segments"],
         places=batch["places"],
     )
-    return found
+    return found * batch["share"]
 
 
 def put(given: Problem, batch: dict[str, np.ndarray], share: float) -> dict[str, jax.Array]:

@@ -26,9 +26,9 @@ REPORT = "report.json"
 def plan(settings: Settings, kind: str, size: Sizes, room: int | None, steps: int) -> Table:
     """Returns a table of the bytes of each part on each device."""
     rank = f", rank {settings.ranked}" if settings.ranked else ""
-    tokens = settings.batch * settings.length * settings.accumulated
+    tokens = settings.rows * settings.length * settings.accumulated
     title = (
-        f"{kind} by {settings.method}{rank}: {steps} steps of {settings.accumulated} x {settings.batch} x "
+        f"{kind} by {settings.method}{rank}: {steps} steps of {settings.accumulated} x {settings.rows} x "
         f"{settings.length} = {tokens:,} tokens"
     )
     devices = f"each of {jax.device_count()} devices" if jax.device_count() > 1 else "the device"

@@ -5,14 +5,14 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import psutil
+from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +21,7 @@ from flora_jax.finetune import layout, report, sizes
 from flora_jax.finetune.answers import answers
 from flora_jax.finetune.batches import Data, prepare
 from flora_jax.finetune.checkpoints import Checkpoints
-from flora_jax.finetune.problem import Problem, mean_loss, problem, put, shape_for
+from flora_jax.finetune.problem import Problem, problem, put, shape_for
 from flora_jax.finetune.settings import Settings
 from flora_jax.finetune.stopping import Stopped, told_to_stop
 from flora_jax.finetune.tokenizer import Tokenizer
@@ -44,7 +44,30 @@ def finetune(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.out.exists():
         raise ValueError(f"out: {settings.out} is there already; give another folder with --out")
     config, _ = opened(source)
+    with _alone(settings.run):
+        return _finetune(settings, config, console)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; several processes of one run have one lock, that of the first."""
+    if jax.process_index():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"out: another run is at work in {folder}; wait for it, or give another --out"
+        ) from error
+
+
+def _finetune(settings: Settings, config: dict[str, Any], console: Console) -> dict[str, Any]:
+    source = Path(settings.model)
     mesh = layout.make_mesh(settings.mesh)
+    settings = dataclasses.replace(settings, batch=settings.batch or layout.parts(mesh))
     shape = shape_for(settings, config, mesh)
     tokenizer = tokenizer_of(source)
     tokenizer.check(shape.vocabulary)
@@ -95,7 +118,7 @@ def _data(settings: Settings, tokenizer: Tokenizer, console: Console) -> Data:
 def _steps(settings: Settings, data: Data) -> int:
     if settings.steps is not None:
         return settings.steps
-    rows = settings.batch * settings.accumulated
+    rows = settings.rows * settings.accumulated
     return max(1, math.ceil(data.train.rows * settings.epochs / rows))
 
 
@@ -150,7 +173,7 @@ def _train(
     for sentence in checkpoints.passed_over:
         console.print(f"Passed over {sentence}.", markup=False)
     frozen, state = _start(given, data, console, trained=first > 0)
-    batches = data.batches(settings.batch, settings.seed)
+    batches = data.batches(settings.rows, settings.seed)
     history: dict[str, Any] = {"train": [], "validation": [], "seconds": 0.0, "answers": []}
     history["data"] = batches.get_state()
     evaluate = _evaluation(given, data)
@@ -161,21 +184,21 @@ def _train(
         console.print(f"Going on from step {first} of {given.steps}.")
     else:
         with jax.set_mesh(given.mesh):
-            params = method.params(frozen, state)
-            before = evaluate(params)
-            history["answers"] = answers(given, data, tokenizer, params)
-            del params
+            before = evaluate(frozen, state)
+            base = state["params"] if frozen is None else frozen
+            history["answers"] = answers(given, data, tokenizer, base)
+            del base
         if before is not None:
             history["validation"].append((0, before))
     show.begin(history, first)
     state = _loop(given, frozen, state, first, batches, history, evaluate, checkpoints, show)
+    _save_adapter(given, state)
     with jax.set_mesh(given.mesh):
         params = method.params(frozen, state)
         after = answers(given, data, tokenizer, params)
     with console.status(f"Writing {settings.out}"):
         plain = families.module(dataclasses.replace(given.model.shape, sharded=()))
         save(settings.out, plain, params, like=source)
-        _save_adapter(given, state)
     losses = [value for _, value in history["validation"]]
     figures = {
         "method": settings.method,
@@ -226,7 +249,7 @@ def _start(given: Problem, data: Data, console: Console, trained: bool) -> tuple
         made = method.init(params, batch)[1]
         return {name: part for name, part in made.items() if name != "params"}
 
-    batch = put(given, next(iter(data.batches(settings.batch, settings.seed))), 1.0)
+    batch = put(given, next(iter(data.batches(settings.rows, settings.seed))), 1.0)
     with jax.set_mesh(given.mesh):
         made = jax.jit(rest, out_shardings=places)(params, batch)
     if "params" in state:
@@ -263,21 +286,24 @@ def _save_adapter(given: Problem, state: Any) -> None:
         )
 
 
-def _evaluation(given: Problem, data: Data) -> Callable[[Any], float | None]:
-    """Returns a function from params to the mean validation loss, nats a token that counts; None without such data."""
+def _evaluation(given: Problem, data: Data) -> Callable[[Any, Any], float | None]:
+    """Returns a function from frozen params and state to the mean validation loss, nats a token that counts.
+
+    It gives None without such data.
+    """
     settings = given.settings
-    most = max(1, settings.validation_rows // settings.batch)
+    most = max(1, settings.validation_rows // settings.rows)
     batches = []
-    for batch in data.validation_batches(settings.batch):
+    for batch in data.validation_batches(settings.rows):
         if len(batches) == most:
             break
         batches.append((put(given, batch, 1.0), float(np.sum(batch["weights"]))))
-    value = jax.jit(partial(mean_loss, given.model))
+    value = jax.jit(given.method.loss)
 
-    def evaluate(params: Any) -> float | None:
+    def evaluate(frozen: Any, state: Any) -> float | None:
         if not batches:
             return None
-        losses = [(value(params, batch), count) for batch, count in batches]
+        losses = [(value(frozen, state, batch), count) for batch, count in batches]
         total = sum(count for _, count in losses)
         return sum(float(one) * count for one, count in losses) / max(total, 1.0)
 
@@ -291,7 +317,7 @@ def _loop(
     first: int,
     batches: Any,
     history: dict[str, Any],
-    evaluate: Callable[[Any], float | None],
+    evaluate: Callable[[Any, Any], float | None],
     checkpoints: Checkpoints,
     show: report.Log,
 ) -> Any:
@@ -339,7 +365,7 @@ def _loop(
             checkpoints.seal()
             told = stop(done)
             if done % every == 0 or done == total:
-                value = evaluate(method.params(frozen, state))
+                value = evaluate(frozen, state)
                 if value is not None:
                     history["validation"].append((seen, value))
                     show.validation(done, value)

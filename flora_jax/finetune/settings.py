@@ -66,8 +66,9 @@ class Settings:
     """Rank of sketches or adapters: by default 64 for Flora, 16 for adapters."""
     length: int = 1024
     """Tokens of a sequence; documents are packed into sequences and kept apart."""
-    batch: int = 1
-    """Sequences of a micro-batch, over all devices; more use a device better, fewer take less memory."""
+    batch: int | None = None
+    """Sequences of a micro-batch, over all devices: by default one for each that the batch is sharded over. More use a device
+    better, fewer take less memory."""
     micro_batches: int | None = None
     """Micro-batches of an optimizer step: by default 8, and 1 for exact and xgb-lora, which do not accumulate."""
     epochs: float = 3.0
@@ -131,9 +132,9 @@ class Settings:
     """Index of this process, where they cannot find each other."""
 
     def __post_init__(self):
-        for name in ("length", "batch", "validation_rows", "sample_tokens"):
+        for name in ("length", "validation_rows", "sample_tokens"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("rank", "micro_batches", "steps", "validate_every", "save_every"):
+        for name in ("rank", "batch", "micro_batches", "steps", "validate_every", "save_every"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("samples", self.samples, 0)
@@ -156,6 +157,11 @@ class Settings:
                 f"micro_batches must be 1 with method {self.method}, which updates weights in each "
                 f"backward pass, found {self.micro_batches}; give a larger batch"
             )
+
+    @property
+    def rows(self) -> int:
+        """Returns the sequences of a micro-batch."""
+        return self.batch or 1
 
     @property
     def accumulated(self) -> int:

@@ -73,7 +73,7 @@ def smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
             yield f"--{name} {value}", dataclasses.replace(settings, **{name: value})
     if not settings.remat:
         yield "--remat", dataclasses.replace(settings, remat=True)
-    if settings.batch > 1:
+    if settings.rows > 1:
         yield "--batch 1", dataclasses.replace(settings, batch=1)
     for method in ("exact", "lora"):
         if method != settings.method:

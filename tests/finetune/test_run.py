@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 from flora_jax.finetune import run
@@ -114,6 +115,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, model, data, tmp_path, m
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("method", ["flora", "exact", "lora"])
+def test_bfloat16_is_trained_and_kept(method, model, data, tmp_path):
+    own = {"rank": None, "micro_batches": None} if method == "exact" else {}
+    given = settings(model, data, tmp_path / "mine", method=method, dtype="bfloat16", **own)
+    figures = run.finetune(replace(given, samples=0), QUIET)
+    assert figures["after"] < 0.85 * figures["before"]
+    assert {x.dtype for x in weights(given.out)} == {jnp.dtype("bfloat16")}
+    assert json.loads((given.out / "config.json").read_text())["dtype"] == "bfloat16"
+    if method == "lora":
+        assert (tmp_path / "mine.run" / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_another_run_in_its_place_is_refused(model, data, tmp_path, monkeypatch):
     given = settings(model, data, tmp_path / "mine", steps=4, samples=0)
     monkeypatch.setattr(run, "told_to_stop", stopping_at(1))
@@ -174,6 +187,16 @@ def test_a_folder_that_is_there_is_not_touched(model, data, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match=r"out: .*mine is there already; give another folder"):
         run.finetune(settings(model, data, tmp_path / "mine"), QUIET)
+
+
+def test_two_runs_in_one_folder_are_refused(model, data, tmp_path):
+    (tmp_path / "mine.run").mkdir()
+    refused = pytest.raises(ValueError, match=r"out: another run is at work in .*mine.run; wait")
+    with FileLock(tmp_path / "mine.run" / "lock"), refused:
+        run.finetune(settings(model, data, tmp_path / "mine"), QUIET)
+    # a process that ended left the file, and no lock
+    figures = run.finetune(settings(model, data, tmp_path / "mine", plan_only=True), QUIET)
+    assert sum(figures["planned"].values()) > 0
 
 
 def test_chats_learn_their_answers_alone(model, tmp_path):
