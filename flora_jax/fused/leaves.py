@@ -79,7 +79,6 @@ def refuse_changing_modules(tree: Any) -> None:
         if kinds:
             raise TypeError(
                 f"fun must not be given the NNX module {type(node).__name__} itself, found that it has "
-                f"{' and '.join(sorted(kinds))} variables, whose changes would be lost; pass the params of "
-                "nnx.split(model, nnx.Param, ...), merge inside of fun, and return the other state with "
-                "has_aux=True"
+                f"{' and '.join(sorted(kinds))} variables, whose changes would be lost; take value_and_grad or "
+                "make_train_step of flora_jax.trainers.nnx"
             )
