@@ -128,7 +128,7 @@ def test_bfloat16_is_trained_and_kept(method, model, data, tmp_path):
 
 
 def test_another_run_in_its_place_is_refused(model, data, tmp_path, monkeypatch):
-    given = settings(model, data, tmp_path / "mine", steps=4, samples=0)
+    given = settings(model, data, tmp_path / "mine", method="lora", steps=4, samples=0)
     monkeypatch.setattr(run, "told_to_stop", stopping_at(1))
     with pytest.raises(Stopped):
         run.finetune(given, QUIET)
@@ -142,12 +142,10 @@ def test_another_run_in_its_place_is_refused(model, data, tmp_path, monkeypatch)
 
 
 def test_a_mesh_gives_the_losses_of_one_device(model, data, tmp_path):
-    given = settings(model, data, tmp_path / "one", steps=4, samples=0)
+    given = settings(model, data, tmp_path / "one", steps=3, samples=0)
     alone = run.finetune(given, QUIET)
-    for mesh in ("data=2,fsdp=4", "fsdp=2,model=4"):
-        sharded = replace(given, out=tmp_path / mesh, mesh=mesh, batch=8 if "data" in mesh else 4)
-        if "data" in mesh:
-            sharded = replace(sharded, micro_batches=1)
+    for mesh in ("data=2,fsdp=2,model=2",):
+        sharded = replace(given, out=tmp_path / mesh, mesh=mesh)
         found = run.finetune(sharded, QUIET)
         losses = [[value for _, value in x["history"]["train"]] for x in (found, alone)]
         np.testing.assert_allclose(*losses, rtol=2e-3)
@@ -156,10 +154,10 @@ def test_a_mesh_gives_the_losses_of_one_device(model, data, tmp_path):
 def test_what_does_not_fit_is_refused_before_the_weights_are_read(
     model, data, tmp_path, monkeypatch
 ):
-    given = settings(model, data, tmp_path / "mine", memory=0.002)
+    given = settings(model, data, tmp_path / "mine", method="lora", memory=0.0002)
     monkeypatch.setattr(run, "load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(
-        ValueError, match=r"does not fit: 0.0\d GiB on each device, which has 0.00; "
+        ValueError, match=r"does not fit: 0.00 GiB on each device, which has 0.00; no smaller"
     ):
         run.finetune(given, QUIET)
     size = run.finetune(replace(given, memory=None, plan_only=True), QUIET)["planned"]
@@ -210,6 +208,7 @@ def test_chats_learn_their_answers_alone(model, tmp_path):
         for one in PAIRS
     ]
     file = write(tmp_path / "chats.jsonl", chats)
-    figures = run.finetune(settings(model, file, tmp_path / "mine"), QUIET)
-    assert figures["after"] < 0.75 * figures["before"]
+    given = settings(model, file, tmp_path / "mine", method="lora")
+    figures = run.finetune(given, QUIET)
+    assert figures["after"] < 0.9 * figures["before"]
     assert figures["answers"][0]["goal"].strip().startswith("a")

@@ -272,6 +272,16 @@ def test_gradients_are_torchs(case, tmp_path):
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 4000])
 def test_torch_reads_what_is_written(case, tmp_path, shard_bytes):
     name, torch_model, folder = case
+    if shard_bytes == 4000 and name not in (
+        "t5",
+        "gpt2",
+        "llama",
+        "gemma3",
+        "mixtral",
+        "phi3",
+        "vit",
+    ):
+        pytest.skip("one of each layout")
     model, params = load(folder)
     params = jax.tree.map(lambda x: x + 0.05 * normal(x.size, x.shape), params)
     out = tmp_path / "out"
@@ -286,7 +296,9 @@ def test_torch_reads_what_is_written(case, tmp_path, shard_bytes):
 
 
 def test_bfloat16_is_read_as_it_is(case, tmp_path):
-    _, torch_model, folder = case
+    name, torch_model, folder = case
+    if name not in ("t5", "gpt2", "llama", "gemma3", "mixtral", "phi3", "vit"):
+        pytest.skip("one of each layout")
     torch_model = type(torch_model).from_pretrained(folder, dtype=torch.bfloat16)
     torch_model.save_pretrained(tmp_path)
     _, params = load(tmp_path)
