@@ -36,4 +36,11 @@ def command(settings: Annotated[Settings, tyro.conf.OmitArgPrefixes]) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 3
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            "the device ran out of memory, though the plan fits: something else is on it, or memory is in "
+            f"pieces; what was saved is in {settings.run}. Take a smaller --length or --rank, or leave room by --memory"
+        ) from error
     return 0

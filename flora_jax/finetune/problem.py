@@ -82,13 +82,18 @@ class Problem(NamedTuple):
             placed["opt_state"] = jax.tree.unflatten(structure, map(put, leaves, found))
         return placed
 
-    def measured(self) -> sizes.Sizes:
-        """Compiles the step and returns what it takes."""
+    def measured(self) -> sizes.Sizes | None:
+        """Compiles the step and returns what it takes; None where the compiler runs out of the device's memory."""
         frozen, state = self.started()
         batch = self.batch()
         with jax.set_mesh(self.mesh):
             lowered = self.method.lower(frozen, state, batch)
-            return sizes.measure(lowered, frozen, state, batch)
+            try:
+                return sizes.measure(lowered, frozen, state, batch)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                return None
 
 
 def shape_for(settings: Settings, config: dict[str, Any], mesh: Mesh) -> Any:

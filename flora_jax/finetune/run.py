@@ -132,21 +132,24 @@ def _plan(given: Problem, config: dict[str, Any], console: Console) -> sizes.Siz
     with console.status("Compiling the step, to know what it takes"):
         size = given.measured()
     room = sizes.capacity(settings)
-    console.print(report.plan(settings, given.model.shape.model_type, size, room, given.steps))
-    if room is None or size.total <= room:
-        return size
+    if size is not None:
+        console.print(report.plan(settings, given.model.shape.model_type, size, room, given.steps))
+        if room is None or size.total <= room:
+            return size
 
     def other(settings: Settings) -> sizes.Sizes | None:
         try:
             return problem(settings, config, given.mesh, given.steps, given.scored).measured()
-        except (ValueError, jax.errors.JaxRuntimeError):
+        except ValueError:
             return None
 
     with console.status("It does not fit. Looking for what does"):
         found = sizes.fitting(settings, room, other)
+    needed = "more than there is" if size is None else f"{size.total / sizes.GIB:.2f} GiB"
+    there = "" if room is None else f", which has {room / sizes.GIB:.2f}"
     said = ", or ".join(f"{flags} ({x.total / sizes.GIB:.2f} GiB)" for flags, x in found)
     raise ValueError(
-        f"this does not fit: {size.total / sizes.GIB:.2f} GiB on each device, which has {room / sizes.GIB:.2f}; "
+        f"this does not fit: {needed} on each device{there}; "
         + (f"what fits: {said}" if said else "no smaller setting was found that fits")
     )
 

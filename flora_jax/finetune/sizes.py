@@ -84,13 +84,13 @@ def smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
 
 
 def fitting(
-    settings: Settings, capacity: int, sizes: Callable[[Settings], Sizes | None]
+    settings: Settings, capacity: int | None, sizes: Callable[[Settings], Sizes | None]
 ) -> list[tuple[str, Sizes]]:
     """Returns the first setting of each kind that fits: a rank, a length, a method, …
 
     Args:
       settings: The settings that do not fit.
-      capacity: The bytes of a device.
+      capacity: The bytes of a device; None where only the compiler knows them.
       sizes: Returns the sizes of other settings, or None where they cannot be compiled.
     """
     found: dict[str, tuple[str, Sizes]] = {}
@@ -99,7 +99,7 @@ def fitting(
         if kind in found:
             continue
         size = sizes(other)
-        if size is not None and size.total <= capacity:
+        if size is not None and (capacity is None or size.total <= capacity):
             found[kind] = (flags, size)
     return list(found.values())
 

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from flora_jax.finetune import run
+from flora_jax.finetune import run, sizes
 from flora_jax.finetune.settings import Settings
 from flora_jax.finetune.stopping import Stopped
 from flora_jax.models.load import load
@@ -164,6 +164,23 @@ def test_what_does_not_fit_is_refused_before_the_weights_are_read(
     room = (sum(size.values()) - 1000) / 2**30
     with pytest.raises(ValueError, match=r"what fits: --rank 4 \(0.00 GiB\), or --batch 1"):
         run.finetune(replace(given, memory=room), QUIET)
+
+
+def test_a_compiler_without_room_is_a_plan_that_does_not_fit(model, data, tmp_path, monkeypatch):
+    """As on a TPU, whose compiler refuses a program that is too large."""
+    given = settings(model, data, tmp_path / "mine", method="adafactor", rank=None)
+    measure = sizes.measure
+
+    def refused(lowered, frozen, state, batch):
+        if batch["tokens"].shape[0] > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in hbm")
+        return measure(lowered, frozen, state, batch)
+
+    monkeypatch.setattr(sizes, "measure", refused)
+    with pytest.raises(
+        ValueError, match=r"more than there is on each .* fits: --batch 1 \(0.00 GiB\)"
+    ):
+        run.finetune(given, QUIET)
 
 
 @pytest.mark.parametrize(
