@@ -81,7 +81,7 @@ def leaf_plans(tree: Any, projection: Projection) -> list[LeafPlan]:
     ]
     outline = jax.tree.unflatten(structure, shapes)
     masks = _broadcast("mask", projection.mask, outline, lambda x: isinstance(x, bool), True)
-    numbers = _dimension_numbers(projection, outline)
+    numbers = dimension_numbers(projection, outline)
     return [
         _leaf_plan(name, part, leaf, sharded, masked, number, projection)
         for name, part, leaf, sharded, masked, number in zip(
@@ -180,17 +180,27 @@ def _full_shape(shape: tuple[int, ...], sharded: tuple[tuple[str, ...], ...]) ->
     return tuple(length * manual.parts(names) for length, names in zip(shape, sharded, strict=True))
 
 
+def names_embedding(path: str, shape: tuple[int, ...]) -> bool:
+    """Returns whether a leaf is an embedding by its path."""
+    return len(shape) == 2 and bool(_EMBEDDING.search(path))
+
+
+def names_head(path: str, shape: tuple[int, ...]) -> bool:
+    """Returns whether a leaf is a head by its path."""
+    return len(shape) == 2 and bool(_HEAD.search(path))
+
+
 def _kind(path: str, shape: tuple[int, ...], projection: Projection) -> str:
     """Returns `head`, `embedding` or `matrix`; functions that were given go before names in the path."""
     rules = (
-        ("head", projection.is_head, _HEAD),  # first, since an unembedding has embed in its name
-        ("embedding", projection.is_embedding, _EMBEDDING),
+        ("head", projection.is_head, names_head),
+        ("embedding", projection.is_embedding, names_embedding),
     )
     for kind, rule, _ in rules:
         if rule and rule(path, shape):
             return kind
-    for kind, rule, pattern in rules:
-        if rule is None and len(shape) == 2 and pattern.search(path):
+    for kind, rule, by_path in rules:
+        if rule is None and by_path(path, shape):
             return kind
     return "matrix"
 
@@ -236,7 +246,8 @@ def _rank(path: str, shape: tuple[int, ...], smaller: int, projection: Projectio
     return found
 
 
-def _dimension_numbers(projection: Projection, tree: Any) -> list[Any]:
+def dimension_numbers(projection: Projection, tree: Any) -> list[Any]:
+    """Returns the `DimensionNumbers` that a projection gives each leaf of a tree, None for the default rule."""
     numbers = projection.weight_dimension_numbers
     if _is_numbers(numbers):
         return [numbers if len(leaf.shape) >= 2 else None for leaf in jax.tree.leaves(tree)]

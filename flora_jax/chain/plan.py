@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax.chain import storage
+from flora_jax.chain import stack_axis, storage
 from flora_jax.chain.flora import Preset, flora
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.projection import Projection, check_projection
@@ -97,7 +97,8 @@ class Plan:
         if self.whole_uses:
             uses = [(use.path, use.primitive, use.place, use.reason) for use in self.whole_uses]
             tables.append([("full gradient of", "at operation", "in", "because"), *uses])
-        return "\n\n".join(map(_table, tables))
+        said = stack_axis.sentence(self.leaves)
+        return "\n\n".join([*map(_table, tables), *([f"Note: {said}."] if said else [])])
 
 
 def plan(

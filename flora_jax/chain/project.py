@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax import dtypes
-from flora_jax.chain import products, recorder, states, wrappers
+from flora_jax.chain import products, recorder, stack_axis, states, wrappers
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import Sketch, is_sketch
@@ -60,7 +60,10 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params):
         warn()
-        _warn_of_nothing(leaf_plans(params, projection))
+        plans = leaf_plans(params, projection)
+        _warn_of_nothing(plans)
+        if said := stack_axis.sentence(plans):
+            warnings.warn(said, UserWarning, stacklevel=2)
         return ProjectState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
