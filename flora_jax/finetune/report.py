@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -142,7 +139,8 @@ def answers(answer: dict[str, str]) -> Table:
 def curves(folder: Path, figures: dict[str, Any]) -> None:
     """Saves training and validation loss over tokens."""
     history = figures["history"]
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     if history["train"]:
         axes.plot(*zip(*history["train"], strict=True), color="#9ecae1", lw=1, label="training")
     if history["validation"]:
@@ -152,4 +150,3 @@ def curves(folder: Path, figures: dict[str, Any]) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(folder / "loss.svg")
-    plt.close(figure)

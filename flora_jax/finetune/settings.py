@@ -34,16 +34,16 @@ UNRANKED = (*EXACT, "adafactor", "muon", "adam")
 RANKS: dict[str, int] = {"xgb-lora": 1, **dict.fromkeys(("flora", "flora-adafactor"), 64)}
 """The default rank of a method; 16 of all others."""
 RATES: dict[str, float] = {
-    "flora": 0.01,
-    "flora-adafactor": 0.005,
-    "exact": 0.002,
-    "exact-muon": 0.005,
-    "adafactor": 0.005,
-    "muon": 0.01,
+    "flora": 0.001,
+    "flora-adafactor": 0.00025,
+    "exact": 0.000125,
+    "exact-muon": 0.0006,
+    "adafactor": 0.00025,
+    "muon": 0.001,
     "adam": 2e-5,
 }
 """The default peak of the learning rate of a method; 0.001 of adapters."""
-OTHERS = 0.003
+OTHERS = 0.00025
 """The default learning rate of Adafactor for leaves that `flora`, `exact-muon` and `muon` do not orthogonalize."""
 
 
