@@ -19,8 +19,9 @@ def answers(given: Problem, data: Data, tokenizer: Tokenizer, params: Any) -> li
     if jax.process_count() > 1 or not settings.samples:
         return []
     shape = given.model.shape
-    limit = shape.positions if isinstance(shape, gpt2.Shape) else settings.length
-    room = max(1, limit - settings.sample_tokens)
+    room = settings.length
+    if isinstance(shape, gpt2.Shape):
+        room = max(1, shape.positions - settings.sample_tokens)
     prompts = [(prompt[-room:], goal) for prompt, goal in data.prompts(settings.samples)]
     model = families.module(dataclasses.replace(shape, sharded=(), remat=False))
     longest = max((len(prompt) for prompt, _ in prompts), default=0)

@@ -36,7 +36,7 @@ RANKS: dict[str, int] = {"xgb-lora": 1, **dict.fromkeys(("flora", "flora-adafact
 RATES: dict[str, float] = {
     "flora": 0.001,
     "flora-adafactor": 0.00025,
-    "exact": 0.000125,
+    "exact": 0.00025,
     "exact-muon": 0.0006,
     "adafactor": 0.00025,
     "muon": 0.001,

@@ -36,6 +36,18 @@ FAMILIES = {
             **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
         ),
     ),
+    "gpt2": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(
+            vocab_size=300,
+            n_positions=64,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+    ),
     "phi3": (
         transformers.Phi3ForCausalLM,
         transformers.Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
