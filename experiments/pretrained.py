@@ -12,7 +12,7 @@ it is kept in the repository.
 
 Each method has the best of a grid of learning rates that grows while its best is at an edge. All see the same tokens in the same
 order; methods that accumulate take fewer, larger steps. Memory is what XLA says of the compiled step, over that of
-uncompressed Adafactor; times are those of whole runs, over its own.
+uncompressed Adafactor; times are those of whole runs, one after the other, over its own.
 """
 
 import json

@@ -14,6 +14,7 @@ FOLDERS = (
     "chain",
     "fused",
     "update",
+    "trainers",
     "models",
     "adapters",
     "memory",
