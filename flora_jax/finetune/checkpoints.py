@@ -19,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from flora_jax.models.tensor_file import sync
+
 ANOTHER = "put it back, or give another folder"
 FORMAT = 3
 """Version of the checkpoints. Another one samples other projections, or has other files."""
@@ -191,11 +193,7 @@ def _write(file: Path, content: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.rename(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(file.parent)
 
 
 def _settings(file: Path) -> dict[str, Any]:

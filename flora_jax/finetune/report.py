@@ -15,7 +15,8 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 from flora_jax.finetune.settings import OTHERS, Settings
-from flora_jax.finetune.sizes import GIB, Sizes
+from flora_jax.finetune.sizes import Sizes
+from flora_jax.memory.estimate import GIB
 
 REPORT = "report.json"
 

@@ -25,6 +25,7 @@ from flora_jax.finetune.problem import Problem, problem, put, shape_for
 from flora_jax.finetune.settings import Settings
 from flora_jax.finetune.stopping import Stopped, told_to_stop
 from flora_jax.finetune.tokenizer import Tokenizer
+from flora_jax.memory.estimate import GIB
 from flora_jax.models import decoder, families, gguf_tokenizer
 from flora_jax.models.load import load, opened
 from flora_jax.models.save import save
@@ -145,9 +146,9 @@ def _plan(given: Problem, config: dict[str, Any], console: Console) -> sizes.Siz
 
     with console.status("It does not fit. Looking for what does"):
         found = sizes.fitting(settings, room, other)
-    needed = "more than there is" if size is None else f"{size.total / sizes.GIB:.2f} GiB"
-    there = "" if room is None else f", which has {room / sizes.GIB:.2f}"
-    said = ", or ".join(f"{flags} ({x.total / sizes.GIB:.2f} GiB)" for flags, x in found)
+    needed = "more than there is" if size is None else f"{size.total / GIB:.2f} GiB"
+    there = "" if room is None else f", which has {room / GIB:.2f}"
+    said = ", or ".join(f"{flags} ({x.total / GIB:.2f} GiB)" for flags, x in found)
     raise ValueError(
         f"this does not fit: {needed} on each device{there}; "
         + (f"what fits: {said}" if said else "no smaller setting was found that fits")
@@ -385,5 +386,5 @@ def _held() -> str:
     """Says what the device, or on a CPU the process, holds at most so far."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
-        return f"peak {stats['peak_bytes_in_use'] / sizes.GIB:.2f} GiB"
-    return f"process {psutil.Process().memory_info().rss / sizes.GIB:.2f} GiB"
+        return f"peak {stats['peak_bytes_in_use'] / GIB:.2f} GiB"
+    return f"process {psutil.Process().memory_info().rss / GIB:.2f} GiB"

@@ -10,8 +10,8 @@ import psutil
 
 from flora_jax.finetune.settings import EXACT, UNRANKED, Settings
 from flora_jax.memory.compiled import compiled_bytes
+from flora_jax.memory.estimate import GIB
 
-GIB = 2**30
 SMALLEST = {"rank": 4, "length": 128}
 """Below these no smaller setting is looked for."""
 

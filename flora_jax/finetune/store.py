@@ -17,6 +17,7 @@ import numpy as np
 
 from flora_jax.finetune.examples import Counts, Example
 from flora_jax.finetune.packing import Store
+from flora_jax.models.tensor_file import sync
 
 SIDES = ("train", "validation")
 INDEX = "index.json"
@@ -72,7 +73,7 @@ class Writer:
         with open(self._temporary / INDEX, "w") as file:
             json.dump(index, file)
             _sync(file)
-        _sync_folder(self._temporary)
+        sync(self._temporary)
         if read(self.folder) is not None:  # another process was faster
             return
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -81,7 +82,7 @@ class Writer:
         except OSError:
             if read(self.folder) is None:
                 raise
-        _sync_folder(self.folder.parent)
+        sync(self.folder.parent)
 
 
 def read(folder: Path) -> tuple[dict[str, Store], dict[str, Counts]] | None:
@@ -152,11 +153,3 @@ def _checksum(path: Path) -> list[int]:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ save("mine", model, params, like="gemma-3-270m")
 import dataclasses
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -28,6 +27,7 @@ from flora_jax.models.tensor_file import (
     bytes_of,
     in_order,
     kind_of,
+    sync,
     tensors_of,
     write,
 )
@@ -130,7 +130,7 @@ def _write(
             write(beside / name, tensors, arrays)
         _keep(beside)
         beside.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -149,15 +149,7 @@ def _write_json(file: Path, entries: dict[str, Any]) -> None:
 def _keep(folder: Path) -> None:
     """Waits until all files and folders are on the disk."""
     for file in (*folder.rglob("*"), folder):
-        _sync(file)
-
-
-def _sync(file: Path) -> None:
-    number = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+        sync(file)
 
 
 def _config(model: Any, like: Path | None) -> dict[str, Any]:

@@ -118,6 +118,15 @@ def in_order(tensors: Iterable[Tensor]) -> list[Tensor]:
     return sorted(tensors, key=lambda x: -bytes_of(x._replace(shape=())))
 
 
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def write(file: Path, tensors: list[Tensor], arrays: Iterator[np.ndarray]) -> None:
     """Writes a file, and waits until it is on the disk.
 

@@ -17,10 +17,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from flora_jax.chain.leaf_plan import dimension_numbers, names_embedding, names_head
 from flora_jax.chain.projection import DimensionNumbers, Projection
 from flora_jax.paths import path_name
+from flora_jax.sharding.partition import entries, partition
 
 STACKS = frozenset(
     [
@@ -46,7 +48,8 @@ WIDTH = frozenset(
     ["embed", "embed_no_exp", "embed_moe", "emb", "d_model", "model_dim", "width", "embedding"]
 )
 """Names of the axis of the states between layers."""
-_BOXES = ("names", "out_sharding", "sharding_names", "sharding")
+METADATA = ("out_sharding", "sharding_names", "sharding")
+"""The metadata of an NNX variable in which the names of its axes may be."""
 
 Names = tuple[str | None, ...]
 
@@ -129,6 +132,34 @@ def with_axis_names(
     )
 
 
+def of_state(
+    path: tuple[Any, ...], state: tuple[int, ...], shape: tuple[int, ...], names: Any
+) -> tuple[Any, ...]:
+    """Returns the names of the axes of an array of an optimizer's state, from those of its weight.
+
+    Each axis has the names of the weight's axis that it came from; those of axes that were replaced or dropped go to what
+    replaced them, where the mesh in context divides it. Logical names, which no mesh has, always go.
+
+    Args:
+      path: The path of the array in the state.
+      state: Its shape.
+      shape: The shape of the weight.
+      names: The names of the weight's axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    known = {} if mesh.empty else dict(mesh.shape)
+    sharded = entries(PartitionSpec(*names), len(shape))
+    sizes = {name: known.get(name, 1) for axis in sharded for name in axis}
+    last = any(getattr(key, "name", None) == "v_col" for key in path)
+    spec = partition(shape, sharded, state, sizes, last)
+    return (*spec, *[None] * (len(state) - len(spec)))
+
+
+def owner_of(path: tuple[Any, ...], owners: Mapping[Any, Any]) -> Any:
+    """Returns the weight that an array of the state belongs to, whose path ends the array's own; or None."""
+    return next((owners[path[i:]] for i in range(len(path)) if path[i:] in owners), None)
+
+
 def _numbers(names: Names, stacks: Collection[str], width: Collection[str]) -> Any:
     """Returns the axes of the two sides; None where there are no two."""
     axes = [axis for axis, name in enumerate(names) if name not in stacks]
@@ -153,7 +184,7 @@ def _names_of(leaf: Any) -> Any:
     names = getattr(leaf, "names", None)
     if names is None and hasattr(leaf, "get_metadata"):
         metadata = leaf.get_metadata()
-        names = next((metadata[key] for key in _BOXES if metadata.get(key)), None)
+        names = next((metadata[key] for key in METADATA if metadata.get(key)), None)
     return names if isinstance(names, tuple) and any(names) else None
 
 

@@ -13,10 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import optax
-from jax.sharding import PartitionSpec
 
 from flora_jax.chain.sketch import is_sketch
-from flora_jax.sharding.partition import entries, partition
+from flora_jax.trainers.axis_names import of_state, owner_of
 
 Box = nn.Partitioned
 
@@ -73,21 +72,12 @@ def _owners(params: Any) -> dict[Any, Any]:
 
 def _boxed(state: Any, owners: dict[Any, Any]) -> Any:
     """Puts each array of the state that belongs to a weight in a box, into a box of its own."""
-    mesh = jax.sharding.get_abstract_mesh()
-    known = {} if mesh.empty else dict(mesh.shape)
 
     def of(path: Any, leaf: Any) -> Any:
-        owner = next((owners[path[i:]] for i in range(len(path)) if path[i:] in owners), None)
-        shape = getattr(leaf, "shape", None)
+        owner, shape = owner_of(path, owners), getattr(leaf, "shape", None)
         if owner is None or not shape:
             return leaf
-        weight = owner.value.shape
-        named = entries(PartitionSpec(*owner.names), len(weight))
-        sizes = {name: known.get(name, 1) for axis in named for name in axis}
-        last = any(getattr(key, "name", None) == "v_col" for key in path)
-        spec = partition(weight, named, shape, sizes, last)
-        return dataclasses.replace(
-            owner, value=leaf, names=(*spec, *[None] * (len(shape) - len(spec)))
-        )
+        names = of_state(path, shape, owner.value.shape, owner.names)
+        return dataclasses.replace(owner, value=leaf, names=names)
 
     return jax.tree_util.tree_map_with_path(of, state)

@@ -16,18 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from flora_jax.chain.project import cycle as cycle_of
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import without_cycle
 from flora_jax.fused.value_and_grad import value_and_grad as of_params
 from flora_jax.rounding import Rounding, check
-from flora_jax.sharding.partition import Entry, entries, partition
+from flora_jax.trainers.axis_names import METADATA, of_state, owner_of
 from flora_jax.update.apply_gradients import apply_gradients
-
-NAMES = ("out_sharding", "sharding_names", "sharding")
-"""The metadata of a variable in which the names of its axes may be."""
 
 
 def value_and_grad(
@@ -189,53 +185,37 @@ def _run(
     return value, (aux, nnx.state(model, nnx.Not(wrt)))
 
 
-_Owners = dict[Any, tuple[tuple[int, ...], tuple[Entry, ...]]]
-"""Shape and names of the axes of each variable that has names, by path."""
-
-
 def _norm(tree: Any) -> jax.Array:
     """Returns the root of the sum of all squares, in float32."""
     squares = (jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32))) for x in jax.tree.leaves(tree))
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
-def _owners(model: Any, wrt: Any) -> _Owners:
-    owners: _Owners = {}
-    for path, one in jax.tree_util.tree_leaves_with_path(
-        nnx.state(model, wrt), is_leaf=_is_variable
-    ):
-        metadata, shape = one.get_metadata(), one.get_value().shape
-        names = next((metadata[key] for key in NAMES if metadata.get(key)), None)
-        if names is not None:
-            owners[path] = shape, entries(PartitionSpec(*names), len(shape))
-    return owners
+def _owners(model: Any, wrt: Any) -> dict[Any, tuple[tuple[int, ...], Any]]:
+    """Returns shape and names of the axes of each variable that has names, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, wrt), is_leaf=_is_variable)
+    return {path: (one.get_value().shape, names) for path, one in leaves if (names := _names(one))}
 
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def _named(state: Any, owners: _Owners) -> Any:
+def _names(one: Any) -> Any:
+    metadata = one.get_metadata()
+    return next((metadata[key] for key in METADATA if metadata.get(key)), None)
+
+
+def _named(state: Any, owners: dict[Any, tuple[tuple[int, ...], Any]]) -> Any:
     """Gives the variables of the state the axis names of their own shapes."""
-    sizes = _sizes(owners)
 
     def of(path: Any, one: Any) -> Any:
-        owner = next((owners[path[i:]] for i in range(len(path)) if path[i:] in owners), None)
+        owner = owner_of(path, owners)
         if not _is_variable(one) or owner is None or one.get_value().shape == owner[0]:
             return one
-        shape, metadata = one.get_value().shape, one.get_metadata()
-        last = any(getattr(key, "name", None) == "v_col" for key in path)
-        spec = partition(owner[0], owner[1], shape, sizes, last)
-        names = (*spec, *[None] * (len(shape) - len(spec)))
-        own = {key: names for key in NAMES if metadata.get(key)}
+        metadata = one.get_metadata()
+        names = of_state(path, one.get_value().shape, *owner)
+        own = {key: names for key in METADATA if metadata.get(key)}
         return type(one)(one.get_value(), **{**metadata, **own})
 
     return jax.tree_util.tree_map_with_path(of, state, is_leaf=_is_variable)
-
-
-def _sizes(owners: _Owners) -> dict[str, int]:
-    """Returns the sizes of the mesh axes in context; of other names (logical ones) 1, which divides everything."""
-    mesh = jax.sharding.get_abstract_mesh()
-    known = {} if mesh.empty else dict(mesh.shape)
-    names = {name for _, axes in owners.values() for axis in axes for name in axis}
-    return {name: known.get(name, 1) for name in names}

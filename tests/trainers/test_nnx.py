@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flora_jax
 from flora_jax.trainers import nnx as flora_nnx
+from flora_jax.trainers.axis_names import METADATA
 from tests.helpers import normal
 
 X = jnp.asarray(normal(0, (8, 32)))
@@ -195,9 +196,7 @@ def test_names_are_those_of_the_axes_that_are_there():
         optimizer = flora_nnx.Optimizer(model, flora(momentum=0.9))
     found = []
     for one in jax.tree.leaves(optimizer.opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
-        names = next(
-            (one.get_metadata()[k] for k in flora_nnx.NAMES if one.get_metadata().get(k)), None
-        )
+        names = next((one.get_metadata()[k] for k in METADATA if one.get_metadata().get(k)), None)
         if names is not None:
             assert len(names) == one.get_value().ndim
             found.append((one.get_value().shape, tuple(names)))
