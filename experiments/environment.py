@@ -14,7 +14,11 @@ OLDEST = (3, 11)
 
 
 def python(
-    extra: str, name: str = ".venv", base: str = sys.executable, lowest: bool = False
+    extra: str,
+    name: str = ".venv",
+    base: str = sys.executable,
+    lowest: bool = False,
+    group: str | None = None,
 ) -> Path:
     """The interpreter of an environment with this package and the named extras (`a` or `a,b`) in it.
 
@@ -25,6 +29,7 @@ def python(
       name: Folder of the environment in the checkout.
       base: The Python that the environment is made with.
       lowest: Whether each dependency is taken at the lowest version that pyproject.toml allows.
+      group: Name of a dependency group in pyproject.toml that is installed as well; this needs uv.
 
     Raises:
       SystemExit: Python is too old, or the installation failed.
@@ -35,7 +40,7 @@ def python(
         raise SystemExit(f"flora_jax needs Python 3.11 or newer, found {found}.")
     home = ROOT / name
     interpreter = home / ("Scripts" if os.name == "nt" else "bin") / "python"
-    stamp = home / f"installed-{extra.replace(',', '-')}"
+    stamp = home / "-".join(["installed", *extra.split(","), *([group] if group else [])])
     project = (ROOT / "pyproject.toml").read_bytes()
     wanted = hashlib.sha256(project + repr((version, lowest)).encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
@@ -48,10 +53,12 @@ def python(
         _must([base, "-m", "venv", str(home)])
     words = ["--resolution", "lowest-direct"] if lowest else ["--upgrade"]
     target = ["-e", f"{ROOT}[{extra}]"]
+    if group:
+        target += ["--group", f"{ROOT / 'pyproject.toml'}:{group}"]
     if uv := _uv(interpreter):
         _must([*uv, "pip", "install", "--python", str(interpreter), *words, *target], _for_uv())
-    elif lowest:
-        raise SystemExit("The lowest versions need uv: pip install uv")
+    elif lowest or group:
+        raise SystemExit("These versions need uv: pip install uv")
     else:
         _with_a_line_of_progress([str(interpreter), "-m", "pip", "install", *words, *target])
     stamp.write_text(wanted)

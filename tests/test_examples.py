@@ -18,13 +18,25 @@ from flora_jax import adapters
 from flora_jax.adapters import peft, quantized
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory import estimate, outline, report
+from tests.__main__ import TRAINERS
 from tests.memory.test_estimate import COMPILED
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted(info.name for info in pkgutil.walk_packages(flora_jax.__path__, "flora_jax."))
+ELSEWHERE = [f"flora_jax.trainers.{name}" for name in TRAINERS]
+"""Modules and pages of trainers that are not installed here; `tests/trainers` runs them."""
+MODULES = sorted(
+    info.name
+    for info in pkgutil.walk_packages(flora_jax.__path__, "flora_jax.")
+    if info.name not in ELSEWHERE
+)
 APART = ((peft, "save"), (peft, "load"), (quantized, "quantize"))
 """Public functions of the adapters' modules that need packages of their own."""
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "```python" in path.read_text())
+PAGES = sorted(
+    path
+    for path in (ROOT / "docs").rglob("*.md")
+    if "```python" in path.read_text()
+    and not (path.parent.name == "trainers" and path.stem in TRAINERS)
+)
 
 GIVEN = """
 import flora_jax, jax, jax.numpy as jnp, optax
@@ -112,7 +124,7 @@ def test_changes_are_of_these_pages():
 
 def test_the_layout_of_maxtext():
     """Layers along axis 1 are a batch axis, each kernel has a sketch, no full gradient is materialized, and it learns."""
-    names = execute(ROOT / "docs" / "how-to" / "frameworks.md")
+    names = execute(ROOT / "docs" / "trainers" / "stacks.md")
     specs = {leaf.path: leaf.spec for leaf in names["plan"].leaves}
     assert {path: spec.data_shape for path, spec in specs.items()} == {
         "wi/kernel": (256, 4, 16),
