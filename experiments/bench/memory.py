@@ -7,7 +7,7 @@
 
 One program does the micro-step and, every 16th time, the optimizer step. Parameters are bfloat16, and the layers are
 under `scan` with remat. What does not fit a v5e chip is compiled for a v5p one (95 GiB), to say how
-much it needs. The figures are the compiler's, so they are exact. LoRA trains adapters of the same rank on every
+much it needs. The figures are the compiler's, so they are exact. LoRA trains adapters on every
 weight of the layers with Adam. GaLore is `optax.contrib.galore` on each layer of a stack, over 16
 accumulated micro-steps, without its SVD, which libtpu had not compiled after twelve minutes; so its figure is a lower
 bound.
@@ -62,6 +62,11 @@ class Config:
     """A folder for the programs' HLO."""
 
 
+def of_params(tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """Gives the function that makes a state from params, whatever the batch."""
+    return lambda params, windows: tx.init(params)
+
+
 def flora(rank: int, fused: bool = True):
     """Builds the step of Flora with fused gradients, or with ordinary ones."""
 
@@ -70,8 +75,8 @@ def flora(rank: int, fused: bool = True):
         tx = flora_jax.flora(1e-3, projection=projection, accumulation_steps=STEPS)
         if fused:
             step: Any = flora_jax.make_train_step(loss, tx, projection)
-            return tx, step.lower
-        return tx, ordinary_step(loss, tx).lower
+            return of_params(tx), step.lower
+        return of_params(tx), ordinary_step(loss, tx).lower
 
     return build
 
@@ -81,7 +86,8 @@ def backward(tx: optax.GradientTransformation, int8: bool = False):
 
     def build(loss: Callable):
         rounding = "stochastic" if int8 else "nearest"
-        return tx, flora_jax.make_train_step(loss, tx, update="backward", rounding=rounding).lower
+        step = flora_jax.make_train_step(loss, tx, update="backward", rounding=rounding)
+        return step.init, step.lower
 
     return build
 
@@ -96,7 +102,7 @@ def accumulated(rank: int, dtype: Any):
 
 def ordinary(tx: optax.GradientTransformation):
     """Builds the step that has all gradients before the first update, without accumulation."""
-    return lambda loss: (tx, ordinary_step(loss, tx).lower)
+    return lambda loss: (of_params(tx), ordinary_step(loss, tx).lower)
 
 
 def multisteps(inner: optax.GradientTransformation):
@@ -104,7 +110,7 @@ def multisteps(inner: optax.GradientTransformation):
 
     def build(loss: Callable):
         tx = optax.MultiSteps(inner, STEPS).gradient_transformation()
-        return tx, ordinary_step(loss, tx).lower
+        return of_params(tx), ordinary_step(loss, tx).lower
 
     return build
 
@@ -128,13 +134,13 @@ def without_svd(build: Callable):
         return tuple(jnp.zeros(shape, matrix.dtype) for shape in shapes)
 
     def patched(loss: Callable):
-        tx, lower = build(loss)
+        init, lower = build(loss)
 
         def lowered(*args: Any):
             with mock.patch.object(jnp.linalg, "svd", singular):
                 return lower(*args)
 
-        return tx, lowered
+        return init, lowered
 
     return patched
 
@@ -146,20 +152,23 @@ def adapted(adapter: Adapter):
         tx, run = optax.adam(1e-3), adapter.apply(loss)
         step = ordinary_step(lambda own, frozen, windows: run(frozen, own, windows), tx)
 
-        def init(params: Any):
+        def init(params: Any, windows: Any):
             return tx.init(params[1])
 
         def lower(params: Any, state: Any, windows: Any):
             frozen, own = params
             return step.lower(own, state, frozen, windows)
 
-        return optax.GradientTransformation(init, tx.update), lower
+        return init, lower
 
     return build
 
 
-LORA = lora(Projection(128, side="input", select=lambda path, shape: "layers" in path))
-WITH_LORA = adapted(LORA)
+LORA = {
+    rank: lora(Projection(rank, side="input", select=lambda path, shape: "layers" in path))
+    for rank in (8, 16, 64, 128)
+}
+WITH_LORA = {adapted(adapter): adapter for adapter in LORA.values()}
 ADAFACTOR = optax.adafactor(optax.constant_schedule(1e-3))
 METHODS = {
     "Exact gradients, Adafactor": backward(ADAFACTOR),
@@ -170,6 +179,10 @@ METHODS = {
     "Accumulated, rank 128 in bfloat16, int8 weights": backward(
         accumulated(128, "bfloat16"), int8=True
     ),
+    "Accumulated, rank 512 in bfloat16": backward(accumulated(512, "bfloat16")),
+    "Accumulated, rank 512 in int8": backward(accumulated(512, "int8")),
+    "Accumulated, rank 256 in bfloat16": backward(accumulated(256, "bfloat16")),
+    "Accumulated, rank 128 in bfloat16": backward(accumulated(128, "bfloat16")),
     "Adafactor, no accumulation": ordinary(ADAFACTOR),
     "Flora, fused, rank 128": flora(128),
     "Flora, fused, rank 256": flora(256),
@@ -178,7 +191,10 @@ METHODS = {
     "MultiSteps + GaLore, rank 128, at least": without_svd(
         multisteps(layered(galore(1e-3, rank=128)))
     ),
-    "LoRA + Adam, rank 128": WITH_LORA,
+    **{
+        f"LoRA + Adam, rank {adapter_rank}": build
+        for adapter_rank, build in zip(LORA, WITH_LORA, strict=True)
+    },
 }
 
 
@@ -205,14 +221,14 @@ def measure(config: Config, build, chip: str, int8: bool = False) -> topology.Pr
         )
         return topology.placed(tree, shardings)
 
-    tx, lower = build(families.loss(model))
+    init, lower = build(families.loss(model))
     params = families.outline(model)
-    if build is WITH_LORA:
-        params = (params, jax.eval_shape(partial(LORA.init, jax.random.key(0)), params))
-    state = jax.eval_shape(tx.init, params)
+    if adapter := WITH_LORA.get(build):
+        params = (params, jax.eval_shape(partial(adapter.init, jax.random.key(0)), params))
+    windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
+    state = jax.eval_shape(init, params, windows)
     if int8:
         params = jax.eval_shape(flora_jax.to_int8, params)
-    windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
     over = NamedSharding(mesh, PartitionSpec("data") if batched else PartitionSpec())
     with jax.set_mesh(mesh):
         lowered = lower(sharded(params), sharded(state), topology.placed(windows, over))
