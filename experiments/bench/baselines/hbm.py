@@ -31,14 +31,14 @@ class Config:
 
 
 def _flora(key: str, loss: Callable):
-    """Gives the transformation that runs on the CPU, at rank 128, and a function that lowers its step."""
+    """Gives what makes the state of the transformation that runs on the CPU, at rank 128, and a function that lowers its step."""
     size = Size(rank=RANK, accumulation=memory.STEPS)
     tx, projection = in_jax.build(key, size, 1e-3, in_jax.LONG)
     assert projection is not None
     if key == "flora-paper":
-        return tx, ordinary_step(loss, tx).lower
+        return memory.of_params(tx), ordinary_step(loss, tx).lower
     step: Any = flora_jax.make_train_step(loss, tx, projection)
-    return tx, step.lower
+    return memory.of_params(tx), step.lower
 
 
 METHODS = {
