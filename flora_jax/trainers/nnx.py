@@ -85,6 +85,28 @@ class Optimizer(nnx.Optimizer):
         self.tx = tx
 
 
+def update(model: Any, optimizer: Any, grads: Any, *, rounding: Rounding = "nearest") -> None:
+    """Updates a module and its optimizer as `optimizer.update(model, grads)` does, but without a tree of updates.
+
+    Args:
+      model: The module.
+      optimizer: Its `nnx.Optimizer`.
+      grads: The gradients, each either a sketch or uncompressed.
+      rounding: How new bfloat16 params are rounded, as in `flora_jax.make_train_step`.
+
+    Raises:
+      ValueError: As `flora_jax.apply_gradients` does.
+    """
+    params = nnx.as_pure(nnx.state(model, optimizer.wrt))
+    state = nnx.as_pure(optimizer.opt_state)
+    params, state = apply_gradients(
+        optimizer.tx, nnx.as_pure(grads), state, params, rounding=rounding
+    )
+    nnx.update(model, params)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    optimizer.step[...] += 1
+
+
 def make_train_step(
     loss: Callable[..., Any],
     projection: Projection | None = None,
@@ -145,13 +167,8 @@ def make_train_step(
         (value, (aux, rest)), grads = gradient(params, rest, batch, {})
         grads = without_cycle(nnx.as_pure(grads))
         metrics = {"gradient_norm": _norm(grads)}
-        pure, state = apply_gradients(
-            optimizer.tx, grads, state, nnx.as_pure(params), rounding=rounding
-        )
-        nnx.update(model, pure)
+        update(model, optimizer, grads, rounding=rounding)
         nnx.update(model, rest)
-        nnx.update(optimizer.opt_state, nnx.state(state))
-        optimizer.step[...] += 1
         return value, {**metrics, "aux": aux} if has_aux else metrics
 
     return step
