@@ -23,6 +23,8 @@ from flax.core.spmd import logical_axis_rules
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.chain.flora import ADVISED, KAPPA, flora
+from flora_jax.chain.plan import Plan
+from flora_jax.chain.plan import plan as plan_of
 from flora_jax.chain.project import cycle as cycle_of
 from flora_jax.chain.projection import Projection
 from flora_jax.chain.sketch import without_cycle
@@ -68,7 +70,12 @@ from maxtext.common import train_state_nnx  # noqa: E402
 from maxtext.configs import pyconfig, types  # noqa: E402
 from maxtext.optimizers import optimizers  # noqa: E402
 from maxtext.trainers.pre_train import train  # noqa: E402
-from maxtext.utils import gradient_accumulation, sharding  # noqa: E402
+from maxtext.utils import (  # noqa: E402
+    gradient_accumulation,
+    maxtext_utils,
+    model_creation_utils,
+    sharding,
+)
 
 
 class FloraConfig(types.MaxTextConfig):
@@ -135,14 +142,9 @@ def register() -> None:
     Raises:
       RuntimeError: A function of MaxText that is wrapped has another source than that of the tested version.
     """
-    if train.train_step.__module__ == __name__:
+    _check_sources()
+    if hasattr(train.train_step, "__wrapped__"):
         return
-    for name, wrapped in _wrapped().items():
-        found = hashlib.sha256(inspect.getsource(wrapped).encode()).hexdigest()[:16]
-        if found != SOURCES[name]:
-            raise RuntimeError(
-                f"{name} must have the source that it has in maxtext {VERSION} ({SOURCES[name]}), found another ({found})"
-            )
     pyconfig.initialize = _initialize(pyconfig.initialize)
     optimizers.get_optimizer = _get_optimizer(optimizers.get_optimizer)
     train.train_step = _train_step(train.train_step)
@@ -158,6 +160,26 @@ def main(argv: Sequence[str]) -> None:
     """
     register()
     train.main(argv)
+
+
+def plan(argv: Sequence[str]) -> Plan:
+    """Returns the plan of a run: which leaves are compressed, and how many bytes the state will take. Nothing is computed.
+
+    Args:
+      argv: The arguments of the run, as `main` takes them; `opt_type=flora` is among them.
+
+    Raises:
+      ValueError: A key is not valid.
+    """
+    register()
+    config = pyconfig.initialize(list(argv))
+    mesh = maxtext_utils.get_mesh_from_config(config)
+    _, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
+    return plan_of(
+        nnx.as_pure(nnx.state(model, nnx.Param)),
+        projection_of(config, model),
+        tx=optimizers.get_optimizer(config, lambda step: 1.0, model, mesh),
+    )
 
 
 def projection_of(config: Any, model: Any) -> Projection:
@@ -197,6 +219,16 @@ def _wrapped() -> dict[str, Any]:
         (sharding, "get_nnx_var_named_sharding_with_scan_axis"),
     )
     return {f"{module.__name__}.{name}": getattr(module, name) for module, name in places}
+
+
+def _check_sources() -> None:
+    """Raises a RuntimeError where a function of MaxText is another than in the tested version."""
+    for name, wrapped in _wrapped().items():
+        found = hashlib.sha256(inspect.getsource(wrapped).encode()).hexdigest()[:16]
+        if found != SOURCES[name]:
+            raise RuntimeError(
+                f"{name} must have the source that it has in maxtext {VERSION} ({SOURCES[name]}), found another ({found})"
+            )
 
 
 def _initialize(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -298,11 +330,11 @@ def _laid_out(init: Callable[[Any], Any], mesh: Any, rules: Any, params: Any) ->
 
     def of(path: Any, one: Any) -> Any:
         owner = owner_of(path, owners)
-        if not _is_variable(one) or owner is None:
+        value = one.get_value() if _is_variable(one) else None
+        if owner is None or not hasattr(value, "shape"):  # a count, or masked
             return one
         shape, named = owner
         assert isinstance(named, NamedSharding)
-        value = one.get_value()
         last = any(getattr(key, "name", None) == "v_col" for key in path)
         sharded = entries(named.spec, len(shape))
         spec = partition(shape, sharded, value.shape, dict(mesh.shape), last)
@@ -344,7 +376,6 @@ def _train_step(original: Any) -> Callable[..., Any]:
         )
         return fused(model, *args)
 
-    train_step.__module__ = __name__
     return train_step
 
 

@@ -228,10 +228,11 @@ def _named(state: Any, owners: dict[Any, tuple[tuple[int, ...], Any]]) -> Any:
 
     def of(path: Any, one: Any) -> Any:
         owner = owner_of(path, owners)
-        if not _is_variable(one) or owner is None or one.get_value().shape == owner[0]:
+        shape = getattr(one.get_value(), "shape", None) if _is_variable(one) else None
+        if owner is None or shape is None or shape == owner[0]:  # a count, or masked
             return one
         metadata = one.get_metadata()
-        names = of_state(path, one.get_value().shape, *owner)
+        names = of_state(path, shape, *owner)
         own = {key: names for key in METADATA if metadata.get(key)}
         return type(one)(one.get_value(), **{**metadata, **own})
 
