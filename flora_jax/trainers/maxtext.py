@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core.spmd import logical_axis_rules
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from flora_jax.chain.flora import ADVISED, KAPPA, flora
 from flora_jax.chain.plan import Plan
@@ -30,9 +30,8 @@ from flora_jax.chain.projection import Projection
 from flora_jax.chain.sketch import without_cycle
 from flora_jax.fused.value_and_grad import value_and_grad
 from flora_jax.rounding import Rounding
-from flora_jax.sharding.partition import entries, partition
 from flora_jax.trainers import nnx as flora_nnx
-from flora_jax.trainers.axis_names import METADATA, STACKS, WIDTH, owner_of, with_axis_names
+from flora_jax.trainers.axis_names import METADATA, STACKS, WIDTH, of_state, owner_of, with_axis_names
 from flora_jax.trainers.schedule import in_micro_steps
 
 VERSION = "0.2.5"
@@ -334,10 +333,7 @@ def _laid_out(init: Callable[[Any], Any], mesh: Any, rules: Any, params: Any) ->
         if owner is None or not hasattr(value, "shape"):  # a count, or masked
             return one
         shape, named = owner
-        assert isinstance(named, NamedSharding)
-        last = any(getattr(key, "name", None) == "v_col" for key in path)
-        sharded = entries(named.spec, len(shape))
-        spec = partition(shape, sharded, value.shape, dict(mesh.shape), last)
+        spec = PartitionSpec(*of_state(path, value.shape, shape, named.spec, mesh))
         left_out = (*METADATA, nnx.PARTITION_NAME, "param_scan_axis")
         metadata = {key: x for key, x in one.get_metadata().items() if key not in left_out}
         return type(one)(value, **metadata, out_sharding=spec)
@@ -445,7 +441,7 @@ def _apply_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
         tx = None if self.optimizer is None else self.optimizer.tx
         if not isinstance(tx, Transformation) or not tx.fused:
             return original(self, grads, **kwargs)
-        flora_nnx.update(self.model, self.optimizer, grads, rounding=tx.rounding)
+        flora_nnx.apply_gradients(self.model, self.optimizer, grads, rounding=tx.rounding)
 
     return apply_gradients
 
