@@ -31,7 +31,14 @@ from flora_jax.chain.sketch import without_cycle
 from flora_jax.fused.value_and_grad import value_and_grad
 from flora_jax.rounding import Rounding
 from flora_jax.trainers import nnx as flora_nnx
-from flora_jax.trainers.axis_names import METADATA, STACKS, WIDTH, of_state, owner_of, with_axis_names
+from flora_jax.trainers.axis_names import (
+    METADATA,
+    STACKS,
+    WIDTH,
+    of_state,
+    owner_of,
+    with_axis_names,
+)
 from flora_jax.trainers.schedule import in_micro_steps
 
 VERSION = "0.2.5"
@@ -232,9 +239,7 @@ def _check_sources() -> None:
 
 def _initialize(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def initialize(
-        argv: Any = None, config_class: Any = types.MaxTextConfig, **kwargs: Any
-    ) -> Any:
+    def initialize(argv: Any = None, config_class: Any = types.MaxTextConfig, **kwargs: Any) -> Any:
         own = FloraConfig if config_class is types.MaxTextConfig else config_class
         config = original(argv, config_class=own, **kwargs)
         if config.opt_type == "flora":
@@ -275,9 +280,7 @@ def _check(config: Any) -> None:
     keys = [*never, *(fused if config.flora_fused else ()), *(accumulated if accumulates else ())]
     for key, instead in keys:
         if value := getattr(config, key):
-            raise ValueError(
-                f"{key} must not be set with opt_type=flora, found {value}; {instead}"
-            )
+            raise ValueError(f"{key} must not be set with opt_type=flora, found {value}; {instead}")
     if config.lora.enable_lora:
         raise ValueError(
             "lora.enable_lora must be false with opt_type=flora, found True; all params are trained"
@@ -420,9 +423,7 @@ def _accumulated(
         (_, (aux, rest)), grads = gradient(params, rest, batch)
         return (jax.tree.map(jnp.add, total, grads), rest), aux
 
-    batches = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0), data
-    )
+    batches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0), data)
     shapes = jax.eval_shape(gradient, params, rest, jax.tree.map(lambda x: x[0], batches))[1]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, rest), aux = jax.lax.scan(micro_step, (zeros, rest), batches)
