@@ -280,7 +280,9 @@ def _check(config: Any) -> None:
     keys = [*never, *(fused if config.flora_fused else ()), *(accumulated if accumulates else ())]
     for key, instead in keys:
         if value := getattr(config, key):
-            raise ValueError(f"{key} must not be set with opt_type=flora, found {value}; {instead}")
+            raise ValueError(
+                f"{key} must not be set with opt_type=flora, found {getattr(value, 'value', value)}; {instead}"
+            )
     if config.lora.enable_lora:
         raise ValueError(
             "lora.enable_lora must be false with opt_type=flora, found True; all params are trained"
@@ -327,8 +329,9 @@ def _laid_out(init: Callable[[Any], Any], mesh: Any, rules: Any, params: Any) ->
     owners = {}
     with logical_axis_rules(rules):
         for path, one in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable):
-            named = sharding.get_nnx_var_named_sharding_with_scan_axis(one, mesh).get_value()
-            owners[path] = (one.get_value().shape, named)
+            if _is_variable(one):
+                named = sharding.get_nnx_var_named_sharding_with_scan_axis(one, mesh).get_value()
+                owners[path] = (one.get_value().shape, named)
 
     def of(path: Any, one: Any) -> Any:
         owner = owner_of(path, owners)
