@@ -269,7 +269,6 @@ def _check(config: Any) -> None:
         ("using_pipeline_parallelism", "take other axes of the mesh"),
         ("compiled_trainstep_file", "let the step compile"),
     )
-    fused = (("quantization", "take flora_fused=false"),)
     accumulated = (
         ("routed_bias", in_steps),
         ("te_moe_block", in_steps),
@@ -277,19 +276,21 @@ def _check(config: Any) -> None:
         ("moe_log_max_load_ratio", in_steps),
         ("log_required_ragged_buffer_factor", in_steps),
     )
-    keys = [*never, *(fused if config.flora_fused else ()), *(accumulated if accumulates else ())]
+    keys = [*never, *(accumulated if accumulates else ())]
     for key, instead in keys:
         if value := getattr(config, key):
             raise ValueError(
                 f"{key} must not be set with opt_type=flora, found {getattr(value, 'value', value)}; {instead}"
             )
+    if config.flora_fused and "fp8" in str(
+        quantization := getattr(config.quantization, "value", config.quantization)
+    ):
+        raise ValueError(
+            f"quantization must not be in fp8 with opt_type=flora, found {quantization}; take flora_fused=false"
+        )
     if config.lora.enable_lora:
         raise ValueError(
             "lora.enable_lora must be false with opt_type=flora, found True; all params are trained"
-        )
-    if config.shard_mode != types.ShardMode.AUTO:
-        raise ValueError(
-            f"shard_mode must be auto with opt_type=flora, found {config.shard_mode.value}"
         )
 
 
@@ -335,7 +336,7 @@ def _laid_out(init: Callable[[Any], Any], mesh: Any, rules: Any, params: Any) ->
 
     def of(path: Any, one: Any) -> Any:
         owner = owner_of(path, owners)
-        value = one.get_value() if _is_variable(one) else None
+        value: Any = one.get_value() if _is_variable(one) else None
         if owner is None or not hasattr(value, "shape"):  # a count, or masked
             return one
         shape, named = owner
@@ -366,7 +367,7 @@ def _train_step(original: Any) -> Callable[..., Any]:
             _value_and_grad,
             optimizer.tx.projection,
             cycle_of(nnx.as_pure(optimizer.opt_state)),
-            params_shardings,
+            params_shardings if config.shard_mode == types.ShardMode.AUTO else None,
         )
         names = {
             **original.__globals__,
@@ -428,7 +429,7 @@ def _accumulated(
 
     batches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0), data)
     shapes = jax.eval_shape(gradient, params, rest, jax.tree.map(lambda x: x[0], batches))[1]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
     (grads, rest), aux = jax.lax.scan(micro_step, (zeros, rest), batches)
     nnx.update(model, rest)
     aux = jax.tree.map(lambda x: jnp.sum(x, 0), aux)
@@ -442,7 +443,7 @@ def _accumulated(
 def _apply_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def apply_gradients(self: Any, grads: Any, **kwargs: Any) -> Any:
-        tx = None if self.optimizer is None else self.optimizer.tx
+        tx = getattr(self.optimizer, "tx", None)
         if not isinstance(tx, Transformation) or not tx.fused:
             return original(self, grads, **kwargs)
         flora_nnx.apply_gradients(self.model, self.optimizer, grads, rounding=tx.rounding)

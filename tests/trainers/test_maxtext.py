@@ -210,7 +210,9 @@ MIXTURE = (
 )
 
 
-@pytest.mark.parametrize("model", [(), MIXTURE], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "model", [(), MIXTURE, ("shard_mode=explicit",)], ids=["dense", "experts", "explicit"]
+)
 def test_gradient_accumulation_steps(model):
     """Each of MaxText's steps is an optimizer step, and a sum of sketches is the sketch of MaxText's own sum."""
     more = (*model, "gradient_accumulation_steps=2", "gradient_clipping_threshold=0", "steps=4")
