@@ -269,6 +269,7 @@ def _check(config: Any) -> None:
         ("using_pipeline_parallelism", "take other axes of the mesh"),
         ("compiled_trainstep_file", "let the step compile"),
     )
+    fused = (("quantization", "take flora_fused=false"),)
     accumulated = (
         ("routed_bias", in_steps),
         ("te_moe_block", in_steps),
@@ -276,18 +277,12 @@ def _check(config: Any) -> None:
         ("moe_log_max_load_ratio", in_steps),
         ("log_required_ragged_buffer_factor", in_steps),
     )
-    keys = [*never, *(accumulated if accumulates else ())]
+    keys = [*never, *(fused if config.flora_fused else ()), *(accumulated if accumulates else ())]
     for key, instead in keys:
         if value := getattr(config, key):
             raise ValueError(
                 f"{key} must not be set with opt_type=flora, found {getattr(value, 'value', value)}; {instead}"
             )
-    if config.flora_fused and "fp8" in str(
-        quantization := getattr(config.quantization, "value", config.quantization)
-    ):
-        raise ValueError(
-            f"quantization must not be in fp8 with opt_type=flora, found {quantization}; take flora_fused=false"
-        )
     if config.lora.enable_lora:
         raise ValueError(
             "lora.enable_lora must be false with opt_type=flora, found True; all params are trained"

@@ -242,10 +242,10 @@ def test_other_optimizers_are_as_before():
             "skip_step_on_spikes must not be set .* flora_skip_nonfinite",
         ),
         (
-            ["quantization=int8"],
-            "quantization must not be set .*, found int8; take flora_fused=false",
+            ["quantization=fp8"],
+            "quantization must not be set .*, found fp8; take flora_fused=false",
         ),
-        (["shard_mode=explicit"], "shard_mode must be auto with opt_type=flora, found explicit"),
+        (["ici_pipeline_parallelism=2"], "using_pipeline_parallelism must not be set"),
         (["trainable_parameters_mask=x"], "trainable_parameters_mask must not be set"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
