@@ -124,9 +124,15 @@ def with_axis_names(
 
         return of
 
+    def select(path: str, shape: tuple[int, ...]) -> bool:
+        if path in known and sum(name not in stacks for name in known[path]) < 2:
+            return False  # a vector for each layer
+        return projection.select is None or projection.select(path, shape)
+
     return dataclasses.replace(
         projection,
         weight_dimension_numbers=of_tree,
+        select=select,
         is_embedding=is_kind(0, projection.is_embedding or names_embedding),
         is_head=is_kind(1, projection.is_head or names_head),
     )

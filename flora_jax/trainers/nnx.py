@@ -244,11 +244,12 @@ def _named(state: Any, owners: dict[Any, tuple[tuple[int, ...], Any]], mesh: Any
 
     def of(path: Any, one: Any) -> Any:
         owner = owner_of(path, owners)
-        if not _is_variable(one) or owner is None or one.get_value().shape == owner[0]:
+        own_shape = getattr(one.get_value(), "shape", None) if _is_variable(one) else None
+        if owner is None or own_shape is None or own_shape == owner[0]:  # a count, or masked
             return one
         metadata = one.get_metadata()
         shape, names = owner
-        names = of_state(path, one.get_value().shape, shape, names, mesh)
+        names = of_state(path, own_shape, shape, names, mesh)
         own = {key: names for key in METADATA if metadata.get(key)}
         return type(one)(one.get_value(), **{**metadata, **own})
 

@@ -108,6 +108,14 @@ def test_maxtexts_layers_learn_as_layers_apart():
     assert jnp.allclose(jnp.moveaxis(one["wi"].data, 1, 0), other["wi"].data, atol=1e-5)
 
 
+def test_scales_of_stacked_layers_are_no_matrices():
+    """A long stack of vectors looks like a matrix to shapes alone."""
+    scale = {"norm": jax.ShapeDtypeStruct((64, 48), jnp.float32)}
+    assert flora_jax.plan(scale, PROJECTION).leaves[0].spec is not None
+    projection = with_axis_names(PROJECTION, {"norm": ("embed", "layers")})
+    assert flora_jax.plan(scale, projection).leaves[0].reason == "not selected"
+
+
 def test_no_names_are_refused():
     with pytest.raises(
         ValueError, match="params must have names of axes, in boxes or in variables"

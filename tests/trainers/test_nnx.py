@@ -206,6 +206,16 @@ def test_names_are_those_of_the_axes_that_are_there():
     ) in found  # the larger side, mlp's, is projected; the rank has its name
 
 
+def test_masked_leaves_of_a_state_have_no_names():
+    """The advised preset has states of some leaves only."""
+    with nnx.use_eager_sharding(False):
+        model = Module(nnx.Rngs(0), names=("embed", "mlp"))
+        optimizer = flora_nnx.Optimizer(model, flora_jax.flora(1e-2, rank=8, preset="advised"))
+    before = params(model)
+    flora_nnx.make_train_step(loss)(model, optimizer, X)
+    assert any((a != b).any() for a, b in zip(before, params(model), strict=True))
+
+
 @pytest.mark.parametrize("plain", ["value_and_grad", "make_train_step"])
 def test_the_plain_functions_name_this_one(plain):
     model = Module(nnx.Rngs(0))
