@@ -1,6 +1,6 @@
 """This command draws the picture of the idea that README and docs show: docs/idea.svg.
 
-    python -m experiments.idea
+python -m experiments.idea
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@ import jax
 import optax
 
 import flora_jax
-from flora_jax.chain import sketched_muon
+from flora_jax.chain import sketched_muon, storage
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.flora import ADVISED, KAPPA
 from flora_jax.chain.leaf_plan import leaf_plans
@@ -43,6 +43,7 @@ def build(
     clipping: float | None = 1.0,
     decay: float = 0.8,
     skip_nonfinite: bool = False,
+    state_dtype: storage.StateDtype = "float32",
     seed: int = 0,
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
     """Gives the transformation of one method, and Flora's projection or None.
@@ -69,6 +70,7 @@ def build(
       clipping: Adafactor's clipping threshold.
       decay: Adafactor's decay rate.
       skip_nonfinite: Whether Flora leaves out micro-steps that are not finite.
+      state_dtype: Dtype of Flora's sketches between micro-steps.
       seed: Seed of Flora's projections.
     """
     base = partial(optax.adafactor, clipping_threshold=clipping, decay_rate=decay)
@@ -134,6 +136,7 @@ def build(
             clipping_threshold=clipping,
             decay_rate=decay,
             skip_nonfinite=skip_nonfinite,
+            state_dtype=state_dtype,
         )
         return chain, projection
     steps = [base(learning_rate)] + ([flora_jax.shrink(projection)] if shrink else [])
@@ -144,6 +147,7 @@ def build(
         momentum=momentum,
         optimizer=optax.chain(*steps),
         skip_nonfinite=skip_nonfinite,
+        state_dtype=state_dtype,
     )
     return chain, projection
 

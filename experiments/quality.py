@@ -24,6 +24,7 @@ import tyro
 import flora_jax
 from experiments import decoder, optimizers, rates, report, text
 from experiments.paper import files
+from flora_jax.chain import storage
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
@@ -43,7 +44,9 @@ ADAFACTOR = {"rates": 0.05, "backward": 0.015}
 """The learning rate of leaves that are not orthogonalized in the studies whose grid is of the others' rate."""
 WIDER = 6
 """The number of rates that a grid may grow by."""
-Study = Literal["orthogonal", "choices", "distributions", "rates", "accumulation", "backward"]
+Study = Literal[
+    "orthogonal", "choices", "distributions", "rates", "accumulation", "backward", "state"
+]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Setting:
     iterations: int = 5
     accumulation: int | None = None
     blocks: int | None = None
+    state_dtype: storage.StateDtype = "float32"
 
     def __str__(self) -> str:
         default = Setting(method=self.method, part=self.part)
@@ -123,7 +127,7 @@ class Config:
     """How many of the study's settings, from the first; None for all."""
     study: Study = "orthogonal"
     """What is varied: the methods at each rank; the `choices` of the advised preset, one by one; the `distributions`;
-    `rates`, a loss for each of a fixed grid; whether there is `accumulation`; or, without it, what is done with exact
+    `rates`, a loss for each of a fixed grid; the dtype of the `state`; whether there is `accumulation`; or, without it, what is done with exact
     gradients, which a step in the `backward` pass has."""
 
 
@@ -171,6 +175,12 @@ def settings(config: Config) -> list[Setting]:
         ]
     if config.study == "rates":
         return ours
+    if config.study == "state":
+        narrow = ("float32", "bfloat16", "int8")
+        return [
+            uncompressed,
+            *(replace(one, state_dtype=dtype) for one in ours for dtype in narrow),
+        ]
     if config.study == "backward":
         exact = Setting("exact", None)
         rows = [

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def take(leaf: Any, axis: int, i: Any) -> Any:
@@ -38,7 +39,7 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
         def body(t, loop):
             arrays, rest = loop
             parts, rest = compute(order(t), arrays, rest)
-            return write(arrays, parts, order(t)), rest
+            return jax.tree.map(_row_major, write(arrays, parts, order(t))), rest
 
         return jax.lax.fori_loop(0, count, body, (arrays, rest))
 
@@ -53,6 +54,11 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
         return write(arrays, parts, order(count - 1)), rest
 
     return jax.lax.platform_dependent(arrays, rest, tpu=at_once, default=later)
+
+
+def _row_major(array: Any) -> Any:
+    """Keeps an array in the layout that it came with; XLA may else take another for the loop, and copy the stack twice."""
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def put(leaf: Any, part: Any, axis: int, i: Any) -> Any:
