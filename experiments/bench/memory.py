@@ -92,9 +92,22 @@ def backward(tx: optax.GradientTransformation, int8: bool = False):
     return build
 
 
-def accumulated(rank: int, dtype: Any):
-    """Builds the transformation that accumulates orthogonalized sketches of every matrix in this dtype."""
-    projection = Projection(rank, distribution="srtt", side="input", resample_every=64 * STEPS)
+def accumulated(rank: int, dtype: Any, embeddings: bool = True):
+    """Builds the transformation that accumulates orthogonalized sketches of every matrix in this dtype.
+
+    Args:
+      rank: The rank.
+      dtype: The dtype of all accumulators.
+      embeddings: Whether embedding and head are compressed too.
+    """
+    projection = Projection(
+        rank,
+        distribution="srtt",
+        side="input",
+        embedding="output" if embeddings else "whole",
+        head="input" if embeddings else "whole",
+        resample_every=64 * STEPS,
+    )
     return flora_jax.flora(
         1e-3, projection=projection, accumulation_steps=STEPS, preset="advised", state_dtype=dtype
     )
@@ -179,10 +192,13 @@ METHODS = {
     "Accumulated, rank 128 in bfloat16, int8 weights": backward(
         accumulated(128, "bfloat16"), int8=True
     ),
-    "Accumulated, rank 512 in bfloat16": backward(accumulated(512, "bfloat16")),
     "Accumulated, rank 512 in int8": backward(accumulated(512, "int8")),
-    "Accumulated, rank 256 in bfloat16": backward(accumulated(256, "bfloat16")),
-    "Accumulated, rank 128 in bfloat16": backward(accumulated(128, "bfloat16")),
+    "Accumulated, rank 512 in int8, embeddings whole": backward(accumulated(512, "int8", False)),
+    "Accumulated, rank 512 in int8, embeddings whole, int8 weights": backward(
+        accumulated(512, "int8", False), int8=True
+    ),
+    "Accumulated, rank 256 in int8": backward(accumulated(256, "int8")),
+    "Accumulated, rank 128 in int8": backward(accumulated(128, "int8")),
     "Adafactor, no accumulation": ordinary(ADAFACTOR),
     "Flora, fused, rank 128": flora(128),
     "Flora, fused, rank 256": flora(256),
@@ -240,7 +256,7 @@ def main(config: Config) -> None:
     for name, build in METHODS.items():
         if config.only not in name:
             continue
-        int8 = "int8" in name
+        int8 = "int8 weights" in name
         program = measure(config, build, "v5e", int8)
         fits = "yes" if program else "no"
         program = program or measure(config, build, "v5p", int8)
