@@ -3,15 +3,18 @@
     python -m experiments.bench.accelerator                        # some ten minutes; it prints as it goes
     python -m experiments.bench.accelerator --shapes LLaMA-1B --methods flora exact
     python -m experiments.bench.accelerator --shapes LLaMA-test --length 64 --rounds 1     # on a CPU, a trial
+    python -m experiments.bench.accelerator --in-turn --shapes LLaMA-60M --batch 2 --length 128 --micro-batches 4
 
 LLaMA in bfloat16, layers under `scan` with remat, from the smallest shape to the largest that a method holds. Each method runs in a
 process of its own, so that its peak is its own, and one that runs out of memory takes nothing else with it. Methods that accumulate do so over
 `micro_batches` micro-batches, and a time is that of them all with their optimizer step; the others take as many optimizer steps on the same tokens.
 FLOPs are those of uncompressed training, six for each weight that is not an embedding and each token, and twelve
 for each layer, each token and each pair of a channel and a token that attention looks at: sketches and LoRA take fewer, so that
-their share says how fast they train, not how busy the chip is. Peak FLOPs are the data sheets', dense, in bfloat16.
+their share says how fast they train, not how busy the chip is. With `--in-turn` all methods run in one process, one optimizer step of each after
+the other, so that what else the machine does meets them all alike: then times are ratios, in float32. Peak FLOPs are the data sheets', dense, in bfloat16.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -104,6 +107,8 @@ class Config:
     """Number of timed optimizer steps, after one that compiles."""
     minutes: float = 10
     """Time after which no further row is begun."""
+    in_turn: bool = False
+    """Time all methods in turn in one process, as ratios to `multisteps`; no peaks."""
     out: Path = Path("runs/accelerator")
     """Folder of the table, its JSON and the plot."""
     row: bool = False
@@ -208,17 +213,17 @@ def _adapted(adapter: Any, loss: Callable) -> Step:
 
 
 def weights(model: Any) -> Any:
-    """Makes random bfloat16 weights on the device, leaf by leaf."""
+    """Makes random weights on the device, leaf by leaf."""
     leaves, structure = jax.tree.flatten(families.outline(model))
 
-    @partial(jax.jit, static_argnums=(1,))
-    def make(key: Any, shape: tuple[int, ...]) -> Any:
-        return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
+    @partial(jax.jit, static_argnums=(1, 2))
+    def make(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        return 0.02 * jax.random.normal(key, shape, dtype)
 
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return jax.tree.unflatten(
         structure,
-        [make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)],
+        [make(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)],
     )
 
 
@@ -276,6 +281,26 @@ def one(config: Config, method: str, name: str) -> dict[str, Any]:
         "share_of_peak": share,
         "seconds_until_timed": ready,
     }
+
+
+def in_turn(config: Config, name: str) -> dict[str, float]:
+    """Gives the seconds of each method for the tokens of an optimizer step, all methods in turn."""
+    shape = dataclasses.replace(SHAPES[name], dtype=jnp.float32)
+    model = families.module(shape)
+    windows = jax.random.randint(
+        jax.random.key(1), (config.batch, config.length + 1), 0, shape.vocabulary
+    )
+    steps = {method: build(config, method, model, windows) for method in config.methods}
+    carries = {method: step.init(weights(model)) for method, step in steps.items()}
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
+    for _ in range(config.rounds + 1):
+        for method, step in steps.items():
+            carry, begun = carries[method], time.perf_counter()
+            for _ in range(config.micro_batches):
+                carry = step.run(carry, windows)
+            carries[method] = jax.block_until_ready(carry)
+            seconds[method].append(time.perf_counter() - begun)
+    return {method: median(each[1:]) for method, each in seconds.items()}
 
 
 def rows(config: Config) -> Iterator[dict[str, Any]]:
@@ -385,6 +410,8 @@ def main(config: Config) -> list[dict[str, Any]]:
     if config.row:
         run_row(config)
         return []
+    if config.in_turn:
+        return _ratios(config)
     console, found = Console(width=120), []
     config.out.mkdir(parents=True, exist_ok=True)
     for row in rows(config):
@@ -406,6 +433,27 @@ def main(config: Config) -> list[dict[str, Any]]:
     if any("error" not in row for row in found):
         plot(found, config.out)
         console.print(f"Table and picture: {config.out}/accelerator.json, .png, .svg")
+    return found
+
+
+def _ratios(config: Config) -> list[dict[str, Any]]:
+    """Prints and keeps the ratios of methods that were timed in turn."""
+    found = []
+    for name in config.shapes:
+        seconds = in_turn(config, name)
+        base = seconds.get("multisteps", next(iter(seconds.values())))
+        found += [
+            {"shape": name, "method": method, "seconds": taken, "ratio": taken / base}
+            for method, taken in seconds.items()
+        ]
+    shown = [
+        (row["shape"], TITLES[row["method"]], f"{row['seconds']:.2f}", f"{row['ratio']:.3f}")
+        for row in found
+    ]
+    title = f"{config.batch} x {config.length} tokens, {config.micro_batches} micro-batches"
+    Console(width=100).print(report.table(title, ["shape", "method", "seconds", "ratio"], shown))
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "in_turn.json").write_text(json.dumps(found, indent=2))
     return found
 
 

@@ -71,3 +71,19 @@ def test_peaks(kind, tera):
 
 def test_of_an_unknown_chip_there_is_no_peak():
     assert accelerator.peak("cpu") is None
+
+
+def test_in_turn(tmp_path):
+    """Ratios are those of the seconds, the first of MultiSteps one."""
+    config = accelerator.Config(
+        shapes=("LLaMA-test",),
+        methods=("multisteps", "lora"),
+        batch=1,
+        length=16,
+        micro_batches=1,
+        rounds=1,
+        in_turn=True,
+        out=tmp_path,
+    )
+    base, other = accelerator.main(config)
+    assert base["ratio"] == 1 and other["ratio"] == other["seconds"] / base["seconds"]
