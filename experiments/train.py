@@ -45,7 +45,7 @@ STORED_BY = "measured before"
 NEXT = """What to do next:
 - the same without compression: python3 -m experiments --optimizer multisteps --out runs/multisteps
 - all settings: .venv/bin/python -m experiments.train --help
-- Flora in a training loop of your own: README.md, "One line changed\""""
+- Flora in a training loop of your own: docs/tutorial.md"""
 FREE = [
     "out",
     "checkpoint",

@@ -1,4 +1,4 @@
-"""The comparison with baselines has its grid, ratios and sentences; README and docs are made from its record.
+"""The comparison with baselines has its grid, ratios and sentences; the docs are made from its record.
 
 Nothing is timed, no baseline of torch and no libtpu is needed.
 """
@@ -102,10 +102,8 @@ def test_the_page_has_every_rate_and_the_share_of_sampling():
     assert "medians of 5 interleaved rounds" in found and "2 cores, 1 for each process" in found
 
 
-def test_readme_and_docs_are_made_from_the_record():
+def test_the_docs_are_made_from_the_record():
     kept = json.loads(page.RECORD.read_text())
-    readme = page.README.read_text()
-    assert page.between(readme, page.short(kept)) == readme
     assert page.full(kept, page.growth_text()) == page.PAGE.read_text()
     assert {"multisteps", "flora"} <= set(kept["time"]["methods"]) & set(kept["loss"]["methods"])
 
@@ -114,11 +112,6 @@ def test_pictures(tmp_path):
     page.picture(record(), tmp_path / "baselines")
     assert "<svg" in (tmp_path / "baselines.svg").read_text()
     assert (tmp_path / "baselines.png").stat().st_size > 1000
-
-
-def test_a_readme_without_marks():
-    with pytest.raises(ValueError, match=r"README.md must have the lines .*, found no no end"):
-        page.between("text", "table")
 
 
 def test_ratios_are_of_the_same_round():

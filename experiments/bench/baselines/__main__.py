@@ -2,7 +2,7 @@
 
     python -m experiments.bench.baselines --out runs/baselines   # some half an hour on two cores
     python -m experiments.bench.baselines --only multisteps flora muon
-    python -m experiments.bench.baselines --write                # also into README.md and docs/
+    python -m experiments.bench.baselines --write                # also into docs/
 
 There are three parts. Each finished piece is a line of `results.jsonl`, so that the same command goes on where it
 stopped. *Time*: each method has a process of its own, and the methods take one micro-step in turn; ratios are to
@@ -61,7 +61,7 @@ class Config:
     note: str = ""
     """A sentence for the record on what else the machine did."""
     write: bool = False
-    """Keep the record in docs/baselines.json, and write the table and pictures of README and docs."""
+    """Keep the record in docs/baselines.json, and write the page and its picture."""
 
     def __post_init__(self):
         for key in self.only:

@@ -1,6 +1,6 @@
 """The table, the sentences and the pictures are made from a kept record; nothing in them is typed.
 
-python -m experiments.bench.baselines.page    # writes README.md, docs/baselines.md and docs/baselines.svg again
+python -m experiments.bench.baselines.page    # writes docs/baselines.md and docs/baselines.svg again
 """
 
 import importlib.metadata
@@ -20,9 +20,7 @@ from experiments.environment import ROOT
 
 RECORD = ROOT / "docs" / "baselines.json"
 GROWTH = ROOT / "docs" / "growth.json"
-README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "baselines.md"
-BEGIN, END = "<!-- baselines: generated -->", "<!-- baselines: end -->"
 MEASURES = {
     "micro": "time in a micro-step",
     "optimizer_step": "time in an optimizer step",
@@ -182,12 +180,6 @@ def conditions(record: dict[str, Any]) -> str:
     return ". ".join(parts) + ".\n"
 
 
-def short(record: dict[str, Any]) -> str:
-    """Gives the part of the README between its marks."""
-    image = "![Time, memory and loss of Flora and its baselines](docs/baselines.svg)\n"
-    return f"{conditions(record)}\n{table(record)}\n{image}\n{verdict(record)}"
-
-
 def full(record: dict[str, Any], growth: str = "") -> str:
     """Gives the page of the docs."""
     told = ", ".join(f"{name} {version}" for name, version in record["machine"]["versions"].items())
@@ -317,21 +309,9 @@ def picture(record: dict[str, Any], stem: Path) -> None:
     records.save_figure(figure, stem)
 
 
-def between(text: str, new: str) -> str:
-    """Gives `text` with what lies between the marks replaced by `new`."""
-    head, found, rest = text.partition(BEGIN)
-    _, ended, tail = rest.partition(END)
-    if not (found and ended):
-        raise ValueError(
-            f"README.md must have the lines {BEGIN} and {END}, found {found or 'no'} {ended or 'no end'}"
-        )
-    return f"{head}{BEGIN}\n{new}{END}{tail}"
-
-
 def write() -> None:
-    """Writes README.md, docs/baselines.md and docs/baselines.svg from the kept records."""
+    """Writes docs/baselines.md and docs/baselines.svg from the kept records."""
     record = json.loads(RECORD.read_text())
-    README.write_text(between(README.read_text(), short(record)))
     PAGE.write_text(full(record, growth_text()))
     picture(record, RECORD.with_suffix(""))
     RECORD.with_suffix(".png").unlink()
