@@ -3,6 +3,7 @@
 flora-jax plan --model LLaMA-7B --chip v5e --rank 128
 flora-jax plan --config path/to/config.json --chip v6e --chips 4 --batch 4 --html plan.html
 flora-jax shapes
+flora-jax --version
 flora-jax finetune MODEL_DIR data.jsonl --out mine
 """
 
@@ -13,20 +14,26 @@ from typing import Any
 
 import jax
 
+from flora_jax import __version__
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-      0; 1 where `plan` was asked about a method that does not fit; 2 for a wrong argument.
+      0; 1 where `plan` was asked about a method that does not fit, 3 where that is too close to call; 2 for a
+      wrong argument.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        print(f"flora-jax {__version__}, jax {jax.__version__}")
+        return 0
     try:
         import flax as flax
         import rich as rich
         import tyro
     except ModuleNotFoundError as error:
         return _missing(error, "cli")
-    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["finetune"]:
             try:

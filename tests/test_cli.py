@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import flora_jax
 from flora_jax import cli
 from flora_jax.memory import compiled, estimate
 from flora_jax.models import config
@@ -17,20 +18,31 @@ def without_a_compiler(monkeypatch):
 
 def test_the_answer(capsys, tmp_path):
     page = tmp_path / "plan.html"
-    assert cli.main(["plan", "--model", "LLaMA-7B", "--chip", "v5e", "--html", str(page)]) == 0
+    given = ["plan", "--model", "llama-7b", "--chip", "V5E", "--rank", "64", "--html", str(page)]
+    assert cli.main(given) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Flora, fused at rank 128 fits" in shown
+    assert "Flora, fused at rank 64 fits: 13.86 of 15.75 GiB, estimated within 10%." in shown
+    assert "Up to rank 104 it surely does." in shown
     assert "does not fit" not in shown
     assert "…" not in shown  # nothing is cut at 80 columns
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-def test_what_does_not_fit_gives_1_and_a_rank_that_does(capsys):
-    assert cli.main(["plan", "--rank", "512"]) == 1
+def test_what_is_too_close_to_call_gives_3(capsys):
+    assert cli.main(["plan"]) == 3
     shown = " ".join(capsys.readouterr().out.split())
-    assert "does not fit" in shown and "rank 320 does." in shown
+    assert "is too close to call: 13.02 to 15.92 of 15.75 GiB. Rank 104 surely fits." in shown
+    assert cli.main(["plan", "--hbm", "55", "--method", "adam"]) == 3
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of 55.00 GiB. --measure yes tells" in shown
+
+
+def test_what_does_not_fit_gives_1_and_a_rank_that_does(capsys):
+    assert cli.main(["plan", "--rank", "1024"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "does not fit" in shown and "Rank 104 does." in shown
     assert cli.main(["plan", "--optimizer", "adam"]) == 1
-    assert "take more chips" in " ".join(capsys.readouterr().out.split())
+    assert "Take more chips" in " ".join(capsys.readouterr().out.split())
 
 
 def test_json_of_a_config(capsys, tmp_path):
@@ -56,7 +68,11 @@ def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
     assert cli.main(["plan", "--html", str(page)]) == 1  # estimated, it fits
     assert asked == [("LLaMA-7B", "Flora, fused", "v5e")]
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Flora, fused at rank 128 does not fit: 16.00 GiB, a chip has 15.75" in shown
+    said = "Flora, fused at rank 128 does not fit: 16.00, as compiled; a chip has 15.75 GiB. Rank "
+    assert said in shown
+    rank = int(shown.split(said)[1].split()[0])
+    assert rank < 128
+    assert f"no {rank}" in shown  # the table's column says the same
     assert "<td>16.00</td>" in page.read_text(encoding="utf-8")
     assert cli.main(["plan", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["methods"]
@@ -67,11 +83,28 @@ def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
     assert [method for _, method, _ in asked] == list(compiled.MEASURED)
     assert capsys.readouterr().out.count("16.00") == 1 + len(compiled.MEASURED)
     asked.clear()
-    assert cli.main(["plan", "--measure", "no"]) == 0
+    assert cli.main(["plan", "--measure", "no"]) == 3
     assert cli.main(["plan", "--chip", "H100-80GB"]) == 0
+    assert cli.main(["plan", "--hbm", "40"]) == 0
     assert asked == []
     assert cli.main(["plan", "--method", "galore", "--measure", "yes"]) == 2
     assert "measure must be auto or no here, found yes: GaLore takes" in capsys.readouterr().err
+
+
+def test_what_no_chip_holds(capsys, monkeypatch):
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(compiled, "measure", lambda setting, method, chip: None)
+    assert cli.main(["plan", "--json"]) == 1
+    row = json.loads(capsys.readouterr().out)["methods"][0]
+    assert row["bounds"] == [row["measured"], None] and row["answer"] == "no"
+    assert cli.main(["plan"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ">95.73" in shown and "does not fit: over 95.73, as compiled" in shown
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"flora-jax {flora_jax.__version__}, jax ")
 
 
 def test_shapes_lists_names(capsys):
@@ -82,7 +115,9 @@ def test_shapes_lists_names(capsys):
 
 def test_wrong_words_give_2_and_a_sentence(capsys):
     assert cli.main(["plan", "--chip", "v9"]) == 2
-    assert "chip must be one of v5e, " in capsys.readouterr().err
+    assert "chip must be one of v4, " in capsys.readouterr().err
+    assert cli.main(["plan", "--chip", "v5e", "--hbm", "8"]) == 2
+    assert "hbm stands in the place of a chip, found both" in capsys.readouterr().err
     assert cli.main(["plan", "--chips", "0"]) == 2
     assert "chips must be at least 1, found 0" in capsys.readouterr().err
 

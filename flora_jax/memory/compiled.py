@@ -17,7 +17,8 @@ from flora_jax.adapters import lora
 from flora_jax.chain.flora import flora
 from flora_jax.chain.plan import plan
 from flora_jax.chain.projection import Projection
-from flora_jax.memory.estimate import CHIPS, GIB, METHODS, Setting, projection_of
+from flora_jax.memory.chips import CHIPS
+from flora_jax.memory.estimate import GIB, METHODS, Setting, projection_of
 from flora_jax.models import families
 from flora_jax.sharding.state import state_shardings
 from flora_jax.update.ordinary_step import ordinary_step
@@ -26,17 +27,23 @@ from flora_jax.update.train_step import make_train_step
 STEPS = 16
 """Micro-steps of an accumulation; what a program takes does not depend on it."""
 TOPOLOGIES = {
+    "v4": ("v4:2x2x1", "v4:2x2x4", "v4:4x4x4", "v4:4x8x8"),
     "v5e": ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
-    "v6e": ("v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16"),
     "v5p": ("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8"),
+    "v6e": ("v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16"),
+    "v7x": ("tpu7x:2x2x1", "tpu7x:2x2x4", "tpu7x:4x4x4", "tpu7x:4x8x8"),
 }
 """Topologies of each chip, the smallest first."""
+LARGEST = "v5p"
+"""The chip for which a step is compiled that the asked one cannot hold."""
 MEASURED = tuple(name for name in METHODS if name != "GaLore")
 """Methods that are compiled. GaLore's singular value decompositions take the compiler longer than anyone waits."""
 
 
-def obstacle(setting: Setting, method: str, chip: str) -> str:
-    """Says why `measure` cannot compile this; the text is empty where it can."""
+def obstacle(setting: Setting, method: str, chip: str | None) -> str:
+    """Says why `measure` cannot compile this; the text is empty where it can. No chip is known by its memory alone."""
+    if chip is None:
+        return "hbm names no chip to compile for"
     if importlib.util.find_spec("libtpu") is None:
         return "the package libtpu is not installed"
     if chip not in TOPOLOGIES:
@@ -68,9 +75,9 @@ def measure(setting: Setting, method: str, chip: str = "v5e") -> int | None:
         raise ValueError(f"method must be one of {'; '.join(MEASURED)}, found {method!r}")
     if (size := _bytes(_lowered(setting, method, _mesh(chip, setting.chips)))) is not None:
         return size
-    if chip == "v5p":
+    if chip == LARGEST:
         return None
-    size = _bytes(_lowered(setting, method, _mesh("v5p", setting.chips)))
+    size = _bytes(_lowered(setting, method, _mesh(LARGEST, setting.chips)))
     return None if size is None else max(size, round(CHIPS[chip] * GIB) + 1)
 
 
@@ -169,13 +176,17 @@ def devices(chip: str, count: int) -> list[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor waits for who compiles beside it
     for name in TOPOLOGIES[chip]:
         if _count(name) >= count:
-            described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            # without it the cores of a v4 chip are two devices, as no one runs them
+            one = {"chip_config_name": "megacore"} if chip == "v4" else {}
+            described = topologies.get_topology_desc(platform="tpu", topology_name=name, **one)
             return list(described.devices[:count])
     raise ValueError(f"chips must be at most those of {TOPOLOGIES[chip][-1]}, found {count}")
 
 
 def _count(topology: str) -> int:
-    return math.prod(map(int, topology.split(":")[1].split("x")))
+    """Returns the devices of a topology."""
+    kind, sides = topology.split(":")
+    return math.prod(map(int, sides.split("x"))) * (2 if kind == "tpu7x" else 1)
 
 
 def _bytes(lowered: Any) -> int | None:

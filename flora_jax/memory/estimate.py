@@ -20,6 +20,7 @@ that were compiled afterwards (Qwen2-0.5B, TinyLlama-1.1B on one and on four chi
 0.5 to 22 GiB. GaLore and GPUs were not among them.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 
 from flora_jax.chain.plan import Plan, plan, tree_bytes
 from flora_jax.chain.projection import Projection
+from flora_jax.memory.chips import CHIPS
 from flora_jax.memory.outline import Outline
 from flora_jax.models.attention import CHUNK
 
@@ -66,17 +68,10 @@ RANKED = METHODS[:4]
 """The methods that have a rank."""
 
 
-CHIPS = {
-    "v5e": 15.75,
-    "v6e": 31.24,
-    "v5p": 95.73,
-    "A100-40GB": 37.0,
-    "A100-80GB": 75.0,
-    "H100-80GB": 75.0,
-    "H200-141GB": 133.0,
-}
-"""GiB that a program may use. TPUs: as their compiler says. GPUs: some 95 % of the memory, to be had by
-`XLA_PYTHON_CLIENT_MEM_FRACTION=0.95`; the parts are calibrated on TPUs alone."""
+ERROR = 0.1
+"""The part of the compiler's figure by which an estimate may be wrong."""
+Answer = Literal["fits", "close", "no"]
+"""Whether a step fits; `close` where the estimate's own error is larger than what is left or missing."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,9 @@ class Estimate:
       rank: The rank; None where the method has none.
       parts: Bytes on each chip at the worst moment, by the names in `PARTS`.
       capacity: The bytes that a program may use.
-      largest_rank: The largest multiple of 8 that fits; None where none does or there is no rank.
+      largest_rank: The largest multiple of 8 that surely fits; None where none does or there is no rank.
       measured: Bytes of all parts as the compiler says (`flora_jax.memory.compiled`); None where it was not asked.
+      beyond: Whether `measured` is what the largest chip has, and the step takes more.
     """
 
     method: str
@@ -98,6 +94,7 @@ class Estimate:
     capacity: int
     largest_rank: int | None = None
     measured: int | None = None
+    beyond: bool = False
 
     @property
     def total(self) -> int:
@@ -110,8 +107,24 @@ class Estimate:
         return self.total if self.measured is None else self.measured
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """Returns the least and the most bytes that the step may take: twice the same where they were measured."""
+        if self.measured is not None:
+            return (self.measured, math.inf if self.beyond else self.measured)
+        return self.total / (1 + ERROR), self.total / (1 - ERROR)
+
+    @property
+    def answer(self) -> Answer:
+        """Returns whether the step fits, as far as the size is known."""
+        least, most = self.bounds
+        if most <= self.capacity:
+            return "fits"
+        return "no" if least > self.capacity or self.beyond else "close"
+
+    @property
     def fits(self) -> bool:
-        return self.size <= self.capacity
+        """Returns whether the step surely fits."""
+        return self.answer == "fits"
 
 
 @dataclass(frozen=True)
@@ -193,27 +206,46 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
 
 
 def estimates(setting: Setting) -> list[Estimate]:
-    """Estimates the bytes of every method, each with the largest rank that fits."""
-    return [
-        Estimate(e.method, e.rank, e.parts, e.capacity, largest_rank(setting, e.method))
-        for e in (estimate(setting, method) for method in METHODS)
-    ]
+    """Estimates the bytes of every method, each with the largest rank that surely fits."""
+    return [with_rank(setting, estimate(setting, method)) for method in METHODS]
 
 
-def largest_rank(setting: Setting, method: str) -> int | None:
-    """Returns the largest multiple of 8 at which a method fits, below every compressed matrix's smaller side.
+def with_rank(setting: Setting, found: Estimate) -> Estimate:
+    """Returns the same with the largest rank that surely fits, from the measured bytes where there are some."""
+    return dataclasses.replace(found, largest_rank=largest_rank(setting, found.method, found))
 
-    It is None where the method has no rank, or does not fit at rank 8.
+
+def largest_rank(setting: Setting, method: str, known: Estimate | None = None) -> int | None:
+    """Returns the largest multiple of 8 at which a method surely fits, below every compressed matrix's smaller side.
+
+    From measured bytes at one rank, those at another are known but for the error of the difference.
+    It is None where the method has no rank, or does not surely fit at rank 8.
+
+    Args:
+      setting: What is trained.
+      method: A name in `METHODS`.
+      known: The method's estimate at the setting's rank, with its measured bytes.
     """
     if method not in RANKED:
         return None
     planned = plan(setting.model.params, projection_of(setting, 8, 1))
     sides = [_smaller(leaf) for leaf in planned.leaves if leaf.spec]
+    measured = None if known is None else known.measured
+
+    def surely(rank: int) -> bool:
+        at = estimate(setting, method, rank)
+        if known is None or measured is None:
+            return at.fits
+        if known.beyond:
+            return at.fits and rank < (known.rank or 0)
+        more = at.total - known.total
+        more = more / (1 - ERROR) if more > 0 else more / (1 + ERROR)
+        return measured + more <= setting.capacity
+
     low, high = 0, (min(sides, default=8) - 1) // 8
     while low < high:
         middle = (low + high + 1) // 2
-        fits = estimate(setting, method, 8 * middle).fits
-        low, high = (middle, high) if fits else (low, middle - 1)
+        low, high = (middle, high) if surely(8 * middle) else (low, middle - 1)
     return 8 * low or None
 
 

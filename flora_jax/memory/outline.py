@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flora_jax.memory import chips
 from flora_jax.models import config, families, t5, vit
 
 
@@ -86,11 +87,12 @@ def outline(shape: Any, name: str = "") -> Outline:
 
 
 def named(name: str, dtype: Any = jnp.bfloat16) -> Outline:
-    """Returns the outline of the model of this name in `flora_jax.models.config.NAMED`.
+    """Returns the outline of the model of this name in `flora_jax.models.config.NAMED`, in any case.
 
     Raises:
       ValueError: There is none.
     """
+    name = chips.find("model", name, config.NAMED)
     return outline(config.named(name, dtype), name)
 
 

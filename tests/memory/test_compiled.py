@@ -133,6 +133,8 @@ def test_obstacles(monkeypatch):
     assert compiled.obstacle(given, FUSED, "v5e") == "the package libtpu is not installed"
     monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: True)
     assert compiled.obstacle(given, FUSED, "v5e") == ""
-    assert "is none of v5e, v6e, v5p" in compiled.obstacle(given, FUSED, "A100-40GB")
+    assert "is none of v4, v5e, v5p, v6e, v7x" in compiled.obstacle(given, FUSED, "A100-40GB")
     assert "1000 chips are more than those of v5e:16x16" in compiled.obstacle(many, FUSED, "v5e")
+    assert "hbm names no chip" in compiled.obstacle(given, FUSED, None)
+    assert compiled.obstacle(setting(256), FUSED, "v7x") == ""  # two devices of each of 128 chips
     assert "GaLore takes the compiler" in compiled.obstacle(given, GALORE, "v5e")

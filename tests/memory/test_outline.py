@@ -51,6 +51,11 @@ def test_stacks_are_subtrees_of_the_params(name, layers, outputs, length):
         assert stack.within(f"{stack.path}/up/kernel") and not stack.within("embed/embedding")
 
 
+def test_names_in_any_case():
+    assert outline.named("llama-7b").name == "LLaMA-7B"
+    assert outline.named("gpt2").name == "GPT-2"
+
+
 def test_a_wrong_name_gets_a_sentence():
     with pytest.raises(ValueError, match=r"model must be one of LLaMA-60M, .*, found 'GPT-9'"):
         outline.named("GPT-9")
