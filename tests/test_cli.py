@@ -32,9 +32,9 @@ def test_what_is_too_close_to_call_gives_3(capsys):
     assert cli.main(["plan"]) == 3
     shown = " ".join(capsys.readouterr().out.split())
     assert "is too close to call: 13.02 to 15.92 of 15.75 GiB. Rank 104 surely fits." in shown
-    assert cli.main(["plan", "--hbm", "55", "--method", "adam"]) == 3
+    assert cli.main(["plan", "--hbm", "80", "--method", "adam"]) == 3
     shown = " ".join(capsys.readouterr().out.split())
-    assert "of 55.00 GiB. --measure yes tells" in shown
+    assert "of 80.00 GiB. The compiler was not asked: hbm names no chip to compile for." in shown
 
 
 def test_what_does_not_fit_gives_1_and_a_rank_that_does(capsys):
@@ -76,7 +76,7 @@ def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
     assert "<td>16.00</td>" in page.read_text(encoding="utf-8")
     assert cli.main(["plan", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["methods"]
-    assert [row["measured"] for row in rows] == [16 * estimate.GIB] + [None] * 5
+    assert [row["measured"] for row in rows] == [16 * estimate.GIB] + [None] * 7
     assert not rows[0]["fits"]
     asked.clear()
     assert cli.main(["plan", "--measure", "all"]) == 1
@@ -100,6 +100,54 @@ def test_what_no_chip_holds(capsys, monkeypatch):
     assert cli.main(["plan"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert ">95.73" in shown and "does not fit: over 95.73, as compiled" in shown
+
+
+def test_what_only_the_compiler_knows(capsys, monkeypatch):
+    assert cli.main(["plan", "--no-remat"]) == 2
+    shown = capsys.readouterr().err
+    assert "remat must be on to be estimated by parts, found off; --measure yes compiles" in shown
+    assert "the package libtpu is not installed" in shown
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: True)
+    remats = []
+
+    def measure(setting, method, chip):
+        remats.append(setting.model.model.shape.remat)
+        return 14 * estimate.GIB
+
+    monkeypatch.setattr(compiled, "measure", measure)
+    assert cli.main(["plan", "--no-remat"]) == 0
+    assert remats == [False]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "flora 128 - 14.00 yes -" in shown and "without remat" in shown
+    assert cli.main(["plan", "--no-remat", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["methods"]
+    assert (row["bytes"], row["measured"]) == (None, 14 * estimate.GIB)
+
+
+def test_settings_of_the_command_arrive(capsys):
+    words = ["plan", "--model", "gpt-2", "--json", "--method", "adam", "--length", "256"]
+    states = []
+    for more in ([], ["--moments", "params"], ["--micro-batches", "4"]):
+        assert cli.main([*words, *more]) == 0
+        rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["methods"]}
+        states.append(rows["Adam"]["parts"]["state"])
+    assert states[0] == 2 * states[1] - 4
+    assert states[2] > states[0]
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_eighty_columns(capsys, monkeypatch, measure):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: measure or None)
+    monkeypatch.setattr(compiled, "measure", lambda setting, method, chip: 2**37)
+    words = ["plan", "--model", "LLaMA-70B", "--chips", "4", "--batch", "4", "--dtype", "float32"]
+    assert cli.main(words) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    rows = [line.split() for line in lines if line.split()[:1] == ["multisteps"]]
+    assert rows and rows[0][-2:] == ["no", "-"]
+    assert "Adam's moments in float32" in " ".join(" ".join(lines).split())
 
 
 def test_version(capsys):

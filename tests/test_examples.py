@@ -160,9 +160,10 @@ def test_every_public_name_of_the_adapters_is_in_the_reference():
 def test_the_planner_s_table():
     lines = []
     for model, method, rank, length, batch, chips, gib in COMPILED:
-        e = estimate.estimate(
-            estimate.Setting(outline.named(model), rank, length, batch, chips), method
+        setting = estimate.Setting(
+            outline.named(model), rank, length, batch, chips, moments="params"
         )
+        e = estimate.estimate(setting, method)
         name = method + (f", rank {rank}" if e.rank else "")
         tokens = f"{batch} x {length} tokens"
         lines.append(

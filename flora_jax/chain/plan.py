@@ -155,7 +155,7 @@ def plan(
         "MultiSteps + Adafactor": tree_bytes(jax.eval_shape(steps.init, params)),
         "Adafactor alone": tree_bytes(jax.eval_shape(adafactor.init, params)),
         "Adam": tree_bytes(jax.eval_shape(optax.adam(1.0).init, params)),
-        "GaLore": 8 + sum(_galore_bytes(leaf) for leaf in leaves),
+        "GaLore": 8 + sum(galore_bytes(leaf) for leaf in leaves),
     }
     sizes = tuple(storage.nbytes(dtype, leaf.data_shape, leaf.data_dtype) for leaf in leaves)
     return Plan(tuple(leaves), sizes, state_bytes)
@@ -168,7 +168,7 @@ def tree_bytes(tree: Any) -> int:
     )
 
 
-def _galore_bytes(leaf: LeafPlan) -> int:
+def galore_bytes(leaf: LeafPlan) -> int:
     """Returns the bytes of a projector and two moments of `optax.contrib.galore` at the plan's rank."""
     itemsize = jnp.dtype(leaf.dtype).itemsize
     if leaf.spec is None:

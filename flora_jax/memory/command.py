@@ -12,15 +12,30 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flora_jax.memory import chips, compiled, estimate, outline, report
+from flora_jax.chain.projection import Embedding, Head, Side
+from flora_jax.memory import chips, compiled, estimate, methods, outline, report
+from flora_jax.memory.methods import GIB, Setting
 from flora_jax.models import config
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Method = Literal["flora", "flora-ordinary", "lora", "galore", "adam", "multisteps"]
-METHODS: dict[str, str] = dict(zip(get_args(Method), estimate.METHODS, strict=True))
-HEADS = ("params", "state", "grads", "sketch", "activ.", "update", "gather", "copies")
+Method = Literal[
+    "flora", "flora-ordinary", "lora", "galore", "exact", "exact-muon", "adam", "multisteps"
+]
+METHODS: dict[str, str] = dict(zip(get_args(Method), methods.METHODS, strict=True))
+COLUMNS = {
+    "params": ("parameters",),
+    "state": ("state",),
+    "grads": ("gradients", "sketches"),
+    "activ.": ("activations",),
+    "other": ("update", "gathered", "copies"),
+}
+"""The columns of the table, and the parts whose sum each is."""
 
 
+SAME = tuple(
+    field.name for field in dataclasses.fields(Setting) if field.name not in ("model", "capacity")
+)
+"""The settings that `Request` has as well."""
 STYLES = {"fits": "green", "close": "yellow", "no": "red"}
 
 
@@ -35,10 +50,17 @@ class Request:
       hbm: GiB that a program may use, in place of a chip; nothing is compiled then.
       chips: The chips over which the weights are sharded, and the batch where they divide it.
       length: Tokens of a sequence.
-      batch: Sequences of a micro-step, over all chips.
+      batch: Sequences of a micro-batch, over all chips.
+      micro_batches: Micro-batches of an optimizer step; by default Flora and MultiSteps accumulate, others do not.
       rank: The rank of Flora, GaLore and LoRA.
       dtype: The dtype of the parameters.
       preset: Flora's variant, as in `flora_jax.flora`.
+      side: The side that Flora projects; by default that of the preset.
+      embedding: What Flora does with embeddings.
+      head: What Flora does with the head.
+      state_dtype: The dtype of Flora's sketches between micro-batches.
+      moments: The dtype of Adam's moments, LoRA's too: float32, or that of what is trained.
+      remat: Whether the backward pass computes each layer again; without it no estimate is made, the step is compiled.
     """
 
     model: str = "LLaMA-7B"
@@ -51,6 +73,13 @@ class Request:
     rank: int = 128
     dtype: Dtype = "bfloat16"
     preset: Literal["paper", "advised"] = "paper"
+    side: Side | None = None
+    embedding: Embedding = "output"
+    head: Head = "input"
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    moments: Literal["float32", "params"] = "float32"
+    micro_batches: int | None = None
+    remat: bool = True
 
     @property
     def device(self) -> str | None:
@@ -65,7 +94,7 @@ class Request:
             raise ValueError(f"hbm stands in the place of a chip, found both: {self.chip!r}")
         return None
 
-    def setting(self) -> estimate.Setting:
+    def setting(self) -> Setting:
         """Returns the same with the model's outline and the chip's bytes.
 
         Raises:
@@ -74,52 +103,72 @@ class Request:
         """
         device = self.device
         dtype = jnp.dtype(self.dtype)
-        found = (
-            outline.read(self.config, dtype) if self.config else outline.named(self.model, dtype)
-        )
+        if self.config:
+            found = outline.read(self.config, dtype, self.remat)
+        else:
+            found = outline.named(self.model, dtype, self.remat)
         hbm = self.hbm if device is None else chips.CHIPS[device]
-        capacity = round((hbm or 0) * estimate.GIB)
-        return estimate.Setting(
-            found, self.rank, self.length, self.batch, self.chips, capacity, self.preset
+        return Setting(
+            model=found,
+            capacity=round((hbm or 0) * GIB),
+            **{name: getattr(self, name) for name in SAME},
         )
 
 
-def table(setting: estimate.Setting, found: list[estimate.Estimate]) -> Any:
-    """Makes a rich table of the methods; the last column is the largest rank that surely fits."""
-    used = [name for name in estimate.PARTS if any(e.parts[name] for e in found)]
-    caption = "GiB on each chip, estimated from figures of the TPU compiler"
-    heads = [head for head, name in zip(HEADS, estimate.PARTS, strict=True) if name in used]
+def table(setting: Setting, found: list[estimate.Estimate]) -> Any:
+    """Makes a rich table of the methods, of 80 columns at most; the last one is the largest rank that surely fits."""
+    used = {
+        head: parts
+        for head, parts in COLUMNS.items()
+        if any(e.parts.get(part) for e in found for part in parts)
+    }
     was = any(e.measured is not None for e in found)
+    caption = (
+        f"GiB on each chip, estimated within {estimate.ERROR:.0%} of the TPU compiler's figures."
+    )
     if was:
-        caption += "; compiled: the compiler's own"
-    heads += ["total", *["compiled"] * was]
-    result = Table(title=report.title(setting), caption=caption, box=box.SIMPLE_HEAD, padding=0)
-    for head in ("method", "rank", *heads, "fits", "most"):
-        result.add_column(
-            head, justify="left" if head == "method" else "right", no_wrap=head != "method"
-        )
+        caption += " Compiled: the compiler's own, for a larger chip where this one cannot hold it."
+    caption += (
+        " Other: the update, layers gathered from chips, and copies for the matrix unit. Most:"
+    )
+    caption += f" the largest rank that surely fits. {report.assumed(setting)}"
+    result = Table(
+        title=report.title(setting),
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    for head in ("method", "rank", *used, "total", *["compiled"] * was, "fits", "most"):
+        result.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
+    names = {label: name for name, label in METHODS.items()}
     for e in found:
-        sizes = (f"{e.parts[name] / estimate.GIB:.2f}" for name in used)
-        largest = str(e.largest_rank or ("none" if e.rank else "-"))
-        totals = [_gib(e.total)]
+        sizes = [sum(e.parts.get(part, 0) for part in parts) for parts in used.values()]
+        totals = [_gib(e.total) if e.parts else "-"]
         if was:
             over = ">" if e.beyond else ""
             totals.append("-" if e.measured is None else over + _gib(e.measured))
         style = STYLES[e.answer]
         result.add_row(
-            e.method,
+            names[e.method],
             str(e.rank or "-"),
-            *sizes,
+            *(_gib(size) if size else "-" for size in sizes),
             *(f"[{style}]{total}[/]" for total in totals),
             f"[{style}]{report.ANSWERS[e.answer]}[/]",
-            largest,
+            str(e.largest_rank or ("none" if e.rank and e.parts else "-")),
         )
     return result
 
 
-def advice(setting: estimate.Setting, chosen: estimate.Estimate) -> str:
-    """Says whether one method fits and what to do about it, in two sentences at most."""
-    capacity, size = f"{setting.capacity / estimate.GIB:.2f} GiB", _gib(chosen.size)
+def advice(setting: Setting, chosen: estimate.Estimate, obstacle: str = "") -> str:
+    """Says whether one method fits and what to do about it, in two sentences at most.
+
+    Args:
+      setting: What is trained.
+      chosen: The method's estimate.
+      obstacle: Why the compiler cannot be asked; empty where it can.
+    """
+    capacity, size = f"{setting.capacity / GIB:.2f} GiB", _gib(chosen.size)
     name = chosen.method + (f" at rank {chosen.rank}" if chosen.rank else "")
     more = f"over {size}" if chosen.beyond else size
     how = "as compiled" if chosen.measured is not None else f"estimated within {estimate.ERROR:.0%}"
@@ -130,7 +179,7 @@ def advice(setting: estimate.Setting, chosen: estimate.Estimate) -> str:
     if chosen.answer == "close":
         least, most = map(_gib, chosen.bounds)
         text = f"{name} is too close to call: {least} to {most} of {capacity}."
-        tip = "--measure yes tells, where libtpu is installed (pip install libtpu)."
+        tip = f"The compiler was not asked: {obstacle}." if obstacle else "--measure yes tells."
         return f"{text} " + (f"Rank {largest} surely fits." if largest else tip)
     text = f"{name} does not fit: {more}, {how}; a chip has {capacity}."
     if largest:
@@ -139,7 +188,8 @@ def advice(setting: estimate.Setting, chosen: estimate.Estimate) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / estimate.GIB:.2f}"
+    gib = size / GIB
+    return f"{gib:.2f}" if gib < 99.995 else f"{gib:.1f}"
 
 
 def plan(
@@ -164,32 +214,38 @@ def plan(
       0 where the method fits, 1 where it does not, 3 where that is too close to call.
     """
     setting = request.setting()
-    found = estimate.estimates(setting)
     asked = METHODS[method]
     device = request.device
     obstacle = compiled.obstacle(setting, asked, device)
     if measure in ("yes", "all") and obstacle:
         raise ValueError(f"measure must be auto or no here, found {measure}: {obstacle}")
     names = compiled.MEASURED if measure == "all" else (asked,)
+    if device is None or measure == "no" or obstacle:
+        names = ()
+    if reason := estimate.unknown(setting):
+        if not names:
+            raise ValueError(f"{reason}, but {obstacle or 'measure is no'}")
+        rank = {name: setting.rank if name in methods.RANKED else None for name in names}
+        found = [estimate.Estimate(name, rank[name], {}, setting.capacity) for name in names]
+    else:
+        found = estimate.estimates(setting)
     for name in names:
-        if device is None or measure == "no" or obstacle:
-            break
         print(f"Compiling {name} (--measure no leaves it out) ...", file=sys.stderr)
-        size = compiled.measure(setting, name, device)
-        place = estimate.METHODS.index(name)
+        size = compiled.measure(setting, name, device or "")
+        place = [e.method for e in found].index(name)
         beyond = size is None
-        least = max(setting.capacity, round(chips.CHIPS[compiled.LARGEST] * estimate.GIB)) + 1
+        least = max(setting.capacity, round(chips.CHIPS[compiled.LARGEST] * GIB)) + 1
         known = dataclasses.replace(found[place], measured=size or least, beyond=beyond)
-        found[place] = estimate.with_rank(setting, known)
+        found[place] = estimate.with_rank(setting, known) if known.parts else known
     if html:
         html.write_text(report.to_html(setting, found), encoding="utf-8")
-    chosen = found[estimate.METHODS.index(asked)]
+    chosen = next(e for e in found if e.method == asked)
     if json:
         print(report.to_json(setting, found))
     else:
         console = Console()
         console.print(table(setting, found))
-        console.print(advice(setting, chosen), highlight=False)
+        console.print(advice(setting, chosen, obstacle), highlight=False)
     return {"fits": 0, "no": 1, "close": 3}[chosen.answer]
 
 

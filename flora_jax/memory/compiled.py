@@ -5,7 +5,6 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,19 +12,24 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flora_jax.adapters import lora
-from flora_jax.chain.flora import flora
 from flora_jax.chain.plan import plan
 from flora_jax.chain.projection import Projection
 from flora_jax.memory.chips import CHIPS
-from flora_jax.memory.estimate import GIB, METHODS, Setting, projection_of
+from flora_jax.memory.methods import (
+    EXACT,
+    GIB,
+    METHODS,
+    Setting,
+    adapter_of,
+    adapter_params,
+    projection_of,
+    transformation,
+)
 from flora_jax.models import families
 from flora_jax.sharding.state import state_shardings
 from flora_jax.update.ordinary_step import ordinary_step
 from flora_jax.update.train_step import make_train_step
 
-STEPS = 16
-"""Micro-steps of an accumulation; what a program takes does not depend on it."""
 TOPOLOGIES = {
     "v4": ("v4:2x2x1", "v4:2x2x4", "v4:4x4x4", "v4:4x8x8"),
     "v5e": ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
@@ -87,17 +91,20 @@ def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
     if setting.chips > 1 and setting.batch % setting.chips == 0:
         batched = NamedSharding(mesh, PartitionSpec("chips"))
         model = families.module(dataclasses.replace(model.shape, sharded=("chips",)))
-    projection = projection_of(setting, setting.rank, STEPS)
+    projection = projection_of(setting, setting.rank, setting.steps(method))
     weights = _sharded(setting.model.params, projection, mesh)
     batch = families.batch(model, setting.batch, setting.length)
     batch = jax.tree.map(lambda x: _placed(x, batched), batch)
-    step, tx, params = _step(method, families.loss(model), weights, projection, setting)
-    shapes = jax.eval_shape(tx.init, params)
-    shardings = (
-        state_shardings(tx, params)
-        if setting.chips > 1
-        else jax.tree.map(lambda _: everywhere, shapes)
+    step, init, tx, params = _step(
+        method, families.loss(model), weights, projection, setting, batch
     )
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(init, params)
+    shardings = jax.tree.map(lambda _: everywhere, shapes)
+    if setting.chips > 1 and method not in EXACT:
+        shardings = state_shardings(tx, params)
+    elif setting.chips > 1:
+        shardings = jax.tree.map(lambda x: _largest(x.shape, mesh), shapes)
     state = jax.tree.map(_placed, shapes, shardings)
     frozen = () if params is weights else (weights,)
     with jax.set_mesh(mesh):
@@ -105,36 +112,27 @@ def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
 
 
 def _step(
-    method: str, loss: Callable, params: Any, projection: Projection, setting: Setting
-) -> tuple[Any, optax.GradientTransformation, Any]:
-    """Returns the compiled step, its transformation, and what is trained.
+    method: str, loss: Callable, params: Any, projection: Projection, setting: Setting, batch: Any
+) -> tuple[Any, Any, optax.GradientTransformation, Any]:
+    """Returns the compiled step, the function that makes its state, its transformation, and what is trained.
 
     Where that is an adapter, the weights are the first part of the step's batch.
     """
-    if method.startswith("Flora"):
-        tx = flora(1e-3, projection=projection, accumulation_steps=STEPS, preset=setting.preset)
-        if method == "Flora, fused":
-            return make_train_step(loss, tx, projection), tx, params
-        return ordinary_step(loss, tx), tx, params
-    if method == "LoRA + Adam":
-        stacks = setting.model.stacks
-        sides = Projection(
-            setting.rank,
-            side="input",
-            select=lambda path, _: any(stack.within(path) for stack in stacks),
-        )
-        adapter, tx = lora(sides), optax.adam(1e-3)
-        own = jax.eval_shape(partial(adapter.init, jax.random.key(0)), params)
-        mesh = jax.tree.leaves(params)[0].sharding.mesh
-        own = jax.tree.map(lambda x: _placed(x, _largest(x.shape, mesh)), own)
-        adapted = adapter.apply(loss)
-        step = ordinary_step(lambda own, frozen, *batch: adapted(frozen, own, *batch), tx)
-        return step, tx, own
-    if method == "Adam":
-        tx = optax.adam(1e-3)
-    else:
-        tx = optax.MultiSteps(optax.adafactor(1e-3), STEPS).gradient_transformation()
-    return ordinary_step(loss, tx), tx, params
+    tx = transformation(setting, method, setting.rank)
+    if method == "Flora, fused":
+        return make_train_step(loss, tx, projection), tx.init, tx, params
+    if method in EXACT:
+        step = make_train_step(loss, tx, update="backward")
+        return step, lambda params: step.init(params, *batch), tx, params
+    if method != "LoRA + Adam":
+        return ordinary_step(loss, tx), tx.init, tx, params
+    adapter = adapter_of(setting.model, setting.rank)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    own = adapter_params(setting.model, setting.rank)
+    own = jax.tree.map(lambda x: _placed(x, _largest(x.shape, mesh)), own)
+    adapted = adapter.apply(loss)
+    step = ordinary_step(lambda own, frozen, *batch: adapted(frozen, own, *batch), tx)
+    return step, tx.init, tx, own
 
 
 def _sharded(params: Any, projection: Projection, mesh: Mesh) -> Any:

@@ -29,14 +29,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from flora_jax.chain.plan import Plan, plan, tree_bytes
-from flora_jax.chain.projection import Projection
-from flora_jax.memory.chips import CHIPS
+from flora_jax.chain import storage
+from flora_jax.chain.leaf_plan import leaf_plans
+from flora_jax.chain.plan import tree_bytes
+from flora_jax.memory.chips import CHIPS as CHIPS
+from flora_jax.memory.methods import (
+    EXACT,
+    METHODS,
+    RANKED,
+    Setting,
+    adapter_params,
+    outside,
+    projection_of,
+    state_bytes,
+)
+from flora_jax.memory.methods import GIB as GIB
 from flora_jax.memory.outline import Outline
 from flora_jax.models.attention import CHUNK
-
-GIB = 2**30
-
 
 VMEM = 100 * 2**20
 """Bytes of a TPU core's vector memory in which the compiler keeps a large array."""
@@ -54,20 +63,6 @@ PARTS = (
 )
 
 
-METHODS = (
-    "Flora, fused",
-    "Flora, ordinary gradients",
-    "LoRA + Adam",
-    "GaLore",
-    "Adam",
-    "MultiSteps + Adafactor",
-)
-
-
-RANKED = METHODS[:4]
-"""The methods that have a rank."""
-
-
 ERROR = 0.1
 """The part of the compiler's figure by which an estimate may be wrong."""
 Answer = Literal["fits", "close", "no"]
@@ -81,7 +76,7 @@ class Estimate:
     Attributes:
       method: A name in `METHODS`.
       rank: The rank; None where the method has none.
-      parts: Bytes on each chip at the worst moment, by the names in `PARTS`.
+      parts: Bytes on each chip at the worst moment, by the names in `PARTS`; empty where no estimate can be made.
       capacity: The bytes that a program may use.
       largest_rank: The largest multiple of 8 that surely fits; None where none does or there is no rank.
       measured: Bytes of all parts as the compiler says (`flora_jax.memory.compiled`); None where it was not asked.
@@ -127,48 +122,6 @@ class Estimate:
         return self.answer == "fits"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Says what is to be trained, and on what.
-
-    Attributes:
-      model: The model.
-      rank: The rank of Flora, GaLore and LoRA.
-      length: The tokens of a sequence.
-      batch: The sequences of a micro-step, over all chips.
-      chips: The chips over which every weight is sharded evenly, and the batch where they divide it.
-      capacity: The bytes of a chip that a program may use.
-      preset: Flora's variant, as in `flora_jax.flora`.
-
-    Raises:
-      ValueError: A number is below 1.
-    """
-
-    model: Outline
-    rank: int = 128
-    length: int = 2048
-    batch: int = 1
-    chips: int = 1
-    capacity: int = round(CHIPS["v5e"] * GIB)
-    preset: Literal["paper", "advised"] = "paper"
-
-    def __post_init__(self):
-        for name in ("rank", "length", "batch", "chips", "capacity"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-
-
-def projection_of(setting: Setting, rank: int, steps: int) -> Projection:
-    """Returns Flora's projection at a rank, for cycles of so many micro-steps."""
-    advised = setting.preset == "advised"
-    return Projection(
-        rank,
-        distribution="srtt" if advised else "srht",
-        side="input" if advised else "larger",
-        resample_every=steps,
-    )
-
-
 def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate:
     """Estimates the bytes of one method.
 
@@ -183,16 +136,20 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
     if method not in METHODS:
         raise ValueError(f"method must be one of {'; '.join(METHODS)}, found {method!r}")
     rank = (rank or setting.rank) if method in RANKED else None
-    projection = projection_of(setting, rank or setting.rank, 2)
-    planned = plan(setting.model.params, projection, accumulation_steps=2, preset=setting.preset)
-    held = _held(setting.model, planned, method, rank)
-    gathered = _gathered(setting, gradients=method not in ("Flora, fused", "LoRA + Adam"))
-    activations = max(0, _activations(setting) - _late(setting, planned, method) // setting.chips)
+    if reason := unknown(setting):
+        raise ValueError(reason)
+    sizes = _gradients(setting, method, rank)
+    held = _held(setting, method, rank, sizes)
+    gathered = _gathered(setting, gradients=method not in ("Flora, fused", "LoRA + Adam", *EXACT))
+    late = 0 if method in EXACT else _late(setting, sizes, method) // setting.chips
+    activations = max(0, _activations(setting) - late)
     copies = 0
     if jax.tree.leaves(setting.model.params)[0].dtype == jnp.float32:
         copies = tree_bytes(setting.model.params) // 2 // setting.chips
     update = 0
-    if method not in ("Flora, fused", "LoRA + Adam"):
+    if method == "Exact Muon, no state":
+        update = _orthogonalized(setting.model) // setting.chips
+    elif method not in ("Flora, fused", "LoRA + Adam", *EXACT):
         largest = max(tree_bytes(leaf) for leaf in jax.tree.leaves(setting.model.params))
         update = max(0, largest // setting.chips - activations - gathered - copies)
     parts = {name: math.ceil(size / setting.chips) for name, size in held.items()}
@@ -203,6 +160,17 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
         "copies": copies,
     }
     return Estimate(method, rank, {name: parts.get(name, 0) for name in PARTS}, setting.capacity)
+
+
+def unknown(setting: Setting) -> str:
+    """Says why no estimate can be made by parts; the text is empty where one can."""
+    shape = setting.model.model.shape
+    if not getattr(shape, "remat", True):
+        return "remat must be on to be estimated by parts, found off; --measure yes compiles it"
+    if getattr(shape, "experts", None):
+        kind = shape.model_type
+        return f"model must have no experts to be estimated by parts, found a {kind}; --measure yes compiles it"
+    return ""
 
 
 def estimates(setting: Setting) -> list[Estimate]:
@@ -228,8 +196,8 @@ def largest_rank(setting: Setting, method: str, known: Estimate | None = None) -
     """
     if method not in RANKED:
         return None
-    planned = plan(setting.model.params, projection_of(setting, 8, 1))
-    sides = [_smaller(leaf) for leaf in planned.leaves if leaf.spec]
+    leaves = leaf_plans(setting.model.params, projection_of(setting, 8, 1))
+    sides = [_smaller(leaf) for leaf in leaves if leaf.spec]
     measured = None if known is None else known.measured
 
     def surely(rank: int) -> bool:
@@ -254,31 +222,65 @@ def _smaller(leaf: Any) -> int:
     return min(leaf.spec.size, math.prod(leaf.shape) // batch // leaf.spec.size)
 
 
-def _held(model: Outline, planned: Plan, method: str, rank: int | None) -> dict[str, int]:
+def _held(
+    setting: Setting, method: str, rank: int | None, sizes: Mapping[str, int]
+) -> dict[str, int]:
     """Returns bytes of parameters, state, gradients and sketches, on all chips together."""
-    params = tree_bytes(model.params)
+    model, params = setting.model, tree_bytes(setting.model.params)
+    state = state_bytes(setting, method, rank or setting.rank)
     if method == "LoRA + Adam":
-        factors = [_factors(leaf, rank or 0) for leaf in _in_stacks(model)]
-        gradients = max(sum(sizes) for sizes in factors)
-        own = sum(map(sum, factors))
-        return {"parameters": params + own, "state": 2 * own, "gradients": gradients}
-    fused = method == "Flora, fused"
-    state = "Flora" if method.startswith("Flora") else method
-    largest = _largest_stack(model, _gradients(planned, method))
+        own = adapter_params(model, rank or 0)
+        return {
+            "parameters": params + tree_bytes(own),
+            "state": state,
+            "gradients": _largest_stack(model, _by_path(own)),
+        }
+    largest = _at_a_time(model) if method in EXACT else _largest_stack(model, sizes)
     return {
         "parameters": params,
-        "state": planned.state_bytes[state],
-        "sketches" if fused else "gradients": largest,
+        "state": state,
+        "sketches" if method == "Flora, fused" else "gradients": largest,
     }
 
 
-def _gradients(planned: Plan, method: str) -> dict[str, int]:
+def _gradients(setting: Setting, method: str, rank: int | None) -> dict[str, int]:
     """Returns the bytes of each leaf's gradient, or of its sketch, by path."""
-    if method == "Flora, fused":
-        sizes = planned.sketch_bytes
-    else:
-        sizes = [math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in planned.leaves]
-    return {leaf.path: size for leaf, size in zip(planned.leaves, sizes, strict=True)}
+    params = setting.model.params
+    if method != "Flora, fused":
+        return _by_path(params)
+    return {
+        leaf.path: storage.nbytes("float32", leaf.data_shape, leaf.data_dtype)
+        for leaf in leaf_plans(params, projection_of(setting, rank or setting.rank, 1))
+    }
+
+
+def _by_path(tree: Any) -> dict[str, int]:
+    """Returns the bytes of each leaf."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(key.key) for key in path): tree_bytes(leaf) for path, leaf in flat}
+
+
+def _at_a_time(model: Outline) -> int:
+    """Returns the bytes of gradients that are there together where each is gone as soon as its weight is updated.
+
+    They are those of a layer, and of an embedding that is the head too, which is used last; another head's is gone before
+    the layers'.
+    """
+    layer = max(tree_bytes(model.layers(stack)) // stack.layers for stack in model.stacks)
+    others = tree_bytes(outside(model))
+    if "head" not in model.params:
+        return layer + others
+    return max(layer, tree_bytes(model.params["head"]))
+
+
+def _orthogonalized(model: Outline) -> int:
+    """Returns the bytes of two float32 arrays as large as the largest matrix of a layer."""
+    return 8 * max(
+        math.prod(leaf.shape[-2:])
+        for stack in model.stacks
+        for leaf in jax.tree.leaves(model.layers(stack))
+        if len(leaf.shape) > 2
+    )
 
 
 def _largest_stack(model: Outline, sizes: Mapping[str, int]) -> int:
@@ -287,21 +289,6 @@ def _largest_stack(model: Outline, sizes: Mapping[str, int]) -> int:
         sum(size for path, size in sizes.items() if stack.within(path)) for stack in model.stacks
     ]
     return max(stacks) + sum(sizes.values()) - sum(stacks)
-
-
-def _in_stacks(model: Outline) -> list[list[Any]]:
-    """Returns the kernels of each stack."""
-    return [
-        [leaf for leaf in jax.tree.leaves(model.layers(stack)) if len(leaf.shape) == 3]
-        for stack in model.stacks
-    ]
-
-
-def _factors(kernels: list[Any], rank: int) -> list[int]:
-    """Returns the bytes of LoRA's two factors on each stacked kernel."""
-    return [
-        x.shape[0] * rank * (x.shape[1] + x.shape[2]) * jnp.dtype(x.dtype).itemsize for x in kernels
-    ]
 
 
 def _activations(setting: Setting) -> int:
@@ -324,11 +311,11 @@ def _activations(setting: Setting) -> int:
     return saved + max(loss, *layers)
 
 
-def _late(setting: Setting, planned: Plan, method: str) -> int:
+def _late(setting: Setting, sizes: Mapping[str, int], method: str) -> int:
     """Returns the bytes of the gradient that is there only when the activations are gone: an embedding's."""
     if "head" not in setting.model.params or method == "LoRA + Adam":
         return 0
-    return _gradients(planned, method).get("embed/embedding", 0)
+    return sizes.get("embed/embedding", 0)
 
 
 def _gathered(setting: Setting, gradients: bool) -> int:

@@ -1,5 +1,6 @@
 """Outline: what a plan needs to know of a model, the shapes of its params and its stacks of layers."""
 
+import dataclasses
 from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
@@ -86,21 +87,44 @@ def outline(shape: Any, name: str = "") -> Outline:
     )
 
 
-def named(name: str, dtype: Any = jnp.bfloat16) -> Outline:
+def named(name: str, dtype: Any = jnp.bfloat16, remat: bool = True) -> Outline:
     """Returns the outline of the model of this name in `flora_jax.models.config.NAMED`, in any case.
+
+    Args:
+      name: The name.
+      dtype: The dtype of parameters and activations.
+      remat: Whether the backward pass computes each layer again.
 
     Raises:
       ValueError: There is none.
     """
     name = chips.find("model", name, config.NAMED)
-    return outline(config.named(name, dtype), name)
+    return outline(dataclasses.replace(config.named(name, dtype), remat=remat), name)
 
 
-def read(file: str | Path, dtype: Any = jnp.bfloat16) -> Outline:
+QUANTIZED = ("quantization_config", "quantization", "compression_config")
+"""Entries of a `config.json` that say that the weights are not what their dtype says."""
+
+
+def read(file: str | Path, dtype: Any = jnp.bfloat16, remat: bool = True) -> Outline:
     """Returns the outline of the model of a `config.json`, or of a folder with one.
 
+    Args:
+      file: The file or its folder.
+      dtype: The dtype of parameters and activations.
+      remat: Whether the backward pass computes each layer again.
+
     Raises:
-      ValueError: There is no such file, or it asks for what the models here have not.
+      ValueError: There is no such file, its weights are quantized, or it asks for what the models here have not.
     """
     found = config.read(file)
-    return outline(config.shape_of(found, dtype), found.get("_name_or_path") or str(file))
+    for name in QUANTIZED:
+        if entry := found.get(name):
+            kind = entry.get("quant_method") if isinstance(entry, dict) else None
+            bits = entry.get("bits") if isinstance(entry, dict) else None
+            kind = kind or (f"{bits} bits" if bits else name)
+            raise ValueError(
+                f"config {str(file)!r} must be of unquantized weights, which are those that can be trained, found {kind}"
+            )
+    shape = dataclasses.replace(config.shape_of(found, dtype), remat=remat)
+    return outline(shape, found.get("_name_or_path") or str(file))

@@ -6,8 +6,10 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from flora_jax.memory.estimate import ERROR, GIB, PARTS, Estimate, Setting
+from flora_jax.memory.estimate import ERROR, PARTS, Estimate
+from flora_jax.memory.methods import GIB, Setting
 from flora_jax.models.attention import CHUNK
 
 
@@ -15,6 +17,7 @@ def as_dict(setting: Setting, found: list[Estimate]) -> dict[str, Any]:
     """Returns setting and estimates as plain data, ready for JSON; sizes are bytes on each chip."""
     return {
         "model": setting.model.name,
+        "assumed": assumed(setting),
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(setting.model.params)),
         "length": setting.model.length or setting.length,
         "batch": setting.batch,
@@ -26,7 +29,7 @@ def as_dict(setting: Setting, found: list[Estimate]) -> dict[str, Any]:
                 "rank": e.rank,
                 "answer": e.answer,
                 "fits": e.fits,
-                "bytes": e.total,
+                "bytes": e.total if e.parts else None,
                 "measured": e.measured,
                 "bounds": [None if math.isinf(size) else round(size) for size in e.bounds],
                 "parts": dict(e.parts),
@@ -67,11 +70,39 @@ COLOURS = {
 }
 
 
+def assumed(setting: Setting) -> str:
+    """Says in a few sentences what the step is, and what the figures mean."""
+    kind = jnp.dtype(jax.tree.leaves(setting.model.params)[0].dtype).name
+    shape = setting.model.model.shape
+    steps = setting.micro_batches
+    how = (
+        "Flora and MultiSteps accumulate, the others do not"
+        if steps is None
+        else "no accumulation"
+        if steps == 1
+        else f"{steps} micro-batches accumulated, but by exact gradients"
+    )
+    moments = "float32" if setting.moments == "float32" else kind
+    remat = "with remat" if getattr(shape, "remat", True) else "without remat"
+    spread = ""
+    if setting.chips > 1:
+        split = setting.batch % setting.chips == 0
+        spread = "; weights sharded over all chips, " + (
+            "as is the batch" if split else "the batch on each"
+        )
+    return (
+        f"Assumed: weights, gradients and LoRA's factors in {kind}, Adam's moments in {moments}, Flora's {setting.preset} "
+        f"preset with {setting.state_dtype} sketches; {how}; layers under scan {remat}, attention and loss {CHUNK} tokens at "
+        f"a time{spread}. Sizes are those of the worst moment: gradients (or sketches) are those that exist together, and "
+        "the update is what it takes beyond activations, which are gone by then, so that it is often none."
+    )
+
+
 def to_svg(setting: Setting, found: list[Estimate]) -> str:
     """Draws a bar for each method, of its parts, and a line where the chip is full."""
     left, right, top, row, bar = 210, 90, 46, 34, 22
     width = 900
-    most = max(setting.capacity, *(e.total for e in found))
+    most = max(setting.capacity, *(e.size for e in found))
     height = top + row * len(found) + 34
 
     def x(size: float) -> float:
@@ -85,7 +116,7 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
     ]
     place = left
     for name in PARTS:
-        if any(e.parts[name] for e in found):
+        if any(e.parts.get(name) for e in found):
             lines.append(
                 f'<rect x="{place}" y="12" width="12" height="12" fill="{COLOURS[name]}"/>'
                 f'<text x="{place + 17}" y="22.5" fill="#222">{name}</text>'
@@ -100,7 +131,7 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
         )
         start = 0
         for part in PARTS:
-            size = e.parts[part]
+            size = e.parts.get(part, 0)
             if size:
                 lines.append(
                     f'<rect x="{x(start):.1f}" y="{y}" width="{x(start + size) - x(start):.1f}" '
@@ -108,6 +139,7 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
                     "</title></rect>"
                 )
             start += size
+        start = start or e.size  # of a step without parts
         weight = "bold" if e.fits else "normal"
         labels.append(
             f'<rect x="{x(start) + 4:.1f}" y="{y + 2}" width="76" height="18" fill="#ffffff"/>'
@@ -128,14 +160,18 @@ def to_svg(setting: Setting, found: list[Estimate]) -> str:
 
 def to_html(setting: Setting, found: list[Estimate]) -> str:
     """Writes one page with the picture and the table; it loads nothing from elsewhere."""
-    used = [name for name in PARTS if any(e.parts[name] for e in found)]
+    used = [name for name in PARTS if any(e.parts.get(name) for e in found)]
     compiled = any(e.measured is not None for e in found)
     heads = ["method", "rank", *used, "total, GiB", *["compiled, GiB"] * compiled]
     heads += ["fits", "largest rank that surely fits"]
     rows = []
     for e in found:
-        cells = [e.method, str(e.rank or "–"), *(f"{e.parts[name] / GIB:.2f}" for name in used)]
-        cells.append(f"{e.total / GIB:.2f}")
+        cells = [
+            e.method,
+            str(e.rank or "–"),
+            *(f"{e.parts.get(name, 0) / GIB:.2f}" for name in used),
+        ]
+        cells.append(f"{e.total / GIB:.2f}" if e.parts else "–")
         if compiled:
             over = ">" if e.beyond else ""
             cells.append("–" if e.measured is None else f"{over}{e.measured / GIB:.2f}")
@@ -169,8 +205,7 @@ th:first-child, td:first-child {{ text-align: left; }}
 </tbody>
 </table>
 <p>An estimate, GiB on each chip, of one compiled training step, within {ERROR:.0%} of the TPU compiler's figure; close: within its own
-error of what the chip has. Layers under <code>scan</code> with
-remat, attention and loss {CHUNK} tokens at a time. Made by <code>flora-jax plan</code>.</p>
+error of what the chip has. {html.escape(assumed(setting))} Made by <code>flora-jax plan</code>.</p>
 </body>
 </html>
 """

@@ -1,5 +1,7 @@
 """What is compiled for a plan. Without libtpu the chips' place is taken by devices of this machine."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,10 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from flora_jax.chain.plan import tree_bytes
-from flora_jax.memory import compiled, estimate, outline
+from flora_jax.memory import compiled, estimate, methods, outline
 from flora_jax.models import config
 
-FUSED, ORDINARY, LORA, GALORE, ADAM, MULTISTEPS = estimate.METHODS
+FUSED, ORDINARY, LORA, GALORE, EXACT, MUON, ADAM, MULTISTEPS = estimate.METHODS
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 2048,
@@ -66,12 +68,23 @@ def test_parameters_and_state_are_in_it(method, entries):
 
 
 def test_order_of_the_methods():
-    sizes = {method: compiled.measure(setting(), method) for method in compiled.MEASURED}
-    assert sizes[FUSED] < sizes[ORDINARY] < min(sizes[MULTISTEPS], sizes[ADAM])
+    sizes = {method: compiled.measure(setting(), method) or 0 for method in compiled.MEASURED}
+    assert 0 < sizes[FUSED] < sizes[ORDINARY] < min(sizes[MULTISTEPS], sizes[ADAM])
+    assert 0 < sizes[EXACT] < sizes[ORDINARY]
+
+
+@pytest.mark.parametrize("method", [ADAM, LORA])
+def test_accumulators_are_in_it(method):
+    plain = setting()
+    changed = dataclasses.replace(plain, micro_batches=4)
+    sizes = [compiled.measure(given, method) or 0 for given in (plain, changed)]
+    states = [methods.state_bytes(given, method, 16) for given in (plain, changed)]
+    assert sizes[1] - sizes[0] >= states[1] - states[0] > 2**14
 
 
 @pytest.mark.parametrize(
-    ("method", "entries"), [(FUSED, CONFIG), (LORA, CONFIG), (MULTISTEPS, CONFIG), (FUSED, T5)]
+    ("method", "entries"),
+    [(FUSED, CONFIG), (LORA, CONFIG), (MULTISTEPS, CONFIG), (EXACT, CONFIG), (FUSED, T5)],
 )
 def test_chips_divide_it(method, entries):
     one, four = (compiled.measure(setting(chips, entries), method) for chips in (1, 4))

@@ -12,10 +12,10 @@ from flora_jax.memory import estimate, outline, report
 from flora_jax.memory.estimate import GIB, METHODS, PARTS, Setting
 from flora_jax.models import config
 
-FUSED, ORDINARY, LORA, _, ADAM, MULTISTEPS = METHODS
+FUSED, ORDINARY, LORA, GALORE, EXACT, MUON, ADAM, MULTISTEPS = METHODS
 
-# GiB a chip by the compiler, README.md: `python -m experiments.bench.memory`, `experiments.bench.pods`, and from
-# LLaMA-60M on `flora-jax plan --measure yes`
+# GiB a chip by the compiler, docs/memory.md: `python -m experiments.bench.memory`, `experiments.bench.pods`, and from
+# LLaMA-60M on `flora-jax plan --measure yes`; moments in the dtype of the params
 COMPILED = [
     ("LLaMA-7B", FUSED, 128, 2048, 1, 1, 14.37),
     ("LLaMA-7B", FUSED, 256, 2048, 1, 1, 15.37),
@@ -23,6 +23,17 @@ COMPILED = [
     ("LLaMA-7B", LORA, 128, 2048, 1, 1, 16.03),
     ("LLaMA-7B", ORDINARY, 128, 2048, 1, 1, 31.19),
     ("LLaMA-7B", MULTISTEPS, 128, 2048, 1, 1, 51.48),
+    ("LLaMA-7B", EXACT, 128, 2048, 1, 1, 13.86),
+    ("LLaMA-7B", EXACT, 128, 4096, 1, 1, 14.73),
+    ("LLaMA-7B", MUON, 128, 2048, 1, 1, 14.20),
+    ("LLaMA-7B", EXACT, 128, 2048, 4, 4, 4.27),
+    ("LLaMA-7B", MUON, 128, 2048, 4, 4, 4.69),
+    ("LLaMA-7B", EXACT, 128, 2048, 16, 16, 2.08),
+    ("LLaMA-13B", EXACT, 128, 2048, 1, 2, 13.33),
+    ("T5-3B", EXACT, 128, 512, 1, 1, 5.69),
+    ("T5-3B", MUON, 128, 512, 1, 1, 5.67),
+    ("GPT-2-XL", EXACT, 128, 1024, 1, 1, 3.54),
+    ("GPT-2-XL", MUON, 128, 1024, 1, 1, 3.54),
     ("LLaMA-13B", FUSED, 128, 2048, 1, 2, 13.53),
     ("T5-3B", FUSED, 128, 512, 1, 1, 5.92),
     ("T5-3B", LORA, 128, 512, 1, 1, 8.22),
@@ -59,7 +70,54 @@ COMPILED = [
 @pytest.mark.parametrize(("model", "method", "rank", "length", "batch", "chips", "gib"), COMPILED)
 @pytest.mark.newest  # MultiSteps of older optax accumulates in the params' dtype
 def test_within_a_tenth_of_the_compiler(model, method, rank, length, batch, chips, gib):
-    setting = Setting(outline.named(model), rank, length, batch, chips)
+    setting = Setting(outline.named(model), rank, length, batch, chips, moments="params")
+    assert estimate.estimate(setting, method).total / GIB == pytest.approx(gib, rel=0.1)
+
+
+# GiB by the compiler at batch 1, 2048 tokens, rank 128 on one chip, of shapes as their config.json has them
+CONFIGS = {
+    "gemma-3-1b": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262144,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "gib"), [("gemma-3-1b", 3.084), ("Qwen3-0.6B", 1.923)])
+def test_other_families_within_a_tenth(name, gib):
+    model = outline.outline(config.shape_of(CONFIGS[name], jnp.bfloat16))
+    assert estimate.estimate(Setting(model), FUSED).total / GIB == pytest.approx(gib, rel=0.1)
+
+
+# settings of LLaMA-350M, 1024 tokens, one chip: method, settings, GiB by the compiler
+SETTINGS = [
+    (ADAM, {}, 4.138),
+    (FUSED, {"preset": "advised"}, 1.063),
+    (LORA, {"batch": 8}, 2.487),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "gib"), SETTINGS)
+def test_other_settings_within_a_tenth(method, given, gib):
+    setting = Setting(outline.named("LLaMA-350M"), length=1024, **given)
     assert estimate.estimate(setting, method).total / GIB == pytest.approx(gib, rel=0.1)
 
 
@@ -92,7 +150,9 @@ def test_float32_within_eleven_hundredths(model, method, length, batch, mib):
 def test_no_answer_contradicts_the_compiler():
     answers = []
     for model, method, rank, length, batch, chips, gib in COMPILED:
-        found = estimate.estimate(Setting(outline.named(model), rank, length, batch, chips), method)
+        found = estimate.estimate(
+            Setting(outline.named(model), rank, length, batch, chips, moments="params"), method
+        )
         answers.append(found.answer)
         if found.answer != "close":
             assert (found.answer == "fits") == (gib <= 15.75), (model, method)
@@ -154,7 +214,7 @@ def test_parts_by_hand():
     }
     model = outline.outline(config.shape_of(entries, jnp.bfloat16))
     count = 2 * 1000 * 256 + 256 + 3 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256)
-    setting = Setting(model, rank=16, length=128)
+    setting = Setting(model, rank=16, length=128, moments="params")
     parts = estimate.estimate(setting, ADAM).parts
     assert parts["parameters"] == 2 * count
     assert parts["state"] == 2 * 2 * count + 4
@@ -169,10 +229,12 @@ def test_parts_by_hand():
     tokens = 64 * 512
     layer = tokens * 4 * 512 * 4 + tokens * (6 * 256 + 3 * 512) * 2
     assert large["activations"] == tokens * 3 * 256 * 2 + max(layer, 6 * tokens * 1000) - late
+    wide = estimate.estimate(dataclasses.replace(setting, moments="float32"), ADAM).parts
+    assert wide["state"] == 2 * 4 * count + 4
     lora = estimate.estimate(setting, LORA).parts
     factors = 2 * 3 * 16 * (4 * (256 + 256) + 3 * (256 + 512))
     assert lora["parameters"] == 2 * count + factors
-    assert lora["state"] == 2 * factors
+    assert lora["state"] == 2 * factors + 4
     # the larger side is projected, of the embedding and of the head the width of 256;
     # float32; vectors stay uncompressed
     sketches = 3 * 7 * 16 * 256 + 16 * 1000 + 16 * 1000
@@ -184,9 +246,41 @@ def test_state_is_the_plan_s():
     model = outline.named("T5-small")
     projection = flora_jax.Projection(64, resample_every=2)
     state = flora_jax.plan(model.params, projection, accumulation_steps=2).state_bytes
-    setting = Setting(model, 64, 512)
+    setting = Setting(model, 64, 512, moments="params")
     for method, name in ((FUSED, "Flora"), (ADAM, "Adam"), ("GaLore", "GaLore")):
         assert estimate.estimate(setting, method).parts["state"] == state[name]
+
+
+def test_settings_of_the_state():
+    """What the settings change is what the transformation keeps."""
+    model = outline.named("GPT-2")
+
+    def parts(method, **given):
+        return estimate.estimate(Setting(model, 64, 256, **given), method).parts
+
+    plain = parts(FUSED)["state"]
+    assert parts(FUSED, micro_batches=16)["state"] == plain
+    assert parts(FUSED, micro_batches=1)["state"] < plain  # no accumulators
+    assert parts(FUSED, state_dtype="int8")["state"] < 0.6 * plain
+    assert parts(FUSED, embedding="whole")["state"] > plain
+    assert parts(FUSED, side="input")["state"] != parts(FUSED, side="output")["state"]
+    weights = parts(ADAM)["parameters"]
+    assert parts(ADAM)["state"] == 4 * weights + 4
+    assert parts(ADAM, micro_batches=4)["state"] > 5 * weights
+    assert parts(MULTISTEPS, micro_batches=1)["state"] < 0.1 * weights
+    exact = parts(EXACT)
+    assert exact == parts(EXACT, micro_batches=4)
+    assert exact["state"] < 0.1 * weights
+    assert exact["gradients"] < 0.5 * weights
+
+
+def test_what_no_estimate_is_made_of():
+    shape = dataclasses.replace(config.NAMED["LLaMA-60M"], remat=False)
+    with pytest.raises(ValueError, match="remat must be on to be estimated by parts, found off"):
+        estimate.estimate(Setting(outline.outline(shape)), FUSED)
+    shape = dataclasses.replace(shape, remat=True, experts=4, model_type="mixtral")
+    with pytest.raises(ValueError, match=r"model must have no experts .*, found a mixtral; --mea"):
+        estimate.estimate(Setting(outline.outline(shape)), FUSED)
 
 
 @pytest.mark.parametrize("method", [FUSED, LORA])

@@ -51,6 +51,39 @@ def test_stacks_are_subtrees_of_the_params(name, layers, outputs, length):
         assert stack.within(f"{stack.path}/up/kernel") and not stack.within("embed/embedding")
 
 
+@pytest.mark.parametrize("kind", [kind for kind in config.FAMILIES if kind != "vit"])
+def test_every_family_that_is_read_is_outlined(kind):
+    entries = {
+        "model_type": kind,
+        "vocab_size": 512,
+        **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 64),
+        **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "d_ff"), 96),
+        **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), 3),
+        **dict.fromkeys(("num_attention_heads", "num_heads", "n_head"), 4),
+        **{"d_kv": 16, "head_dim": 16, "n_positions": 128, "sliding_window": 32},
+    }
+    model = outline.outline(config.shape_of(entries, jnp.bfloat16))
+    assert model.outputs == 512
+    for stack in model.stacks:
+        assert (stack.layers, stack.width) == (3, 64)
+        assert {leaf.shape[0] for leaf in jax.tree.leaves(model.layers(stack))} == {3}
+
+
+@pytest.mark.parametrize(
+    ("entry", "found"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "4 bits"),
+        ({"compression_config": {"format": "pack"}}, "compression_config"),
+    ],
+)
+def test_quantized_weights_are_named(tmp_path, entry, found):
+    entries = config.config_of(config.NAMED["LLaMA-60M"]) | entry
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=f"must be of unquantized weights.*, found {found}$"):
+        outline.read(tmp_path)
+
+
 def test_names_in_any_case():
     assert outline.named("llama-7b").name == "LLaMA-7B"
     assert outline.named("gpt2").name == "GPT-2"
