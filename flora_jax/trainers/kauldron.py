@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """Kauldron: a training step whose gradients are compressed in the backward pass, and whose updates never exist in full.
 
     trainer = kd.train.Trainer(
