@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from kauldron import kd
 from kauldron.train import train_step as steps
 
@@ -167,29 +165,14 @@ def test_metrics_of_updates(page, batches):
     assert [float(x["metrics/size"]) > 0 for x in found] == [False, False, False, True]
 
 
-def on_a_mesh():
-    """Weights over both axes of a mesh of 4 × 2 where it divides them, batches over all devices."""
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
-
-    def layout(tree):
-        def one(x):
-            even = x.ndim > 1 and x.shape[-2] % 4 == 0 and x.shape[-1] % 2 == 0
-            axes = (*[None] * (x.ndim - 2), "fsdp", "tensor") if even else ()
-            return NamedSharding(mesh, P(*axes))
-
-        return jax.tree.map(one, tree)
-
-    everywhere = NamedSharding(mesh, P())
-    return kd.sharding.ShardingStrategy(
-        params=layout, batch=NamedSharding(mesh, P(("fsdp", "tensor"))), aux=everywhere
-    )
-
-
-@pytest.mark.parametrize("layout, fused", [("page", True), ("4x2", True), ("4x2", False)])
+@pytest.mark.parametrize(
+    "layout, fused", [("sharding", True), ("two_axes", True), ("two_axes", False)]
+)
 def test_on_a_mesh_the_steps_are_those_of_one_device(page, batches, hand, layout, fused):
-    sharding = page["sharding"] if layout == "page" else on_a_mesh()
+    """On the eight devices of Kauldron's own mesh, and on one of 4 × 2; the state has a layout of its own from the start."""
+    assert page["mesh"].devices.shape == (4, 2)
     step = TrainStep(projection=page["projection"] if fused else None)
-    mine = trainer(page, trainstep=step, sharding=sharding)
+    mine = trainer(page, trainstep=step, sharding=page[layout])
     state = mine.init_state()
     expected = flora_jax.state_shardings(page["tx"], state.params)
     specs = [
@@ -244,10 +227,7 @@ def test_the_schedule_that_is_logged(page, batches, hand):
 def test_frozen_weights(page, batches, hand):
     """`partial_updates`: what is frozen has no sketch in the state, and stays; the rest is as by hand."""
 
-    def mask(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key != "embedder", tree)
-
-    tx = kd.optim.partial_updates(page["tx"], mask=mask)
+    tx = page["partial"].optimizer
     mine = trainer(page, optimizer=tx, trainstep=TrainStep(projection=page["projection"]))
     state, losses, _ = run(mine, batches[:5])
     params, expected = by_hand(page, hand[0], batches[:5], tx)
