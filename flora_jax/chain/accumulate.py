@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax import dtypes
-from flora_jax.chain import states, storage, wrappers
+from flora_jax.chain import recorder, states, storage, wrappers
 from flora_jax.chain.momentum import AtNewProjection, check_decay, mover
 from flora_jax.chain.projection import Projection, check_every, check_projection
 from flora_jax.chain.sketch import Every, is_sketch
@@ -132,6 +132,7 @@ def accumulate(
 
     def update_fn(updates, state, params=None, **extra_args):
         warn()
+        recorder.note_choice("accumulation_steps", every)
         length = states.at(every, state.gradient_step)
         sketches = states.map_leaves(states.expected("accumulate", projection), projection, updates)
         states.check_fits("accumulate", sketches, state.accumulated)

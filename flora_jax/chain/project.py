@@ -69,6 +69,7 @@ def project(projection: Projection) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         warn()
+        recorder.note_choice("projection", projection)
         if any(map(is_sketch, states.leaves(updates))):
             wrappers.refuse_sketches()
             wrappers.refuse_states_of_sketches()

@@ -1,4 +1,4 @@
-"""Recorder: which leaves the transformations of a chain compress, found by tracing the chain."""
+"""Recorder: which leaves the transformations of a chain compress, and with which settings, found by tracing the chain."""
 
 import contextlib
 import contextvars
@@ -12,6 +12,9 @@ import optax
 from flora_jax.chain.projection import Projection
 
 _paths: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("paths", default=None)
+_choices: contextvars.ContextVar[list[tuple[str, Any]] | None] = contextvars.ContextVar(
+    "choices", default=None
+)
 _outlines = contextvars.ContextVar("outlines", default=False)
 
 
@@ -20,6 +23,13 @@ def note(path: str) -> None:
     paths = _paths.get()
     if paths is not None:
         paths.add(path)
+
+
+def note_choice(name: str, value: Any) -> None:
+    """Records a setting of a transformation of the chain."""
+    choices = _choices.get()
+    if choices is not None:
+        choices.append((name, value))
 
 
 def outlines() -> bool:
@@ -68,3 +78,31 @@ def restricted(
         return path in paths and (own is None or own(path, shape))
 
     return dataclasses.replace(projection, select=select)
+
+
+def settings(tx: optax.GradientTransformation, params: Any) -> tuple[Any, Any]:
+    """Returns the projection of a chain, and the number of micro-steps in an optimizer step, or its schedule.
+
+    Args:
+      tx: A chain with at most one `project` and one `accumulate`.
+      params: Params that it is for, or their shapes.
+
+    Returns:
+      The `Projection`, or None where nothing projects; the number, 1 where nothing accumulates.
+
+    Raises:
+      ValueError: There are two different ones of either.
+    """
+    choices: list[tuple[str, Any]] = []
+    token = _choices.set(choices)
+    try:
+        compressed(tx, jax.eval_shape(tx.init, params), params)
+    finally:
+        _choices.reset(token)
+    found = []
+    for kind, default in (("projection", None), ("accumulation_steps", 1)):
+        own = [value for name, value in choices if name == kind]
+        if any(value != own[0] for value in own):
+            raise ValueError(f"a chain must have one {kind}, found {len(own)}")
+        found.append(own[0] if own else default)
+    return found[0], found[1]

@@ -133,7 +133,11 @@ def with_axis_names(
 
 
 def of_state(
-    path: tuple[Any, ...], state: tuple[int, ...], shape: tuple[int, ...], names: Any
+    path: tuple[Any, ...],
+    state: tuple[int, ...],
+    shape: tuple[int, ...],
+    names: Any,
+    mesh: Any = None,
 ) -> tuple[Any, ...]:
     """Returns the names of the axes of an array of an optimizer's state, from those of its weight.
 
@@ -145,8 +149,9 @@ def of_state(
       state: Its shape.
       shape: The shape of the weight.
       names: The names of the weight's axes.
+      mesh: The mesh, where it is not the one in context.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     known = {} if mesh.empty else dict(mesh.shape)
     sharded = entries(PartitionSpec(*names), len(shape))
     sizes = {name: known.get(name, 1) for axis in sharded for name in axis}

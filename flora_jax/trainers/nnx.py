@@ -23,12 +23,12 @@ from flora_jax.chain.sketch import without_cycle
 from flora_jax.fused.value_and_grad import value_and_grad as of_params
 from flora_jax.rounding import Rounding, check
 from flora_jax.trainers.axis_names import METADATA, of_state, owner_of
-from flora_jax.update.apply_gradients import apply_gradients
+from flora_jax.update.apply_gradients import apply_gradients as of_pure
 
 
 def value_and_grad(
     fun: Callable[..., Any],
-    projection: Projection,
+    projection: Projection | None,
     *,
     wrt: Any = nnx.Param,
     has_aux: bool = False,
@@ -37,7 +37,7 @@ def value_and_grad(
 
     Args:
       fun: The function `(model, *args, **kwargs) -> scalar`, or to a pair of the scalar and auxiliary data.
-      projection: The `Projection` of the optimizer.
+      projection: The `Projection` of the optimizer, or None for ordinary gradients.
       wrt: The filter of the variables that are trained, as in `nnx.Optimizer`.
       has_aux: Whether `fun` returns a pair.
 
@@ -49,15 +49,19 @@ def value_and_grad(
     Raises:
       TypeError: On a call, the first argument is no module.
     """
-    check_projection(projection)
+    if projection is not None:
+        check_projection(projection)
 
-    def of_model(model: Any, *args: Any, cycle: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def of_model(model: Any, *args: Any, cycle: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         graph, params, rest = _split(model, wrt)
         run = partial(_run, fun, graph, has_aux, wrt)
-        gradient = of_params(run, projection, has_aux=True)
-        if isinstance(cycle, nnx.Optimizer):
-            cycle = cycle_of(nnx.as_pure(cycle.opt_state))
-        (value, (aux, rest)), grads = gradient(params, rest, args, kwargs, cycle=cycle)
+        if projection is None:
+            gradient = jax.value_and_grad(run, has_aux=True)
+        else:
+            if isinstance(cycle, nnx.Optimizer):
+                cycle = cycle_of(nnx.as_pure(cycle.opt_state))
+            gradient = partial(of_params(run, projection, has_aux=True), cycle=cycle)
+        (value, (aux, rest)), grads = gradient(params, rest, args, kwargs)
         nnx.update(model, rest)
         return ((value, aux) if has_aux else value), grads
 
@@ -79,10 +83,59 @@ class Optimizer(nnx.Optimizer):
     """
 
     def __init__(self, model: Any, tx: Any, *, wrt: Any = nnx.Param, **others: Any):
-        owners = _owners(model, wrt)
-        named = lambda params: _named(tx.init(params), owners)  # noqa: E731
-        super().__init__(model, optax.GradientTransformation(named, tx.update), wrt=wrt, **others)
+        super().__init__(model, own_axis_names(tx, model, wrt), wrt=wrt, **others)
         self.tx = tx
+
+
+def own_axis_names(
+    tx: optax.GradientTransformation, model: Any, wrt: Any = nnx.Param, mesh: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation with an `init` that gives variables the axis names of their own shapes.
+
+    It is for trainers that make an `nnx.Optimizer` themselves; elsewhere take `Optimizer`.
+
+    Args:
+      tx: Any optax transformation.
+      model: The module.
+      wrt: The filter of the variables that are trained.
+      mesh: The mesh, where it is not the one in context.
+    """
+    tx, owners = optax.with_extra_args_support(tx), _owners(model, wrt)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: _named(tx.init(params), owners, mesh), tx.update
+    )
+
+
+def apply_gradients(
+    model: Any, optimizer: nnx.Optimizer, grads: Any, *, rounding: Rounding = "nearest"
+) -> None:
+    """Updates a module and its optimizer in place, without a tree of updates; `optimizer.update` would make one.
+
+    Call it under `nnx.jit`, with the model and the optimizer donated.
+
+    Args:
+      model: The module.
+      optimizer: Its optimizer, whose transformation is leaf-wise.
+      grads: Gradients, or sketches of them, as `value_and_grad` returns them.
+      rounding: How new bfloat16 params are rounded, as in `flora_jax.make_train_step`.
+    """
+    pure, state = of_pure(
+        optimizer.tx,
+        nnx.as_pure(grads),
+        nnx.as_pure(optimizer.opt_state),
+        nnx.as_pure(nnx.state(model, optimizer.wrt)),
+        rounding=rounding,
+    )
+    nnx.update(model, pure)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    optimizer.step[...] += 1
+
+
+def gradient_norm(grads: Any) -> jax.Array:
+    """Returns the norm of gradients, or of their sketches: its square is then an unbiased estimate of the gradient's."""
+    tree = without_cycle(nnx.as_pure(grads))
+    squares = (jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32))) for x in jax.tree.leaves(tree))
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
 def make_train_step(
@@ -129,29 +182,15 @@ def make_train_step(
       >>> sorted(metrics)
       ['gradient_norm']
     """
-    if projection is not None:
-        check_projection(projection)
+    gradient = value_and_grad(loss, projection, wrt=wrt, has_aux=has_aux)
     check(rounding)
 
     @partial(nnx.jit, donate_argnums=(0, 1) if donate else ())
     def step(model: Any, optimizer: Any, *batch: Any) -> tuple[jax.Array, dict[str, Any]]:
-        graph, params, rest = _split(model, wrt)
-        state = nnx.as_pure(optimizer.opt_state)
-        run = partial(_run, loss, graph, has_aux, wrt)
-        if projection is None:
-            gradient = jax.value_and_grad(run, has_aux=True)
-        else:
-            gradient = partial(of_params(run, projection, has_aux=True), cycle=cycle_of(state))
-        (value, (aux, rest)), grads = gradient(params, rest, batch, {})
-        grads = without_cycle(nnx.as_pure(grads))
-        metrics = {"gradient_norm": _norm(grads)}
-        pure, state = apply_gradients(
-            optimizer.tx, grads, state, nnx.as_pure(params), rounding=rounding
-        )
-        nnx.update(model, pure)
-        nnx.update(model, rest)
-        nnx.update(optimizer.opt_state, nnx.state(state))
-        optimizer.step[...] += 1
+        found, grads = gradient(model, *batch, cycle=optimizer)
+        value, aux = found if has_aux else (found, None)
+        metrics = {"gradient_norm": gradient_norm(grads)}
+        apply_gradients(model, optimizer, grads, rounding=rounding)
         return value, {**metrics, "aux": aux} if has_aux else metrics
 
     return step
@@ -185,12 +224,6 @@ def _run(
     return value, (aux, nnx.state(model, nnx.Not(wrt)))
 
 
-def _norm(tree: Any) -> jax.Array:
-    """Returns the root of the sum of all squares, in float32."""
-    squares = (jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32))) for x in jax.tree.leaves(tree))
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
-
-
 def _owners(model: Any, wrt: Any) -> dict[Any, tuple[tuple[int, ...], Any]]:
     """Returns shape and names of the axes of each variable that has names, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, wrt), is_leaf=_is_variable)
@@ -206,7 +239,7 @@ def _names(one: Any) -> Any:
     return next((metadata[key] for key in METADATA if metadata.get(key)), None)
 
 
-def _named(state: Any, owners: dict[Any, tuple[tuple[int, ...], Any]]) -> Any:
+def _named(state: Any, owners: dict[Any, tuple[tuple[int, ...], Any]], mesh: Any) -> Any:
     """Gives the variables of the state the axis names of their own shapes."""
 
     def of(path: Any, one: Any) -> Any:
@@ -214,7 +247,8 @@ def _named(state: Any, owners: dict[Any, tuple[tuple[int, ...], Any]]) -> Any:
         if not _is_variable(one) or owner is None or one.get_value().shape == owner[0]:
             return one
         metadata = one.get_metadata()
-        names = of_state(path, one.get_value().shape, *owner)
+        shape, names = owner
+        names = of_state(path, one.get_value().shape, shape, names, mesh)
         own = {key: names for key in METADATA if metadata.get(key)}
         return type(one)(one.get_value(), **{**metadata, **own})
 
