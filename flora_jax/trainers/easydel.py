@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from easydel.trainers import Trainer as Base
 from easydel.trainers import training_utils as utils
+from eformer.serialization import Checkpointer
+from eformer.serialization.checkpointer import find_latest_checkpoint
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -30,6 +32,7 @@ from flora_jax.update.apply_gradients import apply_gradients
 
 CALLED = {
     "Trainer.configure_functions": (Base, "configure_functions", ("self",)),
+    "Trainer._configure_state": (Base, "_configure_state", ("self",)),
     "make_assertions_and_get_sizes": (
         utils,
         "make_assertions_and_get_sizes",
@@ -69,30 +72,66 @@ check_version()
 
 
 class Trainer(Base):
-    """Is `ed.Trainer`, with a fused training step.
+    """Is `ed.Trainer`, with a fused training step, and with an optimizer's state that is there after a resumption.
+
+    EasyDeL reads the state back by the rules for weights, which fail where a moment has fewer axes than its weight, as in Adafactor; it then goes
+    on with an empty state, silently. Here such a state is read whole and laid out afterwards.
 
     Losses, learning rates and all that EasyDeL logs are kept. The norms of gradients are those of the sketches, whose squares are unbiased
     estimates of the squares of the gradients' own.
 
     Args:
-      projection: The `Projection` of the chain that `arguments.get_optimizer_and_scheduler` returns.
+      projection: The `Projection` of the chain that `arguments.get_optimizer_and_scheduler` returns; None leaves the step as
+        EasyDeL has it.
       rounding: How new bfloat16 params are rounded, as in `flora_jax.make_train_step`.
       **others: The arguments of `ed.Trainer`.
 
     Raises:
+      FileNotFoundError: A run was resumed without its optimizer's state, and the checkpoint is gone.
       ValueError: An argument is not valid; `arguments.gradient_accumulation_steps` is not 1, since the chain accumulates; or the arguments ask for
         quantization with straight-through gradients.
     """
 
-    def __init__(self, *, projection: Projection, rounding: Rounding = "nearest", **others: Any):
-        check_projection(projection)
+    def __init__(
+        self, *, projection: Projection | None = None, rounding: Rounding = "nearest", **others: Any
+    ):
+        if projection is not None:
+            check_projection(projection)
         check(rounding)
+        if projection is None and rounding != "nearest":
+            raise ValueError(f"rounding must be 'nearest' without a projection, found {rounding!r}")
         self.projection = projection
         self.rounding: Rounding = rounding
         super().__init__(**others)
 
+    def _configure_state(self) -> None:
+        if self._resumed_from_checkpoint and self.model_state.opt_state is None:
+            self.model_state = self.model_state.replace(opt_state=self._saved_state())
+        super()._configure_state()
+
+    def _saved_state(self) -> Any:
+        """Returns the optimizer's state of the latest checkpoint, whole on every device."""
+        folder = str(self.arguments._get_save_directory(create=False))
+        path = find_latest_checkpoint(folder)
+        if path is None:
+            raise FileNotFoundError(
+                f"{folder!r} must have the checkpoint that the run was resumed from, found none"
+            )
+        checkpointer = Checkpointer(base_path=path, save_interval=None, step_policies=[])
+        opt_state, _ = checkpointer.load_pytree(
+            mesh=self.model.mesh,
+            path=path,
+            partition_rules=((".*", PartitionSpec()),),
+            prefix="tx",
+            load_treedef=True,
+            template=jax.eval_shape(self.tx.init, self.model_state.graphstate),
+        )
+        return opt_state
+
     def configure_functions(self) -> Any:
-        """Returns EasyDeL's functions, with the fused step in the place of its own."""
+        """Returns EasyDeL's functions, with the fused step in the place of its own where there is a projection."""
+        if self.projection is None:
+            return super().configure_functions()
         count = self.arguments.gradient_accumulation_steps
         if count != 1:
             raise ValueError(
