@@ -84,11 +84,10 @@ def hand(page):
 
 
 def close(found, expected, tolerance):
-    """By the norm of each weight: Adafactor makes single entries of what is but rounding in their gradients."""
+    """All entries but one in a thousand: Adafactor takes the sign alone of those whose gradient is but rounding."""
     assert found.keys() == expected.keys()
     for path in found:
-        error = np.linalg.norm(found[path] - expected[path]) / np.linalg.norm(expected[path])
-        assert error < tolerance, path
+        assert np.mean(np.abs(found[path] - expected[path]) > tolerance) < 1e-3, path
 
 
 def made(page, fused, folder, **changes):
@@ -123,7 +122,7 @@ def test_the_steps_on_a_mesh_are_those_made_by_hand_on_one_device(page, hand, tm
             assert error is None
             losses.append(float(metrics.loss))
     np.testing.assert_allclose(losses, hand[0][:6], rtol=5e-5)
-    close(arrays(state.graphstate), hand[1][6], 1e-3)
+    close(arrays(state.graphstate), hand[1][6], 2e-4)
 
 
 def test_the_state_has_the_bytes_of_the_plan(page, tmp_path):
