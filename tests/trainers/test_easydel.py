@@ -84,10 +84,10 @@ def hand(page):
 
 
 def close(found, expected, tolerance):
-    """All entries but one in a thousand: Adafactor takes the sign alone of those whose gradient is but rounding."""
+    """All entries but one in two hundred: Adafactor takes the sign alone of those whose gradient is but rounding."""
     assert found.keys() == expected.keys()
     for path in found:
-        assert np.mean(np.abs(found[path] - expected[path]) > tolerance) < 1e-3, path
+        assert np.mean(np.abs(found[path] - expected[path]) > tolerance) < 5e-3, path
 
 
 def made(page, fused, folder, **changes):
