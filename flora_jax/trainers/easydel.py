@@ -8,9 +8,6 @@ the page names.
 """
 
 import functools
-import importlib.metadata
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +25,7 @@ from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import is_sketch, without_cycle
 from flora_jax.fused.value_and_grad import value_and_grad
 from flora_jax.rounding import Rounding, check
+from flora_jax.trainers import signatures
 from flora_jax.update.apply_gradients import apply_gradients
 
 CALLED = {
@@ -47,28 +45,7 @@ CALLED = {
 """What is overridden or called here, with the arguments that it has in the version that this was written for."""
 
 
-def check_version(called: Mapping[str, tuple[Any, str, tuple[str, ...]]] = CALLED) -> None:
-    """Checks that EasyDeL has what is overridden or called here.
-
-    Args:
-      called: Owner, attribute and names of the arguments of each function, by the function's name.
-
-    Raises:
-      ImportError: A function is missing, or has other arguments.
-    """
-    for name, (owner, attribute, expected) in called.items():
-        function = getattr(owner, attribute, None)
-        found = None if function is None else tuple(inspect.signature(function).parameters)
-        if found != expected:
-            version = importlib.metadata.version("easydel")
-            has = "no such function" if found is None else f"the arguments ({', '.join(found)})"
-            raise ImportError(
-                f"flora_jax.trainers.easydel expects easydel's {name} with the arguments "
-                f"({', '.join(expected)}), found {has} in version {version}"
-            )
-
-
-check_version()
+signatures.check("easydel", CALLED)
 
 
 class Trainer(Base):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import flora_jax
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.chain.sketch import without_cycle
-from flora_jax.trainers import easydel as flora_easydel
+from flora_jax.trainers import signatures
 from flora_jax.trainers.easydel import Trainer
 from tests.test_examples import ROOT, execute
 
@@ -213,10 +213,9 @@ def test_arguments(page):
 
 
 def test_another_version_of_easydel_is_refused():
-    flora_easydel.check_version()
     for name, found in (
         ("configure_functions", r"the arguments \(self\)"),
         ("configure_steps", "no such function"),
     ):
         with pytest.raises(ImportError, match=rf"expects easydel's step with .*found {found} in"):
-            flora_easydel.check_version({"step": (ed.Trainer, name, ("self", "state"))})
+            signatures.check("easydel", {"step": (ed.Trainer, name, ("self", "state"))})

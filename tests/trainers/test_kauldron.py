@@ -13,7 +13,7 @@ from kauldron.train import train_step as steps
 
 import flora_jax
 from flora_jax.chain.plan import tree_bytes
-from flora_jax.trainers import kauldron as flora_kauldron
+from flora_jax.trainers import signatures
 from flora_jax.trainers.kauldron import TrainStep
 from tests.test_examples import ROOT, execute
 
@@ -244,10 +244,9 @@ def test_arguments():
 
 
 def test_another_version_of_kauldron_is_refused():
-    flora_kauldron.check_version()
     for name, arguments, found in (
         ("_step", ("self", "state"), r"the arguments \(self, state, batch\)"),
         ("_update", ("self",), "no such function"),
     ):
         with pytest.raises(ImportError, match=rf"expects kauldron's step with .*found {found} in"):
-            flora_kauldron.check_version({"step": (steps.TrainStep, name, arguments)})
+            signatures.check("kauldron", {"step": (steps.TrainStep, name, arguments)})
