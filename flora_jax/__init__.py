@@ -36,4 +36,4 @@ from flora_jax.sharding.state import state_shardings as state_shardings
 from flora_jax.update.apply_gradients import apply_gradients as apply_gradients
 from flora_jax.update.train_step import make_train_step as make_train_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -44,10 +44,11 @@ from flora_jax.paths import path_name
 #
 # LLaMA-7B in bfloat16 on 1 to 64 chips of a TPU v5e (15.75 GiB that a program may use), one sequence of 2048 tokens for
 # each chip, rank 128, weights and state sharded over all chips. `flora-jax plan --chips 4 --batch 4` prints the same at the
-# prompt. In brackets the largest rank that fits, a multiple of 8; – where rank 8 does not.
+# prompt. In brackets the largest rank that surely fits, a multiple of 8; – where rank 8 does not.
 
 # %%
 CHIPS = (1, 2, 4, 8, 16, 32, 64)
+MARKS = {"fits": "", "close": "?", "no": "!"}
 model = outline.named("LLaMA-7B")
 settings = {chips: estimate.Setting(model, chips=chips, batch=chips) for chips in CHIPS}
 table = {chips: {e.method: e for e in estimate.estimates(s)} for chips, s in settings.items()}
@@ -58,13 +59,14 @@ for method in estimate.METHODS:
     for chips in CHIPS:
         e = table[chips][method]
         rank = f" ({e.largest_rank or '–'})" if e.rank else ""
-        cells.append(f"{e.total / estimate.GIB:.2f}{'' if e.fits else '!'}{rank}")
+        cells.append(f"{e.total / estimate.GIB:.2f}{MARKS[e.answer]}{rank}")
     print(f"{method:26}" + "".join(f"{cell:>14}" for cell in cells))
-print("! does not fit")
+print(
+    "! does not fit, ? is too close to call: the estimate is within 10 % of the compiler's figure"
+)
 
 needed = {m: next(c for c in CHIPS if table[c][m].fits) for m in estimate.METHODS}
-print("\nfewest of these chips that hold it:", needed)
-assert needed["Flora, fused"] == min(needed.values())
+print("\nfewest of these chips that surely hold it:", needed)
 
 # %%
 figure, (left, right) = plt.subplots(

@@ -30,7 +30,7 @@ CORE = (
     "tests/test_frameworks.py",
 )
 """What depends most on the versions of JAX, optax and flax."""
-TRAINERS = ("tunix", "maxtext")
+TRAINERS = ("tunix", "maxtext", "kauldron", "easydel")
 """Groups of dependencies in pyproject.toml; `tests/trainers/test_NAME.py` has the tests."""
 
 

@@ -74,9 +74,12 @@ PEAKS = {
     "v4": 275,
 }
 """TFLOP/s of a chip by a part of the name that JAX has for it; of a TPU v5 without more it is that of v5p."""
-Method = Literal["flora", "paper", "exact", "stateless", "multisteps", "muon", "lora"]
+Method = Literal[
+    "flora", "accumulated", "paper", "exact", "stateless", "multisteps", "muon", "lora"
+]
 TITLES: dict[str, str] = {
     "flora": "Flora, orthogonalized (advised), fused",
+    "accumulated": "Flora, orthogonalized, int8, in the backward mode",
     "paper": "Flora, the paper's, fused",
     "exact": "exact gradients, Adafactor",
     "stateless": "exact gradients, orthogonalized, no state",
@@ -135,8 +138,8 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
     loss, rank = families.loss(model), max(1, model.shape.width // config.part)
     count = config.micro_batches
     tx: Any
-    if method in ("flora", "paper"):
-        advised = method == "flora"
+    if method in ("flora", "accumulated", "paper"):
+        advised = method != "paper"
         projection = flora_jax.Projection(
             rank,
             distribution="srtt" if advised else "srht",
@@ -148,9 +151,12 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
             projection=projection,
             accumulation_steps=count,
             preset="advised" if advised else "paper",
-            state_dtype="bfloat16",
+            state_dtype="int8" if method == "accumulated" else "bfloat16",
         )
         step: Any = flora_jax.make_train_step(loss, tx, projection)
+        if method == "accumulated":
+            step = flora_jax.make_train_step(loss, tx, update="backward")
+            return _of_params(lambda params: step.init(params, windows), step)
     elif method in ("exact", "stateless"):
         if method == "exact":
             tx = optax.adafactor(optax.constant_schedule(RATE))

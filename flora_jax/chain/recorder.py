@@ -2,11 +2,14 @@
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import optax
+
+from flora_jax.chain.projection import Projection
 
 _paths: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("paths", default=None)
 _choices: contextvars.ContextVar[list[tuple[str, Any]] | None] = contextvars.ContextVar(
@@ -63,6 +66,18 @@ def compressed(
             params,
         )
     return paths
+
+
+def restricted(
+    projection: Projection, tx: optax.GradientTransformation, opt_state: Any, params: Any
+) -> Projection:
+    """Returns the projection for the leaves alone that `tx` compresses, such as those that `optax.multi_transform` gives to flora."""
+    paths, own = compressed(tx, opt_state, params), projection.select
+
+    def select(path: str, shape: tuple[int, ...]) -> bool:
+        return path in paths and (own is None or own(path, shape))
+
+    return dataclasses.replace(projection, select=select)
 
 
 def settings(tx: optax.GradientTransformation, params: Any) -> tuple[Any, Any]:

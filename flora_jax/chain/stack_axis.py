@@ -18,7 +18,7 @@ def stack_axis(plans: Sequence[LeafPlan]) -> tuple[int, int] | None:
     """Returns an axis and its length, if a sketch runs across it and it looks like one of stacked layers; else None.
 
     It does where more than half of all matrices have an axis of the same length at the same place, and some merge it with
-    a longer axis into one side. Windows of convolutions do not.
+    a longer axis into one side, or have it as a side where a longer axis is a batch axis (more layers than `min_dim`). Windows of convolutions do not.
 
     Args:
       plans: The plans of all leaves.
@@ -49,7 +49,7 @@ def sentence(plans: Sequence[LeafPlan]) -> str:
 
 
 def _merges(plan: LeafPlan, axis: int, length: int) -> bool:
-    """Returns whether an axis is merged with a longer one; of the first axis only where there are four."""
+    """Returns whether an axis is merged with a longer one, of the first axis only where there are four; or is a side beside longer batch axes."""
     spec, shape = plan.spec, plan.shape
     if spec is None or axis >= len(shape) or shape[axis] != length or math.prod(shape) == 0:
         return False
@@ -58,4 +58,5 @@ def _merges(plan: LeafPlan, axis: int, length: int) -> bool:
         return False
     sides = (spec.projected, spec.kept)
     side = next((side for side in sides if axis in side), ())
-    return len(side) > 1 and length * 2 <= max(shape[other] for other in side)
+    others = spec.batch if len(side) == 1 else side
+    return bool(side) and length * 2 <= max((shape[other] for other in others), default=0)

@@ -150,7 +150,10 @@ def adapter_of(model: Outline, rank: int) -> Adapter:
 
 def adapter_params(model: Outline, rank: int) -> Any:
     """Returns the shapes of the params of LoRA."""
-    make = partial(adapter_of(model, rank).init, jax.random.key(0))
+
+    def make(params: Any) -> Any:
+        return adapter_of(model, rank).init(jax.random.key(0), params)
+
     return jax.eval_shape(make, model.params)
 
 

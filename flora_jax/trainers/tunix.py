@@ -11,7 +11,6 @@ This needs `google-tunix`; the versions that were tested are those of 0.1.
 
 import dataclasses
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -23,32 +22,23 @@ from tunix.sft import peft_trainer, profiler
 from flora_jax.chain import recorder
 from flora_jax.rounding import Rounding, check
 from flora_jax.trainers import nnx as of_nnx
+from flora_jax.trainers import signatures
 
 ITERATIONS = "flora_iter_steps"
 """The number of micro-batches so far, in what a checkpoint has of its own."""
-OVERRIDDEN = {
-    "_train_step": ("self", "model", "optimizer", "inputs"),
-    "_save_last_checkpoint": ("self",),
-    "_try_get_learning_rate": ("self",),
-    "custom_checkpoint_metadata": ("self",),
-    "jit_train_and_eval_step": ("self", "skip_jit", "cache_nnx_graph"),
+CALLED = {
+    f"PeftTrainer.{name}": (peft_trainer.PeftTrainer, name, arguments)
+    for name, arguments in {
+        "_train_step": ("self", "model", "optimizer", "inputs"),
+        "_save_last_checkpoint": ("self",),
+        "_try_get_learning_rate": ("self",),
+        "custom_checkpoint_metadata": ("self",),
+        "jit_train_and_eval_step": ("self", "skip_jit", "cache_nnx_graph"),
+    }.items()
 }
-"""The methods that are overridden here, with their parameters."""
+"""What is overridden here, with the arguments that it has in the version that this was written for."""
 
-
-def _check_version() -> None:
-    """Raises an ImportError where Tunix' trainer is not the one that this module was written for."""
-    for name, expected in OVERRIDDEN.items():
-        method = getattr(peft_trainer.PeftTrainer, name, None)
-        found = None if method is None else tuple(inspect.signature(method).parameters)
-        if found != expected:
-            raise ImportError(
-                f"tunix must have PeftTrainer.{name}({', '.join(expected)}), as its versions 0.1 do, "
-                f"found {'none' if found is None else ', '.join(found)}"
-            )
-
-
-_check_version()
+signatures.check("google-tunix", CALLED)
 
 
 class PeftTrainer(peft_trainer.PeftTrainer):

@@ -127,7 +127,7 @@ def make_train_step(
         if projection is None:
             grad_fn = partial(_gradient, of, has_aux, of_params)
         else:
-            taken = _only(projection, recorder.compressed(tx, opt_state, params))
+            taken = recorder.restricted(projection, tx, opt_state, params)
             grad_fn = partial(
                 value_and_grad(of, taken, has_aux=has_aux, shardings=of_params),
                 cycle=project.cycle(opt_state),
@@ -236,16 +236,6 @@ def _mean(grad_fn: Callable, params: Any, batch: Any, count: int, has_aux: bool)
     if has_aux:
         return (values[0].mean(), values[1]), grads
     return values.mean(), grads
-
-
-def _only(projection: Projection, paths: set[str]) -> Projection:
-    """Returns the projection for these leaves alone, such as those that `optax.multi_transform` gives to flora."""
-    own = projection.select
-
-    def select(path: str, shape: tuple[int, ...]) -> bool:
-        return path in paths and (own is None or own(path, shape))
-
-    return dataclasses.replace(projection, select=select)
 
 
 def _apart(args: tuple[Any, ...]) -> tuple[Any, ...]:

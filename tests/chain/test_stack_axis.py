@@ -23,6 +23,8 @@ STACKED = {  # along axis 0, with heads apart
     "wi": (4, 256, 512),
     "wo": (4, 512, 256),
 }
+DEEP = {"wi": (512, 80, 1024), "wo": (1024, 80, 512), "query": (512, 80, 8, 64)}
+"""More layers along axis 1 than a matrix needs rows to be compressed."""
 APART = {
     "query": (256, 8, 32),
     "key": (256, 8, 32),
@@ -51,6 +53,10 @@ def shapes(sizes):
         (
             STACKED,
             r"'out' of shape \(4, 8, 32, 256\) gets one sketch across its axis 0, whose length 4",
+        ),
+        (
+            DEEP,
+            r"'\w+' of shape \(\d+, 80, .*\) gets one sketch across its axis 1, whose length 80",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from jax import lax
 import flora_jax
 from flora_jax import adapters, dtypes
 from flora_jax.chain.sketch import is_sketch
-from tests.helpers import Naive, assert_close, matrix_of_a
+from tests.helpers import Naive, assert_close, matrix_of_a, normal
 
 ACTIVATIONS = (
     "bool",
@@ -210,3 +210,36 @@ def test_precision_is_handed_on():
     products = text.count("dot_general[")
     assert products >= 3  # y, x Aᵀ and the sketch
     assert text.count("HIGHEST") == 2 * products
+
+
+def tied(params, tokens):
+    """An embedding that is the head as well, as Gemma's."""
+    return jnp.take(params["w"], tokens, 0) @ params["w"].T
+
+
+def gating(params, x):
+    """Gemma's two inner projections in one weight, whose last axis is summed over."""
+    return jnp.einsum("...f,nhf->...nh", x, params["w"])
+
+
+@pytest.mark.parametrize("model, shape", [(tied, (512, 256)), (gating, (2, 512, 256))])
+def test_bfloat16_in_the_layouts_of_gemma(model, shape):
+    """XLA's CPU backend has no product of bfloat16 with sums in float32 in these layouts, at these sizes."""
+    params = {"w": jnp.asarray(normal(0, shape), jnp.bfloat16)}
+    x = jnp.asarray(normal(1, (8, 32, 256)), jnp.bfloat16)
+    x = jnp.arange(256, dtype=jnp.int32).reshape(8, 32) if model is tied else x
+    projection = flora_jax.Projection(16)
+    tx = flora_jax.project(projection)
+
+    def loss(params, x):
+        return jnp.mean(model(params, x).astype(jnp.float32) ** 2)
+
+    @jax.jit
+    def both(params, x):
+        _, fused = flora_jax.value_and_grad(loss, projection)(params, x, cycle=0)
+        full = jax.grad(loss)(params, x)
+        return fused["w"].data, tx.update(full, tx.init(params), params)[0]["w"].data
+
+    fused, expected = both(params, x)
+    error = jnp.linalg.norm(fused - expected) / jnp.linalg.norm(expected)
+    assert error < 2**-6

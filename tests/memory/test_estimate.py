@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import jax.numpy as jnp
@@ -347,3 +349,14 @@ def test_wrong_arguments_get_a_sentence():
         Setting(model, chips=0)
     with pytest.raises(ValueError, match=r"method must be one of .*, found 'SGD'"):
         estimate.estimate(Setting(model), "SGD")
+
+
+def test_an_estimate_starts_no_backend():
+    """Devices are often set up after a plan, which must not find them used."""
+    code = (
+        "from jax._src import xla_bridge\n"
+        "from flora_jax.memory import estimate, outline\n"
+        "list(estimate.estimates(estimate.Setting(outline.named('LLaMA-7B'))))\n"
+        "assert not xla_bridge._backends\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

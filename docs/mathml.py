@@ -1,0 +1,15 @@
+"""A hook of mkdocs: mathematics becomes MathML when the site is built, so that a reader's browser fetches nothing."""
+
+import html
+import re
+
+from latex2mathml.converter import convert
+
+INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
+BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
+
+
+def on_page_content(text: str, **_) -> str:
+    """Replaces what arithmatex marked, inline and on lines of its own."""
+    text = INLINE.sub(lambda found: convert(html.unescape(found[1])), text)
+    return BLOCK.sub(lambda found: convert(html.unescape(found[1]).strip(), display="block"), text)
