@@ -124,7 +124,8 @@ def table(setting: Setting, found: list[estimate.Estimate]) -> Any:
     }
     was = any(e.measured is not None for e in found)
     caption = (
-        f"GiB on each chip, estimated within {estimate.ERROR:.0%} of the TPU compiler's figures."
+        f"GiB on each chip, estimated within {estimate.ERROR:.0%} of the TPU compiler's figures; no GPU was "
+        "measured."
     )
     if was:
         caption += " Compiled: the compiler's own, for a larger chip where this one cannot hold it."
