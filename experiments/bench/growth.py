@@ -156,7 +156,7 @@ def on_devices(key: str, size: Size, devices: int) -> dict[str, float]:
     size = dataclasses.replace(size, batch=devices)
     model = decoder.Decoder(dataclasses.replace(in_jax.outline(size)[0].shape, sharded=("fsdp",)))
     params, _, windows, peak = _shapes(key, size)
-    specs = pods.weight_specs(params, size.rank, ("fsdp",) if devices > 1 else ())
+    specs = pods.weight_specs(params, pods.projection(size.rank), ("fsdp",) if devices > 1 else ())
     params = topology.placed(params, jax.tree.map(partial(NamedSharding, mesh), specs))
     tx, _ = in_jax.build(key, size, 0.0, in_jax.LONG)
     state = pods.placed_state(tx, params)

@@ -49,6 +49,8 @@ class Config:
     """Number of chips that each weight is sharded over, tensor-parallel."""
     rank: int = 128
     """Rank of the projections."""
+    preset: Literal["paper", "advised"] = "paper"
+    """Flora's preset; the advised one leaves embedding and head uncompressed."""
     length: int = 2048
     """Number of tokens in each of the data x fsdp windows."""
     layers: int | None = None
@@ -101,21 +103,31 @@ class Step:
         return micro, micro + sum(one.sent for one in self.optimizer_step) / STEPS
 
 
-def projection(rank: int) -> flora_jax.Projection:
+def projection(rank: int, preset: str = "paper") -> flora_jax.Projection:
     """Gives the projection that all benchmarks on pods use."""
-    return flora_jax.Projection(rank, distribution="srht", resample_every=STEPS)
+    if preset == "paper":
+        return flora_jax.Projection(rank, distribution="srht", resample_every=STEPS)
+    return flora_jax.Projection(
+        rank,
+        distribution="srtt",
+        side="input",
+        embedding="whole",
+        head="whole",
+        resample_every=64 * STEPS,
+    )
 
 
-def weight_specs(params: Any, rank: int, axes: tuple[str, ...]) -> Any:
-    """Shards the side that Flora keeps over `axes`; what Flora does not compress is replicated."""
+def weight_specs(params: Any, rule: flora_jax.Projection, axes: tuple[str, ...]) -> Any:
+    """Shards the side that Flora keeps over `axes`, of uncompressed embeddings and heads the words; other leaves are replicated."""
 
     def spec(leaf: flora_jax.LeafPlan) -> PartitionSpec:
-        if leaf.spec is None:
+        if leaf.spec is None and leaf.kind == "matrix":
             return PartitionSpec()
-        kept = max(leaf.spec.kept, key=leaf.shape.__getitem__)
+        sides = range(len(leaf.shape)) if leaf.spec is None else leaf.spec.kept
+        kept = max(sides, key=leaf.shape.__getitem__)
         return PartitionSpec(*(axes if i == kept else None for i in range(len(leaf.shape))))
 
-    leaves = flora_jax.plan(params, projection(rank)).leaves
+    leaves = flora_jax.plan(params, rule).leaves
     return jax.tree.unflatten(jax.tree.structure(params), map(spec, leaves))
 
 
@@ -126,7 +138,7 @@ def shapes(config: Config, mesh: Any) -> tuple[Any, Any, Any]:
     model = decoder.Decoder(dataclasses.replace(shape, sharded=(("data", "fsdp"),)))
     params = outline(model)
     axes = tuple(name for name in ("fsdp", "model") if getattr(config, name) > 1)
-    specs = weight_specs(params, config.rank, axes)
+    specs = weight_specs(params, projection(config.rank, config.preset), axes)
     places = jax.tree.map(partial(NamedSharding, mesh), specs)
     count = config.data * config.fsdp
     windows = jax.ShapeDtypeStruct((count, config.length + 1), jnp.int32)
@@ -141,8 +153,8 @@ def placed_state(tx: optax.GradientTransformation, params: Any) -> Any:
 
 def flora_step(config: Config, model: Any, params: Any) -> tuple[Any, Any]:
     """Flora with fused gradients: a function that lowers its step, and the state."""
-    rule = projection(config.rank)
-    tx = flora_jax.flora(1e-3, projection=rule, accumulation_steps=STEPS)
+    rule = projection(config.rank, config.preset)
+    tx = flora_jax.flora(1e-3, projection=rule, accumulation_steps=STEPS, preset=config.preset)
     step: Any = flora_jax.make_train_step(partial(decoder.loss, model), tx, rule)
     return step.lower, placed_state(tx, params)
 
