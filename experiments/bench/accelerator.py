@@ -10,7 +10,7 @@ process of its own, so that its peak is its own, and one that runs out of memory
 `micro_batches` micro-batches, and a time is that of them all with their optimizer step; the others take as many optimizer steps on the same tokens.
 FLOPs are those of uncompressed training, six for each weight that is not an embedding and each token, and twelve
 for each layer, each token and each pair of a channel and a token that attention looks at: sketches and LoRA take fewer, so that
-their share says how fast they train, not how busy the chip is. With `--in-turn` all methods run in one process, one optimizer step of each after
+their share says how fast they train, not how busy the chip is. With `--in-turn` all methods run in one process, one micro-step of each after
 the other, so that what else the machine does meets them all alike: then times are ratios, in float32. Peak FLOPs are the data sheets', dense, in bfloat16.
 """
 
@@ -40,8 +40,9 @@ from rich.console import Console
 
 import flora_jax
 from experiments import report
-from experiments.bench import records
+from experiments.bench import interleaved, records
 from flora_jax.adapters import lora
+from flora_jax.memory.compiled import compiled_bytes
 from flora_jax.models import decoder, families
 from flora_jax.update.ordinary_step import ordinary_step
 
@@ -260,9 +261,7 @@ def one(config: Config, method: str, name: str) -> dict[str, Any]:
     step = build(config, method, model, windows)
     start = time.perf_counter()
     carry = jax.block_until_ready(step.init(weights(model)))
-    compiled = step.lower(carry, windows).compile().memory_analysis()
-    total = compiled.argument_size_in_bytes + compiled.output_size_in_bytes
-    total += compiled.temp_size_in_bytes - compiled.alias_size_in_bytes
+    total = compiled_bytes(step.lower(carry, windows).compile())
     ready, seconds = 0.0, []
     for _ in range(config.rounds + 1):
         begun = time.perf_counter()
@@ -296,17 +295,17 @@ def in_turn(config: Config, name: str) -> dict[str, float]:
     windows = jax.random.randint(
         jax.random.key(1), (config.batch, config.length + 1), 0, shape.vocabulary
     )
-    steps = {method: build(config, method, model, windows) for method in config.methods}
-    carries = {method: step.init(weights(model)) for method, step in steps.items()}
-    seconds: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(config.rounds + 1):
-        for method, step in steps.items():
-            carry, begun = carries[method], time.perf_counter()
-            for _ in range(config.micro_batches):
-                carry = step.run(carry, windows)
-            carries[method] = jax.block_until_ready(carry)
-            seconds[method].append(time.perf_counter() - begun)
-    return {method: median(each[1:]) for method, each in seconds.items()}
+    steps = {}
+    for method in config.methods:
+        step = build(config, method, model, windows)
+        steps[method] = (partial(_in_turn, step), None, step.init(weights(model)))
+    found = interleaved.seconds(steps, (windows,), config.rounds, config.micro_batches)
+    return {method: sum(each) for method, each in found.items()}
+
+
+def _in_turn(step: Step, _: None, carry: Any, windows: Any) -> tuple[None, Any, None]:
+    """Runs a step as `interleaved.seconds` calls it; the carry is the state, which is not copied."""
+    return None, step.run(carry, windows), None
 
 
 def rows(config: Config) -> Iterator[dict[str, Any]]:
@@ -426,8 +425,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         given = {
             name: value for name, value in asdict(config).items() if name not in ("out", "row")
         }
-        text = json.dumps({"config": given, "rows": found}, indent=2)
-        (config.out / "accelerator.json").write_text(text)
+        records.keep({"config": given, "rows": found}, config.out / "accelerator.json")
     heads = ["shape", "method", "tokens a second", "GiB in use", "GiB compiled", "share of peak"]
     device = next((row["device"] for row in found if "device" in row), "no device")
     title = (
@@ -459,7 +457,7 @@ def _ratios(config: Config) -> list[dict[str, Any]]:
     title = f"{config.batch} x {config.length} tokens, {config.micro_batches} micro-batches"
     Console(width=100).print(report.table(title, ["shape", "method", "seconds", "ratio"], shown))
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "in_turn.json").write_text(json.dumps(found, indent=2))
+    records.keep(found, config.out / "in_turn.json")
     return found
 
 

@@ -105,9 +105,7 @@ def attention(
 def _has_kernel(q: jax.Array, sight: Sight, window: Any, cap: float | None) -> bool:
     plain = sight.everything() and cap is None and (window is None or isinstance(window, int))
     fits = q.dtype in FUSED and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-    several = (
-        q.shape[1] > 1
-    )  # of one token only shapes are asked, and that must not start a backend
+    several = q.shape[1] > 1  # one token is traced for its shapes, which must not start a backend
     return plain and fits and several and jax.default_backend() == "gpu"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -23,15 +24,7 @@ def test_each_method_is_timed(method):
 def test_the_command_writes_a_table_and_a_picture(tmp_path, monkeypatch):
     """One method in a process of its own, and one that fails there, which is said and does not end the command."""
     monkeypatch.setitem(accelerator.TITLES, "none", "no such method")
-    config = accelerator.Config(
-        shapes=("LLaMA-test",),
-        methods=("none", "lora"),
-        batch=1,
-        length=16,
-        micro_batches=1,
-        rounds=1,
-        out=tmp_path,
-    )
+    config = replace(TOY, methods=("none", "lora"), micro_batches=1, out=tmp_path)
     accelerator.main(config)
     rows = json.loads((tmp_path / "accelerator.json").read_text())["rows"]
     failed, good = rows
@@ -75,15 +68,8 @@ def test_of_an_unknown_chip_there_is_no_peak():
 
 def test_in_turn(tmp_path):
     """Ratios are those of the seconds, the first of MultiSteps one."""
-    config = accelerator.Config(
-        shapes=("LLaMA-test",),
-        methods=("multisteps", "lora"),
-        batch=1,
-        length=16,
-        micro_batches=1,
-        rounds=1,
-        in_turn=True,
-        out=tmp_path,
+    config = replace(
+        TOY, methods=("multisteps", "lora"), micro_batches=1, in_turn=True, out=tmp_path
     )
     base, other = accelerator.main(config)
     assert base["ratio"] == 1 and other["ratio"] == other["seconds"] / base["seconds"]
