@@ -64,7 +64,6 @@ ROWS = (
     "flora-adafactor:64",
     "flora-adafactor:16",
     "flora-adafactor:128",
-    "muon",
 )
 BASELINE = "adafactor"
 

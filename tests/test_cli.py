@@ -76,7 +76,7 @@ def test_what_the_compiler_says_decides(capsys, monkeypatch, tmp_path):
     assert "<td>16.00</td>" in page.read_text(encoding="utf-8")
     assert cli.main(["plan", "--json"]) == 1
     rows = json.loads(capsys.readouterr().out)["methods"]
-    assert [row["measured"] for row in rows] == [16 * estimate.GIB] + [None] * 7
+    assert [row["measured"] for row in rows] == [16 * estimate.GIB] + [None] * 8
     assert not rows[0]["fits"]
     asked.clear()
     assert cli.main(["plan", "--measure", "all"]) == 1

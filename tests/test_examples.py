@@ -161,7 +161,7 @@ def test_the_planner_s_table():
     lines = []
     for model, method, rank, length, batch, chips, gib in COMPILED:
         setting = estimate.Setting(
-            outline.named(model), rank, length, batch, chips, moments="params"
+            rank, length, batch, chips, model=outline.named(model), moments="params"
         )
         e = estimate.estimate(setting, method)
         name = method + (f", rank {rank}" if e.rank else "")
@@ -174,7 +174,7 @@ def test_the_planner_s_table():
 
 @pytest.mark.newest  # MultiSteps of older optax accumulates in the params' dtype
 def test_the_planner_s_picture():
-    setting = estimate.Setting(outline.named("LLaMA-7B"))
+    setting = estimate.Setting(model=outline.named("LLaMA-7B"))
     text = report.to_svg(setting, estimate.estimates(setting)) + "\n"
     ElementTree.fromstring(text)
     assert (ROOT / "docs" / "plan.svg").read_text() == text

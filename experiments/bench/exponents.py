@@ -16,8 +16,9 @@ import numpy as np
 from experiments.bench import records
 from experiments.bench.baselines.methods import METHODS
 
-KEYS = ("multisteps", "flora", "galore", "muon")
-COLOURS: dict[str, str] = dict(zip(KEYS, ("#555555", "#08519c", "#d95f0e", "#31a354"), strict=True))
+KEYS = ("multisteps", "flora", "exact", "galore", "muon")
+PAINTS = ("#555555", "#08519c", "#6baed6", "#d95f0e", "#31a354")
+COLOURS: dict[str, str] = dict(zip(KEYS, PAINTS, strict=True))
 QUANTITIES = {
     "state": "state, bytes",
     "flops": "FLOPs of a cycle",

@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = (
 import dataclasses
 import json
 import math
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,7 @@ from rich.console import Console
 import flora_jax
 from experiments.bench import exponents, pods, records, topology, traffic
 from experiments.bench.baselines import in_jax, page
-from experiments.bench.baselines.methods import Size
+from experiments.bench.baselines.methods import INSIDE, Size
 from experiments.bench.exponents import AXES, KEYS
 from flora_jax.models import decoder
 
@@ -82,10 +83,14 @@ class Config:
 
 def _shapes(key: str, size: Size) -> tuple[Any, Any, Any, Any]:
     """Gives the shapes of a step's arguments."""
-    params = in_jax.outline(size)[1]
-    tx, _ = in_jax.build(key, size, 0.0, in_jax.LONG)
+    model, params = in_jax.outline(size)
     windows = jax.ShapeDtypeStruct((size.batch, size.length + 1), jnp.int32)
-    return params, jax.eval_shape(tx.init, params), windows, jax.ShapeDtypeStruct((), jnp.float32)
+    return (
+        params,
+        jax.eval_shape(in_jax.init_of(key, size, model), params),
+        windows,
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
 
 
 def _flops(compiled: Any) -> float:
@@ -122,12 +127,11 @@ def cycle_flops(key: str, size: Size, compiled: Any) -> float:
 
 def cycles(size: Size, rounds: int) -> dict[str, dict[str, float]]:
     """Measures state, FLOPs and median CPU seconds of a cycle by method, with the methods in turn."""
-    model, _ = in_jax.outline(size)
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    first = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     windows = np.random.default_rng(0).integers(0, 256, (size.batch, size.length + 1))
     windows = windows.astype(np.int32)
-    runs = {key: in_jax.Run(key, size, first) for key in KEYS}
+    with tempfile.TemporaryDirectory() as folder:
+        in_jax.save(Path(folder) / "weights", size)
+        runs = {key: in_jax.Run(key, size, Path(folder) / "weights") for key in KEYS}
     spent: dict[str, list[float]] = {key: [] for key in KEYS}
     for round_ in range(rounds + 1):
         for key, run in runs.items():
@@ -197,6 +201,8 @@ def measure(config: Config, console: Console) -> list[dict[str, Any]]:
                 continue
             if axis == "devices":
                 for key in keys:
+                    if key in INSIDE:  # their state has no shardings of its own
+                        continue
                     add(axis, x, key, **on_devices(key, config.middle, x))
             else:
                 size = dataclasses.replace(config.middle, **{axis: x})

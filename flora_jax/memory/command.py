@@ -12,14 +12,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flora_jax.chain.projection import Embedding, Head, Side
 from flora_jax.memory import chips, compiled, estimate, methods, outline, report
-from flora_jax.memory.methods import GIB, Setting
+from flora_jax.memory.methods import GIB, INSIDE, Options, Setting
 from flora_jax.models import config
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Method = Literal[
-    "flora", "flora-ordinary", "lora", "galore", "exact", "exact-muon", "adam", "multisteps"
+    "flora",
+    "flora-ordinary",
+    "flora-backward",
+    "lora",
+    "galore",
+    "exact",
+    "exact-muon",
+    "adam",
+    "multisteps",
 ]
 METHODS: dict[str, str] = dict(zip(get_args(Method), methods.METHODS, strict=True))
 COLUMNS = {
@@ -30,17 +37,11 @@ COLUMNS = {
     "other": ("update", "gathered", "copies"),
 }
 """The columns of the table, and the parts whose sum each is."""
-
-
-SAME = tuple(
-    field.name for field in dataclasses.fields(Setting) if field.name not in ("model", "capacity")
-)
-"""The settings that `Request` has as well."""
 STYLES = {"fits": "green", "close": "yellow", "no": "red"}
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Options):
     """Says what `plan` is asked about.
 
     Attributes:
@@ -48,18 +49,7 @@ class Request:
       config: A Hugging Face config.json, or its folder, in place of a name.
       chip: A name that `flora-jax shapes` lists, in any case; by default v5e.
       hbm: GiB that a program may use, in place of a chip; nothing is compiled then.
-      chips: The chips over which the weights are sharded, and the batch where they divide it.
-      length: Tokens of a sequence.
-      batch: Sequences of a micro-batch, over all chips.
-      micro_batches: Micro-batches of an optimizer step; by default Flora and MultiSteps accumulate, others do not.
-      rank: The rank of Flora, GaLore and LoRA.
       dtype: The dtype of the parameters.
-      preset: Flora's variant, as in `flora_jax.flora`.
-      side: The side that Flora projects; by default that of the preset.
-      embedding: What Flora does with embeddings.
-      head: What Flora does with the head.
-      state_dtype: The dtype of Flora's sketches between micro-batches.
-      moments: The dtype of Adam's moments, LoRA's too: float32, or that of what is trained.
       remat: Whether the backward pass computes each layer again; without it no estimate is made, the step is compiled.
     """
 
@@ -67,18 +57,7 @@ class Request:
     config: Path | None = None
     chip: str | None = None
     hbm: float | None = None
-    chips: int = 1
-    length: int = 2048
-    batch: int = 1
-    rank: int = 128
     dtype: Dtype = "bfloat16"
-    preset: Literal["paper", "advised"] = "paper"
-    side: Side | None = None
-    embedding: Embedding = "output"
-    head: Head = "input"
-    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    moments: Literal["float32", "params"] = "float32"
-    micro_batches: int | None = None
     remat: bool = True
 
     @property
@@ -111,7 +90,7 @@ class Request:
         return Setting(
             model=found,
             capacity=round((hbm or 0) * GIB),
-            **{name: getattr(self, name) for name in SAME},
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Options)},
         )
 
 
@@ -216,6 +195,9 @@ def plan(
     """
     setting = request.setting()
     asked = METHODS[method]
+    if request.weights == "int8" and asked not in INSIDE:
+        able = ", ".join(name for name, label in METHODS.items() if label in INSIDE)
+        raise ValueError(f"method must be one of {able} where weights are int8, found {method}")
     device = request.device
     obstacle = compiled.obstacle(setting, asked, device)
     if measure in ("yes", "all") and obstacle:

@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.chain.plan import plan
 from flora_jax.chain.projection import Projection
+from flora_jax.fused.int8 import to_int8
 from flora_jax.memory.chips import CHIPS
 from flora_jax.memory.methods import (
-    EXACT,
     GIB,
+    INSIDE,
     METHODS,
     Setting,
     adapter_of,
@@ -101,12 +102,15 @@ def _lowered(setting: Setting, method: str, mesh: Mesh) -> Any:
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init, params)
     shardings = jax.tree.map(lambda _: everywhere, shapes)
-    if setting.chips > 1 and method not in EXACT:
+    if setting.chips > 1 and method not in INSIDE:
         shardings = state_shardings(tx, params)
     elif setting.chips > 1:
         shardings = jax.tree.map(lambda x: _largest(x.shape, mesh), shapes)
     state = jax.tree.map(_placed, shapes, shardings)
     frozen = () if params is weights else (weights,)
+    if setting.int8(method):
+        params = jax.eval_shape(to_int8, params)
+        params = jax.tree.map(lambda x: _placed(x, _largest(x.shape, mesh)), params)
     with jax.set_mesh(mesh):
         return step.lower(params, state, *frozen, *batch)
 
@@ -121,8 +125,9 @@ def _step(
     tx = transformation(setting, method, setting.rank)
     if method == "Flora, fused":
         return make_train_step(loss, tx, projection), tx.init, tx, params
-    if method in EXACT:
-        step = make_train_step(loss, tx, update="backward")
+    if method in INSIDE:
+        rounding = "stochastic" if setting.int8(method) else "nearest"
+        step = make_train_step(loss, tx, update="backward", rounding=rounding)
         return step, lambda params: step.init(params, *batch), tx, params
     if method != "LoRA + Adam":
         return ordinary_step(loss, tx), tx.init, tx, params

@@ -9,7 +9,7 @@ attention and loss over `CHUNK` tokens at a time, the micro-step and the optimiz
 |---|---|
 | gradients | those of the largest stack of layers and of all leaves outside of the stacks: what an earlier stack gave has been added up by then. Fused: its sketches |
 | activations | the states between layers, and what one layer, or one chunk of the loss, takes at a time, less the gradient of an embedding that is no head, which comes last; logits of up to `VMEM` bytes stay there |
-| update | of the largest leaf, where a tree of updates is made |
+| update | of the largest leaf, where a tree of updates is made; of an embedding, where sketches are accumulated in the backward pass |
 | gathered | with several chips: the weights of the layer at work, and its gradient where that is uncompressed |
 | copies | of float32 weights, in bfloat16, for the matrix unit |
 
@@ -33,8 +33,9 @@ from flora_jax.chain import storage
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory.chips import CHIPS as CHIPS
+from flora_jax.memory.methods import GIB as GIB
 from flora_jax.memory.methods import (
-    EXACT,
+    INSIDE,
     METHODS,
     RANKED,
     Setting,
@@ -42,8 +43,8 @@ from flora_jax.memory.methods import (
     outside,
     projection_of,
     state_bytes,
+    weights_of,
 )
-from flora_jax.memory.methods import GIB as GIB
 from flora_jax.memory.outline import Outline
 from flora_jax.models.attention import CHUNK
 
@@ -140,16 +141,18 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
         raise ValueError(reason)
     sizes = _gradients(setting, method, rank)
     held = _held(setting, method, rank, sizes)
-    gathered = _gathered(setting, gradients=method not in ("Flora, fused", "LoRA + Adam", *EXACT))
-    late = 0 if method in EXACT else _late(setting, sizes, method) // setting.chips
+    gathered = _gathered(setting, gradients=method not in ("Flora, fused", "LoRA + Adam", *INSIDE))
+    late = 0 if method in INSIDE else _late(setting, sizes, method) // setting.chips
     activations = max(0, _activations(setting) - late)
     copies = 0
     if jax.tree.leaves(setting.model.params)[0].dtype == jnp.float32:
         copies = tree_bytes(setting.model.params) // 2 // setting.chips
     update = 0
-    if method == "Exact Muon, no state":
+    if method == "Flora, backward pass":
+        update = _embedding_update(setting) // setting.chips
+    elif method == "Exact Muon, no state":
         update = _orthogonalized(setting.model) // setting.chips
-    elif method not in ("Flora, fused", "LoRA + Adam", *EXACT):
+    elif method not in ("Flora, fused", "LoRA + Adam", *INSIDE):
         largest = max(tree_bytes(leaf) for leaf in jax.tree.leaves(setting.model.params))
         update = max(0, largest // setting.chips - activations - gathered - copies)
     parts = {name: math.ceil(size / setting.chips) for name, size in held.items()}
@@ -226,7 +229,7 @@ def _held(
     setting: Setting, method: str, rank: int | None, sizes: Mapping[str, int]
 ) -> dict[str, int]:
     """Returns bytes of parameters, state, gradients and sketches, on all chips together."""
-    model, params = setting.model, tree_bytes(setting.model.params)
+    model, params = setting.model, tree_bytes(weights_of(setting, method))
     state = state_bytes(setting, method, rank or setting.rank)
     if method == "LoRA + Adam":
         own = adapter_params(model, rank or 0)
@@ -235,7 +238,7 @@ def _held(
             "state": state,
             "gradients": _largest_stack(model, _by_path(own)),
         }
-    largest = _at_a_time(model) if method in EXACT else _largest_stack(model, sizes)
+    largest = _at_a_time(model) if method in INSIDE else _largest_stack(model, sizes)
     return {
         "parameters": params,
         "state": state,
@@ -271,6 +274,13 @@ def _at_a_time(model: Outline) -> int:
     if "head" not in model.params:
         return layer + others
     return max(layer, tree_bytes(model.params["head"]))
+
+
+def _embedding_update(setting: Setting) -> int:
+    """Returns what the optimizer step of accumulated embeddings takes beyond the activations, on all chips together."""
+    share = 1.5 if "whole" in (setting.embedding, setting.head) else 0.35
+    matrices = [leaf.size for leaf in outside(setting.model).values() if len(leaf.shape) > 1]
+    return round(share * 4 * max(matrices, default=0))
 
 
 def _orthogonalized(model: Outline) -> int:

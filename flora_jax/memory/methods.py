@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax.adapters import Adapter, lora
-from flora_jax.chain.flora import flora
+from flora_jax.chain.flora import ADVISED, flora
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.plan import galore_bytes, tree_bytes
 from flora_jax.chain.projection import Embedding, Head, Projection, Side
 from flora_jax.chain.sketched_muon import sketched_muon
+from flora_jax.fused.int8 import to_int8
 from flora_jax.memory.chips import CHIPS
 from flora_jax.memory.outline import Outline
 
@@ -23,6 +24,7 @@ STEPS = 16
 METHODS = (
     "Flora, fused",
     "Flora, ordinary gradients",
+    "Flora, backward pass",
     "LoRA + Adam",
     "GaLore",
     "Exact + Adafactor",
@@ -30,51 +32,65 @@ METHODS = (
     "Adam",
     "MultiSteps + Adafactor",
 )
-RANKED = METHODS[:4]
+RANKED = METHODS[:5]
 """The methods that have a rank."""
-EXACT = METHODS[4:6]
+EXACT = METHODS[5:7]
 """Those that update each weight inside the backward pass, and accumulate nothing."""
-ACCUMULATING = (*METHODS[:2], "MultiSteps + Adafactor")
+INSIDE = ("Flora, backward pass", *EXACT)
+"""Those that update each weight inside the backward pass."""
+ACCUMULATING = (*METHODS[:3], "MultiSteps + Adafactor")
 """Those that accumulate over micro-batches where their number is not given."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Says what is to be trained, and on what.
+class Options:
+    """Says how something is to be trained.
+
+    Attributes:
+      rank: The rank of Flora, GaLore and LoRA.
+      length: Tokens of a sequence.
+      batch: Sequences of a micro-batch, over all chips.
+      chips: The chips over which every weight is sharded evenly, and the batch where they divide it.
+      preset: Flora's variant, as in `flora_jax.flora`.
+      side: The side that Flora projects, as in `Projection`; by default that of the preset.
+      embedding: What Flora does with embeddings, as in `Projection`.
+      head: What Flora does with the head.
+      state_dtype: The dtype of Flora's sketches between micro-batches, as in `flora_jax.flora`.
+      weights: The layers' matrices in int8, as `flora_jax.to_int8` makes them, for the methods that update inside the
+        backward pass; or all weights in their own dtype.
+      moments: The dtype of Adam's moments, LoRA's too: float32, or that of what is trained.
+      micro_batches: Micro-batches of an optimizer step. By default Flora and MultiSteps accumulate and the others do
+        not. With 1 none does, and MultiSteps + Adafactor is Adafactor alone; with more all do but exact gradients.
+    """
+
+    rank: int = 128
+    length: int = 2048
+    batch: int = 1
+    chips: int = 1
+    preset: Literal["paper", "advised"] = "paper"
+    side: Side | None = None
+    embedding: Embedding = "output"
+    head: Head = "input"
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    weights: Literal["dtype", "int8"] = "dtype"
+    moments: Literal["float32", "params"] = "float32"
+    micro_batches: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(Options):
+    """Says what is to be trained, how, and on what.
 
     Attributes:
       model: The model.
-      rank: The rank of Flora, GaLore and LoRA.
-      length: The tokens of a sequence.
-      batch: The sequences of a micro-batch, over all chips.
-      chips: The chips over which every weight is sharded evenly, and the batch where they divide it.
       capacity: The bytes of a chip that a program may use.
-      preset: Flora's variant, as in `flora_jax.flora`.
-      side: The side that Flora projects, as in `Projection`; by default that of the preset.
-      embedding: The treatment of embeddings by Flora, as in `Projection`.
-      head: That of the head.
-      state_dtype: The dtype of Flora's sketches between micro-batches, as in `flora_jax.flora`.
-      moments: The dtype of Adam's moments, LoRA's too: float32, or that of what is trained.
-      micro_batches: The micro-batches of an optimizer step. By default Flora and MultiSteps accumulate and the others do
-        not. With 1 none does, and MultiSteps + Adafactor is Adafactor alone; with more all do but exact gradients.
 
     Raises:
       ValueError: A number is below 1.
     """
 
     model: Outline
-    rank: int = 128
-    length: int = 2048
-    batch: int = 1
-    chips: int = 1
     capacity: int = round(CHIPS["v5e"] * GIB)
-    preset: Literal["paper", "advised"] = "paper"
-    side: Side | None = None
-    embedding: Embedding = "output"
-    head: Head = "input"
-    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    moments: Literal["float32", "params"] = "float32"
-    micro_batches: int | None = None
 
     def __post_init__(self):
         for name in ("rank", "length", "batch", "chips", "capacity", "micro_batches"):
@@ -88,6 +104,10 @@ class Setting:
             return 1
         return self.micro_batches or (STEPS if method in ACCUMULATING else 1)
 
+    def int8(self, method: str) -> bool:
+        """Says whether a method has the layers' matrices in int8."""
+        return self.weights == "int8" and method in INSIDE
+
 
 def projection_of(setting: Setting, rank: int, steps: int) -> Projection:
     """Returns Flora's projection at a rank, for cycles of so many micro-batches."""
@@ -98,7 +118,7 @@ def projection_of(setting: Setting, rank: int, steps: int) -> Projection:
         side=setting.side or ("input" if advised else "larger"),
         embedding=setting.embedding,
         head=setting.head,
-        resample_every=steps,
+        resample_every=steps * (ADVISED if advised else 1),
     )
 
 
@@ -137,6 +157,12 @@ def _wide(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     )
 
 
+def weights_of(setting: Setting, method: str) -> Any:
+    """Returns the shapes of the weights as a method keeps them."""
+    params = setting.model.params
+    return jax.eval_shape(to_int8, params) if setting.int8(method) else params
+
+
 def adapter_of(model: Outline, rank: int) -> Adapter:
     """Returns LoRA on every matrix inside the layers."""
     return lora(
@@ -171,7 +197,7 @@ def state_bytes(setting: Setting, method: str, rank: int) -> int:
     tx = transformation(setting, method, rank)
     if method == "LoRA + Adam":
         params = adapter_params(setting.model, rank)
-    if method not in EXACT:
+    if method not in INSIDE:
         return tree_bytes(jax.eval_shape(tx.init, params))
     # each layer of a stack has a state of its own
     model, total = setting.model, 0

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+LANES, SUBLANES = 128, 8
+"""The sides of a tile of a TPU's memory."""
+
 
 def take(leaf: Any, axis: int, i: Any) -> Any:
     """Returns one index along an axis of an array, or of the arrays of a `qwix.QArray`."""
@@ -39,7 +42,7 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
         def body(t, loop):
             arrays, rest = loop
             parts, rest = compute(order(t), arrays, rest)
-            return jax.tree.map(_row_major, write(arrays, parts, order(t))), rest
+            return jax.tree.map(_as_it_came, write(arrays, parts, order(t))), rest
 
         return jax.lax.fori_loop(0, count, body, (arrays, rest))
 
@@ -56,9 +59,21 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
     return jax.lax.platform_dependent(arrays, rest, tpu=at_once, default=later)
 
 
-def _row_major(array: Any) -> Any:
-    """Keeps an array in the layout that it came with; XLA may else take another for the loop, and copy the stack twice."""
-    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+def _as_it_came(array: Any) -> Any:
+    """Keeps an array in the layout that a TPU's params have; XLA may else take another for the loop, and copy the stack twice.
+
+    That is row by row where neither of the last two axes is padded to the tiles of 8 x 128 so, else column by column where
+    neither is so. Where both are padded, XLA chooses.
+    """
+    *_, rows, columns = (1, 1, *array.shape)
+    axes = tuple(range(array.ndim))
+    if columns % LANES == 0 and rows % SUBLANES == 0:
+        order = axes
+    elif rows % LANES == 0 and columns % SUBLANES == 0:
+        order = (*axes[:-2], axes[-1], axes[-2])
+    else:
+        return array
+    return with_layout_constraint(array, Layout(order))
 
 
 def put(leaf: Any, part: Any, axis: int, i: Any) -> Any:

@@ -12,7 +12,7 @@ from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory import compiled, estimate, methods, outline
 from flora_jax.models import config
 
-FUSED, ORDINARY, LORA, GALORE, EXACT, MUON, ADAM, MULTISTEPS = estimate.METHODS
+FUSED, ORDINARY, BACKWARD, LORA, GALORE, EXACT, MUON, ADAM, MULTISTEPS = estimate.METHODS
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 2048,
@@ -53,7 +53,7 @@ def here(monkeypatch):
 
 def setting(chips=1, entries=CONFIG, rank=16):
     model = outline.outline(config.shape_of(entries, jnp.float32))
-    return estimate.Setting(model, rank, 32, 4, chips)
+    return estimate.Setting(rank, 32, 4, chips, model=model)
 
 
 @pytest.mark.parametrize("entries", [CONFIG, T5, VIT])
@@ -71,6 +71,19 @@ def test_order_of_the_methods():
     sizes = {method: compiled.measure(setting(), method) or 0 for method in compiled.MEASURED}
     assert 0 < sizes[FUSED] < sizes[ORDINARY] < min(sizes[MULTISTEPS], sizes[ADAM])
     assert 0 < sizes[EXACT] < sizes[ORDINARY]
+
+
+@pytest.mark.parametrize("method", [BACKWARD, EXACT, MUON])
+def test_int8_weights_are_in_it(method):
+    pytest.importorskip("qwix")
+    plain = setting()
+    sizes = [
+        compiled.measure(given, method) or 0
+        for given in (plain, dataclasses.replace(plain, weights="int8"))
+    ]
+    inner = 3 * (4 * 256 * 256 + 3 * 256 * 512)
+    saved = sizes[0] - sizes[1]  # of float32 weights three bytes in four, less the scales
+    assert 0.8 * 3 * inner < saved < 1.2 * 3 * inner
 
 
 @pytest.mark.parametrize("method", [ADAM, LORA])

@@ -15,12 +15,12 @@ def test_the_same_training_in_both(tmp_path):
     folder, corpus = tmp_path / "weights", text.load()
     in_jax.save(folder, SIZE)
     runs = [
-        in_jax.Run("multisteps", SIZE, in_jax.load(folder), optimizer_steps=4),
+        in_jax.Run("multisteps", SIZE, folder, optimizer_steps=4),
         in_torch.Run("torch", SIZE, folder, optimizer_steps=4),
     ]
     losses = []
     for run in runs:
-        run.reset(0.03)
+        run.reset(0.03, folder)
         own = [run.step(SIZE.windows(corpus, i)) for i in range(8)]
         losses.append([*own, run.evaluate(SIZE.held_out(corpus)[0])])
     assert losses[0][-1] < losses[0][0] - 0.1

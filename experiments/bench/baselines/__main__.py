@@ -1,6 +1,6 @@
 """This command compares Flora with its baselines, interleaved in one run on this CPU.
 
-    python -m experiments.bench.baselines --out runs/baselines   # some half an hour on two cores
+    python -m experiments.bench.baselines --out runs/baselines   # some fifty minutes on two cores
     python -m experiments.bench.baselines --only multisteps flora muon
     python -m experiments.bench.baselines --write                # also into docs/
 
@@ -9,15 +9,17 @@ stopped. *Time*: each method has a process of its own, and the methods take one 
 MultiSteps over Adafactor in the same round. Bytes between micro-steps are counted from the arrays; the peak is XLA's
 count for the compiled step, or what torch's allocator held. *Loss*: all methods have the same weights, batches and
 tokens; for each method the table has the best of a grid of learning rates, which grows by factors of two while the
-best one lies at its edge. *TPU*: the step is compiled where `libtpu` is installed. A method whose package is not
+best one lies at its edge, on the first seed. The other seeds, of weights and batches, have the best one. *TPU*: the step is compiled where `libtpu` is installed. A method whose package is not
 installed has a sentence that says so in its row.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -43,7 +45,7 @@ class Config:
     """Short names of the methods to compare; MultiSteps + Adafactor is always among them."""
     time: Size = dataclasses.field(default_factory=lambda: Size(512, 2, 4, 128, 64))
     """Sizes of the model and the micro-step that are timed."""
-    loss: Size = dataclasses.field(default_factory=lambda: Size(128, 2, 4, 64, 32))
+    loss: Size = dataclasses.field(default_factory=lambda: Size(128, 2, 4, 64, 16))
     """Sizes of the model and the micro-step of the training runs."""
     rounds: int = 7
     """Number of timed cycles, after one that compiles."""
@@ -53,6 +55,8 @@ class Config:
     """Peak learning rates, as multiples of each method's own."""
     wider: int = 3
     """How often a grid may grow."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the weights and of the batches of the training runs."""
     tpu: hbm.Config = dataclasses.field(default_factory=hbm.Config)
     """What is compiled for a TPU."""
     cores: int = 0
@@ -193,32 +197,61 @@ def figures(rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[st
 
 def measure_loss(config: Config, log: Log, console: Console) -> list[dict[str, Any]]:
     """Trains every method at every learning rate of its grid, and gives the validation losses."""
-    setting = {**dataclasses.asdict(config.loss), "optimizer_steps": config.optimizer_steps}
     size = config.loss
-    folder = config.out / f"weights-{size.width}-{size.layers}"
-    in_jax.save(folder, size)
+    setting = {**dataclasses.asdict(size), "optimizer_steps": config.optimizer_steps}
+    folders = {
+        seed: config.out / f"weights-{size.width}-{size.layers}-{seed}" for seed in config.seeds
+    }
+    for seed, folder in folders.items():
+        in_jax.save(folder, size, seed)
     for key in config.chosen():
-        middle = METHODS[key].rate
-        losses: dict[float, float] = {
-            x["rate"]: math.inf if x["loss"] is None else x["loss"]
-            for x in log.find("loss", setting)
-            if x["method"] == key
-        }
-        worker = None
         try:
-            while (rate := next_rate(middle, config.rates, losses, config.wider)) is not None:
-                worker = worker or Worker(key, size, folder, config.cores, config.optimizer_steps)
-                loss = worker.ask("train", rate)
-                losses[rate] = loss if math.isfinite(loss) else math.inf
-                kept = loss if math.isfinite(loss) else None
-                log.add("loss", setting, method=key, rate=rate, loss=kept)
-                console.print(f"{METHODS[key].name}, rate {rate:g}: {loss:.4f}", highlight=False)
+            _search(config, log, console, key, folders, setting)
         except Failed as error:
             log.failed[key] = str(error)
-        finally:
-            if worker:
-                worker.close()
     return log.find("loss", setting)
+
+
+def _search(
+    config: Config,
+    log: Log,
+    console: Console,
+    key: str,
+    folders: dict[int, Path],
+    setting: dict[str, Any],
+) -> None:
+    """Trains one method: on the first seed at the rates of its grid, on the others at the best of them."""
+    losses = {
+        (x["seed"], x["rate"]): math.inf if x["loss"] is None else x["loss"]
+        for x in log.find("loss", setting)
+        if x["method"] == key
+    }
+    first, *others = config.seeds
+    with ExitStack() as stack:
+
+        @functools.cache
+        def worker() -> Worker:
+            opened = Worker(key, config.loss, folders[first], config.cores, config.optimizer_steps)
+            return stack.enter_context(opened)
+
+        def train(seed: int, rate: float) -> None:
+            if (seed, rate) in losses:
+                return
+            loss = worker().ask("train", rate, folders[seed], seed)
+            losses[seed, rate] = loss if math.isfinite(loss) else math.inf
+            kept = loss if math.isfinite(loss) else None
+            log.add("loss", setting, method=key, seed=seed, rate=rate, loss=kept)
+            told = f"{METHODS[key].name}, rate {rate:g}, seed {seed}: {loss:.4f}"
+            console.print(told, highlight=False)
+
+        while True:
+            found = {rate: loss for (seed, rate), loss in losses.items() if seed == first}
+            rate = next_rate(METHODS[key].rate, config.rates, found, config.wider)
+            if rate is None:
+                break
+            train(first, rate)
+        for seed in others:
+            train(seed, min(found, key=found.__getitem__))
 
 
 def next_rate(

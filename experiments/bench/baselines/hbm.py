@@ -14,7 +14,8 @@ from typing import Any
 import flora_jax
 from experiments.bench import memory
 from experiments.bench.baselines import in_jax
-from experiments.bench.baselines.methods import Size
+from experiments.bench.baselines.methods import INSIDE, Size
+from experiments.bench.baselines.methods import METHODS as ALL
 from flora_jax.update.ordinary_step import ordinary_step
 
 RANK = 128
@@ -34,6 +35,8 @@ def _flora(key: str, loss: Callable):
     """Gives what makes the state of the transformation that runs on the CPU, at rank 128, and a function that lowers its step."""
     size = Size(rank=RANK, accumulation=memory.STEPS)
     tx, projection = in_jax.build(key, size, 1e-3, in_jax.LONG)
+    if key in INSIDE:
+        return memory.backward(tx)(loss)
     assert projection is not None
     if key == "flora-paper":
         return memory.of_params(tx), ordinary_step(loss, tx).lower
@@ -43,7 +46,7 @@ def _flora(key: str, loss: Callable):
 
 METHODS = {
     "multisteps": memory.METHODS["MultiSteps + Adafactor"],
-    **{key: partial(_flora, key) for key in ("flora", "flora-larger", "flora-paper")},
+    **{key: partial(_flora, key) for key, method in ALL.items() if method.ours},
     "galore": memory.METHODS["MultiSteps + GaLore, rank 128, at least"],
     "muon": memory.multisteps(in_jax.muon(1e-3)),
 }

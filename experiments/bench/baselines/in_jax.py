@@ -13,7 +13,7 @@ from optax import contrib
 import flora_jax
 from experiments import optimizers
 from experiments.bench import setting
-from experiments.bench.baselines.methods import PROJECTION_GAP, Size
+from experiments.bench.baselines.methods import EXACT, INSIDE, PROJECTION_GAP, Size
 from flora_jax.chain import products
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.plan import tree_bytes
@@ -23,6 +23,8 @@ from flora_jax.models.families import outline as outline_of
 from flora_jax.models.load import load as load_checkpoint
 from flora_jax.models.save import save as save_checkpoint
 
+ADAFACTOR = 0.015
+"""Peak learning rate of what is no matrix, where the grid is of that of the matrices."""
 LONG = 10**6
 """Number of optimizer steps of a schedule that does not end within a measurement."""
 
@@ -66,8 +68,14 @@ def build(
     key: str, size: Size, peak: Any, optimizer_steps: int
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
     """Gives the transformation of a method, and Flora's projection or None."""
+    if key in EXACT:
+        rate = optimizers.cosine(peak, optimizer_steps * size.accumulation)
+        if key == "exact":
+            return optax.adafactor(rate), None
+        others = optimizers.cosine(ADAFACTOR, optimizer_steps * size.accumulation)
+        return flora_jax.sketched_muon(rate, adafactor_learning_rate=others), None
     rate = optimizers.cosine(peak, optimizer_steps)
-    if key in ("flora", "flora-larger"):
+    if key in ("flora", "flora-int8", "flora-larger"):
         return optimizers.build(
             "flora",
             rate,
@@ -76,7 +84,8 @@ def build(
             matrices=optimizers.cosine(optimizers.MATRICES, optimizer_steps),
             embedding="whole",  # as all others have them
             head="whole",
-            side="input" if key == "flora" else "larger",
+            side="larger" if key == "flora-larger" else "input",
+            state_dtype="int8" if key == "flora-int8" else "float32",
         )
     if key == "flora-paper":
         return optimizers.build(
@@ -99,13 +108,23 @@ def outline(size: Size) -> tuple[decoder.Decoder, Any]:
     return model, outline_of(model)
 
 
-def save(folder: Path, size: Size) -> None:
+def init_of(key: str, size: Size, model: decoder.Decoder) -> Any:
+    """Gives the function that makes a state from params."""
+    tx, _ = build(key, size, 0.0, LONG)
+    if key not in INSIDE:
+        return tx.init
+    step = flora_jax.make_train_step(partial(decoder.loss, model), tx, update="backward")
+    windows = jax.ShapeDtypeStruct((size.batch, size.length + 1), jnp.int32)
+    return lambda params: step.init(params, windows)
+
+
+def save(folder: Path, size: Size, seed: int = 0) -> None:
     """Writes the weights that all methods begin from, unless the folder exists."""
     if folder.exists():
         return
     model = setting.small(size.width, size.layers, dtype=jnp.float32)
     tokens = jnp.zeros((1, 8), jnp.int32)
-    save_checkpoint(folder, model, jax.jit(model.init)(jax.random.key(0), tokens)["params"])
+    save_checkpoint(folder, model, jax.jit(model.init)(jax.random.key(seed), tokens)["params"])
 
 
 def load(folder: Path) -> Any:
@@ -124,6 +143,8 @@ def step_of(key: str, size: Size, model: decoder.Decoder, optimizer_steps: int =
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, windows, peak):
         tx, projection = build(key, size, peak, optimizer_steps)
+        if key in INSIDE:
+            return flora_jax.make_train_step(loss, tx, update="backward")(params, state, windows)
         if projection is None or key == "flora-paper":
             value, grads = jax.value_and_grad(loss)(params, windows)
             updates, state = tx.update(grads, state, params)
@@ -136,22 +157,23 @@ def step_of(key: str, size: Size, model: decoder.Decoder, optimizer_steps: int =
 
 
 class Run:
-    """A method that trains, from the weights `first`."""
+    """A method that trains, from the weights of the checkpoint in `folder`."""
 
-    def __init__(self, key: str, size: Size, first: Any, optimizer_steps: int = LONG):
+    def __init__(self, key: str, size: Size, folder: Path, optimizer_steps: int = LONG):
         model, self.shapes = outline(size)
-        self.key, self.size, self.first, self.optimizer_steps = key, size, first, optimizer_steps
-        self.tx, self.projection = build(key, size, 0.0, optimizer_steps)
+        self.key, self.size = key, size
+        _, self.projection = build(key, size, 0.0, optimizer_steps)
+        self._init = jax.jit(init_of(key, size, model))
         self._step = step_of(key, size, model, optimizer_steps)
         self._loss = jax.jit(partial(decoder.loss, model))
         self._sample = jax.jit(self._projections)
         self._compiled: Any = None
-        self.reset(1e-3)
+        self.reset(1e-3, folder)
 
-    def reset(self, rate: float) -> None:
-        """Goes back to the first weights, with this peak learning rate."""
-        self.params = jax.tree.map(jnp.array, self.first)
-        self.state = jax.jit(self.tx.init)(self.params)
+    def reset(self, rate: float, folder: Path) -> None:
+        """Begins anew from the weights in `folder`, with this peak learning rate."""
+        self.params = jax.tree.map(jnp.array, load(folder))
+        self.state = self._init(self.params)
         self.rate = jnp.float32(rate)
 
     def compiled(self, windows: np.ndarray) -> Any:

@@ -43,16 +43,16 @@ class Run:
 
     def __init__(self, key: str, size: Size, folder: Path, optimizer_steps: int = LONG):
         self.torch = importlib.import_module("torch")
-        self.key, self.size, self.folder = key, size, folder
+        self.key, self.size = key, size
         self.schedule = schedule(optimizer_steps)
-        self.reset(1e-3)
+        self.reset(1e-3, folder)
 
-    def reset(self, rate: float) -> None:
-        """Goes back to the first weights, with this peak learning rate."""
+    def reset(self, rate: float, folder: Path) -> None:
+        """Begins anew from the weights in `folder`, with this peak learning rate."""
         transformers = importlib.import_module("transformers")
         transformers.logging.disable_progress_bar()
         model = transformers.LlamaForCausalLM.from_pretrained(
-            self.folder, dtype=self.torch.float32
+            folder, dtype=self.torch.float32
         ).train()
         self.model, self.rate, self.count, self.accelerator = model, rate, 0, None
         self.optimizer = getattr(self, "_" + self.key.replace("-", "_"))(transformers)

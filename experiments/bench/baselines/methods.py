@@ -2,7 +2,8 @@
 
 A micro-step is one forward and one backward pass; on every `accumulation`-th one, the optimizer step, the
 parameters change. Every method begins from the same weights, a LLaMA in float32 on bytes, sees the same
-batches, and has the same schedule: ten optimizer steps of warm-up, then a cosine to zero.
+batches, and has the same schedule: ten optimizer steps of warm-up, then a cosine to zero. Exact gradients, which are
+updated inside the backward pass, are not accumulated: each of their micro-steps is an optimizer step.
 """
 
 from dataclasses import dataclass
@@ -25,20 +26,25 @@ class Method(NamedTuple):
       framework: The framework whose process runs it.
       rate: The middle of its grid of peak learning rates.
       packages: Packages that must be installed for it, as pip calls them.
+      ours: Whether it is a method of this library, and no baseline.
     """
 
     name: str
     framework: Literal["jax", "torch"]
     rate: float
     packages: tuple[str, ...] = ()
+    ours: bool = False
 
 
 TORCH = ("torch", "transformers")
 METHODS = {
     BASE: Method("MultiSteps + Adafactor (optax)", "jax", 0.03),
-    OURS: Method("Flora, fused, advised", "jax", 0.06),
-    "flora-larger": Method("Flora, fused, advised, larger side", "jax", 0.06),
-    "flora-paper": Method("Flora, the paper's, ordinary gradients", "jax", 0.03),
+    OURS: Method("Flora, fused, advised", "jax", 0.06, ours=True),
+    "flora-int8": Method("Flora, advised, int8, backward pass", "jax", 0.06, ours=True),
+    "flora-larger": Method("Flora, fused, advised, larger side", "jax", 0.06, ours=True),
+    "flora-paper": Method("Flora, the paper's, ordinary gradients", "jax", 0.03, ours=True),
+    "exact": Method("Exact gradients, Adafactor", "jax", 0.03, ours=True),
+    "exact-muon": Method("Exact gradients, orthogonalized, no state", "jax", 0.02, ours=True),
     "galore": Method("MultiSteps + GaLore (optax.contrib)", "jax", 0.01),
     "muon": Method("MultiSteps + Muon (optax.contrib)", "jax", 0.01),
     "torch": Method("torch: accumulated gradients + Adafactor", "torch", 0.03, TORCH),
@@ -52,6 +58,10 @@ METHODS = {
         "torch: apollo-torch", "torch", 0.01, (*TORCH, "apollo-torch", "bitsandbytes")
     ),
 }
+EXACT = ("exact", "exact-muon")
+"""Those that accumulate nothing."""
+INSIDE = ("flora-int8", *EXACT)
+"""Those that update each weight inside the backward pass."""
 PROJECTION_GAP = 200
 """Number of optimizer steps between two subspaces of GaLore and APOLLO, which is their own default."""
 
@@ -83,9 +93,9 @@ class Size:
         if self.rank > self.width:
             raise ValueError(f"rank must be at most the width {self.width}, found {self.rank}")
 
-    def windows(self, corpus: text.Corpus, step: int) -> np.ndarray:
+    def windows(self, corpus: text.Corpus, step: int, seed: int = 0) -> np.ndarray:
         """Gives the windows of micro-step `step`, int32 `(batch, length + 1)`."""
-        return text.batch(corpus.train, 0, step, self.batch, self.length)
+        return text.batch(corpus.train, seed, step, self.batch, self.length)
 
     def held_out(self, corpus: text.Corpus) -> list[np.ndarray]:
         """Gives the validation windows, which are the same for every run."""

@@ -32,7 +32,6 @@ MEASURES = {
 HEADS = dict(
     zip(MEASURES, ("micro-step", "optimizer step", "state", "peak", "HBM", "loss"), strict=True)
 )
-OUR_ROWS = (OURS, "flora-larger")
 NOISE = 0.02
 """Ratios of times and of losses that are nearer to 1 than this are called equal; bytes are exact."""
 
@@ -50,19 +49,20 @@ def versions() -> dict[str, str]:
 
 
 def settled(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Gives the setting, and the figures by method, with the loss of every learning rate."""
+    """Gives the setting, and the figures by method, with the loss of every learning rate by seed."""
     methods: dict[str, Any] = {}
     for line in lines:
         own = {k: v for k, v in line.items() if k not in ("part", "setting", "method")}
         if "rate" in own:
-            methods.setdefault(line["method"], {})[f"{own['rate']:g}"] = own["loss"]
+            seeds = methods.setdefault(line["method"], {})
+            seeds.setdefault(str(own["seed"]), {})[f"{own['rate']:g}"] = own["loss"]
         else:
             methods[line["method"]] = own
     return {"setting": lines[0]["setting"] if lines else {}, "methods": methods}
 
 
 def figures(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Gives figures by method and measure: ratios to the base, except the loss, which stays in nats."""
+    """Gives figures by method and measure: ratios to the base. Of the loss it is the mean over the seeds."""
     result: dict[str, dict[str, float]] = {key: {} for key in METHODS}
     timed = record["time"]["methods"]
     for key, own in timed.items():
@@ -72,15 +72,35 @@ def figures(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     for key, own in compiled.items():
         if own["gib"] and compiled.get(BASE, {}).get("gib"):
             result[key]["tpu"] = own["gib"] / compiled[BASE]["gib"]
-    for key, losses in record["loss"]["methods"].items():
-        if (loss := best(losses)[0]) < math.inf:
-            result[key]["loss"] = loss
+    for key in record["loss"]["methods"]:
+        if ratios := of_losses(record, key):
+            result[key]["loss"] = sum(ratios) / len(ratios)
     return result
 
 
-def best(losses: dict[str, float | None]) -> tuple[float, str]:
-    """Gives the least loss and its rate; a run that was not finite counts as infinite."""
-    return min((math.inf if loss is None else loss, rate) for rate, loss in losses.items())
+Losses = dict[str, dict[str, float | None]]
+"""The losses of a method, by seed and learning rate; None where a run was not finite."""
+
+
+def best(losses: Losses) -> str:
+    """Gives the learning rate that is best on the first seed; a run that was not finite counts as infinite."""
+    first = next(iter(losses.values()))
+    return min(first, key=lambda rate: math.inf if first[rate] is None else first[rate])
+
+
+def of_losses(record: dict[str, Any], key: str) -> list[float]:
+    """Gives the ratio of a method's loss to that of the base on each seed that both have, each at its best rate."""
+    methods = record["loss"]["methods"]
+    if BASE not in methods:
+        return []
+
+    def losses(key: str) -> dict[str, float]:
+        rate = best(methods[key])
+        found = {seed: by_rate.get(rate) for seed, by_rate in methods[key].items()}
+        return {seed: loss for seed, loss in found.items() if loss is not None}
+
+    own, base = losses(key), losses(BASE)
+    return [loss / base[seed] for seed, loss in own.items() if seed in base]
 
 
 def name_of(key: str, record: dict[str, Any]) -> str:
@@ -92,10 +112,10 @@ def name_of(key: str, record: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Gives a Markdown table of ratios to MultiSteps + Adafactor, and of the loss with its learning rate."""
+    """Gives a Markdown table of ratios to MultiSteps + Adafactor, of the loss with the least and the most of its seeds."""
     found = figures(record)
     heads = ["method", *HEADS.values()]
-    heads[-1] += " (learning rate)"
+    heads[-1] += " (least to most)"
     rows = []
     for key in METHODS:
         name = name_of(key, record)
@@ -108,8 +128,8 @@ def table(record: dict[str, Any]) -> str:
         cells = [_number(found[key].get(what)) for what in list(MEASURES)[:-1]]
         loss = "–"
         if "loss" in found[key]:
-            value, rate = best(record["loss"]["methods"][key])
-            loss = f"{value:.3f} ({rate})"
+            ratios = of_losses(record, key)
+            loss = f"{found[key]['loss']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         rows.append([name, *cells, loss])
     return _markdown(heads, rows)
 
@@ -118,10 +138,10 @@ def verdict(record: dict[str, Any]) -> str:
     """Gives sentences that say, at equal loss and measure by measure, where a baseline is better than Flora."""
     found = figures(record)
     ours = found[OURS]
-    baselines = {key: own for key, own in found.items() if not key.startswith(OURS) and own}
+    baselines = {key: own for key, own in found.items() if not METHODS[key].ours and own}
     names = {key: name_of(key, record) for key in found}
     lines = []
-    for row in (key for key in OUR_ROWS if "loss" in found[key]):
+    for row in (key for key in METHODS if METHODS[key].ours and "loss" in found[key]):
         most = (1 + NOISE) * found[row]["loss"]
         equal = {key: own for key, own in baselines.items() if own.get("loss", math.inf) <= most}
         better = {
@@ -168,8 +188,8 @@ def conditions(record: dict[str, Any]) -> str:
         tokens = loss["optimizer_steps"] * loss["accumulation"] * loss["batch"] * loss["length"]
         parts.append(
             f"Loss is the validation loss, in nats per byte, after {tokens:,} bytes of the standard library, at width "
-            f"{loss['width']}, {loss['layers']} layers and rank {loss['rank']}, with the best learning rate of each "
-            "method and one seed"
+            f"{loss['width']}, {loss['layers']} layers and rank {loss['rank']}, at the best of a grid of learning rates of "
+            "each method, its mean over seeds of weights and batches. Exact gradients have as many optimizer steps as micro-steps"
         )
     machine = record["machine"]
     note = f"; {machine['note']}" if machine["note"] else ""
@@ -259,14 +279,18 @@ def _sampling(record: dict[str, Any]) -> list[str]:
 def _rates(record: dict[str, Any]) -> list[str]:
     rows = []
     for key, losses in _in_order(record["loss"]["methods"]):
-        told = ", ".join(
-            f"{float(rate):g}: {'not finite' if loss is None else format(loss, '.3f')}"
-            for rate, loss in sorted(losses.items(), key=lambda x: float(x[0]))
-        )
-        rows.append([name_of(key, record), told])
+        first, *others = losses.values()
+        told = ", ".join(f"{rate}: {_nats(first[rate])}" for rate in sorted(first, key=float))
+        chosen = best(losses)
+        rows.append([name_of(key, record), told, ", ".join(_nats(x.get(chosen)) for x in others)])
     if not rows:
         return []
-    return ["## Every learning rate\n", _markdown(["method", "learning rate: loss"], rows)]
+    heads = ["method", "learning rate: loss, first seed", "other seeds, at the best"]
+    return ["## Every learning rate\n", _markdown(heads, rows)]
+
+
+def _nats(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
 
 
 def _in_order(methods: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -293,7 +317,7 @@ def picture(record: dict[str, Any], stem: Path) -> None:
         values = [found[key].get(what) for key in keys]
         most = max(value for value in values if value is not None)
         for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-            colour = "#08519c" if key == OURS else "#9ecae1" if key.startswith(OURS) else "#bdbdbd"
+            colour = "#08519c" if key == OURS else "#9ecae1" if METHODS[key].ours else "#bdbdbd"
             axes.barh(i, value or 0, color=colour)
             told = "–" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
             place, paper = (value or 0) + 0.03 * most, {"facecolor": "white", "lw": 0, "pad": 0.8}
@@ -303,9 +327,8 @@ def picture(record: dict[str, Any], stem: Path) -> None:
         axes.title.set_fontsize(9)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
-        if what != "loss":
-            axes.axvline(1, color="#555555", lw=0.8, ls=":", zorder=0)
-    figure.suptitle("Ratios to MultiSteps + Adafactor; loss in nats per byte", fontsize=9)
+        axes.axvline(1, color="#555555", lw=0.8, ls=":", zorder=0)
+    figure.suptitle("Ratios to MultiSteps + Adafactor", fontsize=9)
     records.save_figure(figure, stem)
 
 

@@ -42,14 +42,25 @@ def open_run(key: str, size: Size, folder: Path, optimizer_steps: int | None = N
         return in_torch.Run(key, size, folder, **limit)
     from experiments.bench.baselines import in_jax
 
-    return in_jax.Run(key, size, in_jax.load(folder), **limit)
+    return in_jax.Run(key, size, folder, **limit)
 
 
-def train(run: Any, size: Size, corpus: text.Corpus, rate: float, optimizer_steps: int) -> float:
-    """Trains for so many optimizer steps at this peak learning rate, and gives the validation loss, nats per byte."""
-    run.reset(rate)
+def train(
+    run: Any,
+    size: Size,
+    corpus: text.Corpus,
+    optimizer_steps: int,
+    rate: float,
+    folder: Path,
+    seed: int,
+) -> float:
+    """Trains for so many accumulated steps at this peak learning rate, and gives the validation loss, nats per byte.
+
+    The weights in `folder` are those that it begins from, and `seed` is that of the batches.
+    """
+    run.reset(rate, folder)
     for i in range(optimizer_steps * size.accumulation):
-        run.step(size.windows(corpus, i))
+        run.step(size.windows(corpus, i, seed))
     return float(np.mean([run.evaluate(windows) for windows in size.held_out(corpus)]))
 
 
@@ -128,8 +139,8 @@ def _serve(
                     start = time.perf_counter()
                     sampled = run.sample()
                     answer = time.perf_counter() - start if sampled else None
-                case ("train", rate):
-                    answer = train(run, size, corpus, rate, optimizer_steps or 1)
+                case ("train", *arguments):
+                    answer = train(run, size, corpus, optimizer_steps or 1, *arguments)
                 case ("state_bytes",):
                     answer = run.state_bytes()
                 case ("peak_bytes",):
