@@ -10,6 +10,10 @@ BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 
 
 def on_page_content(text: str, **_) -> str:
-    """Replaces what arithmatex marked, inline and on lines of its own."""
+    """Replaces what arithmatex marked, inline and on lines of its own, which scroll where they are wider than the page."""
     text = INLINE.sub(lambda found: convert(html.unescape(found[1])), text)
-    return BLOCK.sub(lambda found: convert(html.unescape(found[1]).strip(), display="block"), text)
+    return BLOCK.sub(lambda found: f'<div class="equation">{_block(found[1])}</div>', text)
+
+
+def _block(source: str) -> str:
+    return convert(html.unescape(source).strip(), display="block")
