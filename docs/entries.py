@@ -5,6 +5,7 @@ or if the README, a page or a notebook uses it. Names of constants need no entry
 """
 
 import ast
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -44,8 +45,10 @@ _entries: set[str] = set()
 
 
 def on_pre_build(**_) -> None:
-    """Forgets the entries of the last build, where mkdocs serves."""
+    """Forgets the last build, where mkdocs serves."""
     _entries.clear()
+    definitions.cache_clear()
+    imports.cache_clear()
 
 
 def on_page_content(text: str, **_) -> None:
@@ -128,11 +131,13 @@ def defined(name: str) -> ast.FunctionDef | ast.ClassDef:
     return definitions(module)[local]
 
 
+@functools.cache
 def definitions(module: str) -> dict[str, ast.FunctionDef | ast.ClassDef]:
     body = parsed(module).body
     return {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
+@functools.cache
 def imports(module: str) -> dict[str, str]:
     found = (node for node in parsed(module).body if isinstance(node, ast.ImportFrom))
     return {n.asname or n.name: f"{node.module}.{n.name}" for node in found for n in node.names}
