@@ -64,7 +64,7 @@ def on_post_build(**_) -> None:
 
 def missing(entries: set[str]) -> list[str]:
     """Returns the public names that have no entry, or whose entry would be empty."""
-    names = {home(name) for name in (*exported(), *used())} - {None}
+    names = {found for name in (*exported(), *used()) if (found := home(name))}
     documented = {home(name) for name in entries}
     return sorted(n for n in names if n not in documented or not ast.get_docstring(defined(n)))
 
