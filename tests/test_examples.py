@@ -142,7 +142,13 @@ def test_every_public_name_is_in_the_reference():
 
 def test_every_public_name_of_the_adapters_is_in_the_reference():
     told = (ROOT / "docs" / "reference" / "adapters.md").read_text()
+    told = re.sub(
+        r"^::: .*\n    options: \{members: false.*\n", "", told, flags=re.M
+    )  # of modules, the text
     named = re.findall(r"^::: flora_jax\.adapters\.([\w.]+)$", told, re.M)
+    named = [
+        re.sub(r"^(\w+)\.\1$", r"\1", name) for name in named
+    ]  # a function in the module of its name
     assert len(named) == len(set(named))
     public = {
         name

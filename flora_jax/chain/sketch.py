@@ -318,6 +318,7 @@ class Sketch:
 
 
 def is_sketch(node: Any) -> bool:
+    """Returns whether a node of a tree is a `Sketch`, for `is_leaf=` of `jax.tree.map`."""
     return isinstance(node, Sketch)
 
 
