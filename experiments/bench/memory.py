@@ -32,6 +32,7 @@ from rich.console import Console
 import flora_jax
 from experiments import report
 from experiments.bench import topology
+from experiments.bench.baselines import in_jax
 from flora_jax import Projection
 from flora_jax.adapters import Adapter, lora
 from flora_jax.models import decoder, families, gpt2, t5
@@ -197,6 +198,12 @@ METHODS = {
     "Accumulated, rank 512 in int8, embeddings whole, int8 weights": backward(
         accumulated(512, "int8", False), int8=True
     ),
+    **{
+        f"Accumulated, rank {rank} in int8, embeddings whole": backward(
+            accumulated(rank, "int8", False)
+        )
+        for rank in (256, 128)
+    },
     "Accumulated, rank 256 in int8": backward(accumulated(256, "int8")),
     "Accumulated, rank 128 in int8": backward(accumulated(128, "int8")),
     "Adafactor, no accumulation": ordinary(ADAFACTOR),
@@ -204,6 +211,7 @@ METHODS = {
     "Flora, fused, rank 256": flora(256),
     "Flora, ordinary gradients, rank 128": flora(128, fused=False),
     "MultiSteps + Adafactor": multisteps(optax.adafactor(1e-3)),
+    "MultiSteps + Muon": multisteps(in_jax.muon(1e-3)),
     "MultiSteps + GaLore, rank 128, at least": without_svd(
         multisteps(layered(galore(1e-3, rank=128)))
     ),

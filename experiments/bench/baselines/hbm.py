@@ -48,7 +48,7 @@ METHODS = {
     "multisteps": memory.METHODS["MultiSteps + Adafactor"],
     **{key: partial(_flora, key) for key, method in ALL.items() if method.ours},
     "galore": memory.METHODS["MultiSteps + GaLore, rank 128, at least"],
-    "muon": memory.multisteps(in_jax.muon(1e-3)),
+    "muon": memory.METHODS["MultiSteps + Muon"],
 }
 
 
