@@ -106,7 +106,15 @@ def _has_kernel(q: jax.Array, sight: Sight, window: Any, cap: float | None) -> b
     plain = sight.everything() and cap is None and (window is None or isinstance(window, int))
     fits = q.dtype in FUSED and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     several = q.shape[1] > 1  # one token is traced for its shapes, which must not start a backend
-    return plain and fits and several and jax.default_backend() == "gpu"
+    return plain and fits and several and _on_gpu()
+
+
+def _on_gpu() -> bool:
+    """Returns whether the program is for a GPU: that of the mesh that is set, which may be a description of another machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend() == "gpu"
+    return not device.device_kind.lower().startswith(("cpu", "tpu"))
 
 
 def _attend(q, k, v, seen, scale, cap) -> jax.Array:

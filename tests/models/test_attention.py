@@ -44,3 +44,19 @@ def test_documents_windows_and_caps(length, cap, window):
     looked = expected != 0
     assert looked.sum() == 2 * 7 * 4 * 6
     np.testing.assert_allclose(found[looked], expected[looked], atol=2e-6)
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_the_kernel_is_of_the_machine_that_is_compiled_for(monkeypatch, described):
+    """On a host with a GPU the kernel is taken, but not where the mesh is one of devices that are none."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x = jax.ShapeDtypeStruct((1, 16, 2, 64), jnp.bfloat16)
+    kinds = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("data",), kinds, devices=jax.devices()[:1])
+    if not described:
+        with pytest.raises(RuntimeError, match="(?i)cudnn|gpu|cuda"):  # here is none
+            jax.eval_shape(lambda x: attention(x, x, x), x)
+        return
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(lambda x: attention(x, x, x)).lower(x)
+    assert "cudnn" not in lowered.as_text().lower()
