@@ -3,16 +3,15 @@
 from functools import partial
 from typing import Any, Literal
 
-import jax
 import optax
 
 import flora_jax
 from flora_jax.chain import sketched_muon, storage
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.flora import ADVISED, KAPPA
-from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
+from flora_jax.finetune.muon import muon
 
 MATRICES, OF_TRAINED = 0.035, 0.01
 """Peak of the learning rate of the matrices that Flora orthogonalizes, in all experiments, from random weights and from
@@ -79,19 +78,12 @@ def build(
         return steps.gradient_transformation(), None
     if method in ("muon", "adam"):
         if method == "muon":
-            decay = 0.95 if momentum is None else momentum
-            own = optax.chain(
-                optax.contrib.scale_by_muon(
-                    beta=decay,
-                    nesterov=nesterov is not False,
-                    weight_dimension_numbers=partial(
-                        jax.tree.map, lambda _: optax.contrib.MuonDimensionNumbers(0, 1)
-                    ),
-                ),
-                _by_outputs(),
-                optax.scale_by_learning_rate(learning_rate if matrices is None else matrices),
+            tx = muon(
+                learning_rate if matrices is None else matrices,
+                base(learning_rate),
+                momentum=0.95 if momentum is None else momentum,
+                nesterov=nesterov is not False,
             )
-            tx = optax.partition({"matrix": own, "other": base(learning_rate)}, _matrices)
         else:
             tx = optax.adam(learning_rate, b2=0.99)
         return optax.MultiSteps(tx, accumulation).gradient_transformation(), None
@@ -150,25 +142,6 @@ def build(
         state_dtype=state_dtype,
     )
     return chain, projection
-
-
-def _matrices(tree: Any) -> Any:
-    """Says of each leaf whether it is a matrix inside the model, which Muon is for."""
-    plain = flora_jax.Projection(1, min_dim=2, embedding="whole", head="whole")
-    names = ["matrix" if plan.spec else "other" for plan in leaf_plans(tree, plain)]
-    return jax.tree.unflatten(jax.tree.structure(tree), names)
-
-
-def _by_outputs() -> optax.GradientTransformation:
-    """Multiplies the update of each matrix (inputs, outputs) by the root of outputs over inputs, at least 1."""
-
-    def update(updates, state, params=None):
-        del params
-        return jax.tree.map(
-            lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates
-        ), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def cosine(peak, steps: int, warmup: int = 10) -> optax.Schedule:

@@ -42,6 +42,7 @@ import flora_jax
 from experiments import report
 from experiments.bench import interleaved, records
 from flora_jax.adapters import lora
+from flora_jax.finetune.muon import muon
 from flora_jax.memory.compiled import compiled_bytes
 from flora_jax.models import decoder, families
 from flora_jax.update.ordinary_step import ordinary_step
@@ -168,28 +169,11 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
     elif method == "lora":
         return _adapted(lora(16), loss)
     else:
-        inner = optax.adafactor(RATE) if method == "multisteps" else muon()
+        others = optax.adafactor(RATE)
+        inner = others if method == "multisteps" else muon(RATE, others)
         tx = optax.MultiSteps(inner, count).gradient_transformation()
         step = ordinary_step(loss, tx)
     return _of_params(tx.init, step)
-
-
-def muon() -> optax.GradientTransformation:
-    """Builds Muon for the matrices of the layers, each layer of a stack by itself, and Adafactor for all else."""
-    own = optax.chain(
-        optax.contrib.scale_by_muon(weight_dimension_numbers=_matrix),
-        optax.scale_by_learning_rate(RATE),
-    )
-    each = optax.GradientTransformation(jax.vmap(own.init), jax.vmap(own.update))
-    return optax.partition({"matrix": each, "other": optax.adafactor(RATE)}, _labels)
-
-
-def _matrix(params: Any) -> Any:
-    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(0, 1), params)
-
-
-def _labels(params: Any) -> Any:
-    return jax.tree.map(lambda x: "matrix" if x.ndim == 3 else "other", params)
 
 
 def _of_params(init: Callable[[Any], Any], step: Any) -> Step:

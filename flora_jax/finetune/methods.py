@@ -14,8 +14,8 @@ import optax
 import flora_jax
 from flora_jax import adapters
 from flora_jax.adapters import Adapter
-from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.projection import Projection
+from flora_jax.finetune.muon import muon
 from flora_jax.finetune.settings import ADAPTERS, EXACT, OTHERS, Settings
 
 MIN_DIM = 32
@@ -147,40 +147,12 @@ def _transformation(
         )
         return tx, None
     if name == "muon":
-        tx: Any = _muon(rate, others, decay)
+        tx: Any = muon(rate, optax.adafactor(others), min_dim=MIN_DIM, weight_decay=decay)
     elif name == "adam":
         tx = optax.adamw(rate, b2=0.99, weight_decay=decay or 0.0, mu_dtype=jnp.float32)
     else:
         tx = optax.adafactor(rate, weight_decay_rate=decay)
     return _accumulated(tx, count), None
-
-
-def _muon(rate: Any, others: Any, decay: float | None) -> optax.GradientTransformation:
-    """Returns Muon for matrices, scaled as `flora` scales them, and Adafactor for all other leaves."""
-    numbers = partial(
-        jax.tree.map, lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
-    )
-    rule = Projection(1, side="input", min_dim=MIN_DIM, embedding="whole", head="whole")
-    matrix = [
-        optax.contrib.scale_by_muon(beta=0.95, weight_dimension_numbers=numbers),
-        optax.stateless(_by_outputs),
-        *([optax.add_decayed_weights(decay)] if decay else []),
-        optax.scale_by_learning_rate(rate),
-    ]
-
-    def kinds(tree: Any) -> Any:
-        names = ["matrix" if plan.spec else "other" for plan in leaf_plans(tree, rule)]
-        return jax.tree.unflatten(jax.tree.structure(tree), names)
-
-    return optax.partition(
-        {"matrix": optax.chain(*matrix), "other": optax.adafactor(others)}, kinds
-    )
-
-
-def _by_outputs(updates: Any, params: Any = None) -> Any:
-    """Multiplies the update of each matrix by the root of its outputs over its inputs, where that is above 1."""
-    del params
-    return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates)
 
 
 def _accumulated(tx: Any, count: int) -> Any:

@@ -54,7 +54,7 @@ def test_the_kernel_is_of_the_machine_that_is_compiled_for(monkeypatch, describe
     kinds = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((1,), ("data",), kinds, devices=jax.devices()[:1])
     if not described:
-        with pytest.raises(RuntimeError, match="(?i)cudnn|gpu|cuda"):  # here is none
+        with pytest.raises(RuntimeError, match=r"(?i)cudnn|gpu|cuda"):  # here is none
             jax.eval_shape(lambda x: attention(x, x, x), x)
         return
     with jax.set_mesh(mesh):

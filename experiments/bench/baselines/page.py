@@ -85,7 +85,7 @@ Losses = dict[str, dict[str, float | None]]
 def best(losses: Losses) -> str:
     """Gives the learning rate that is best on the first seed; a run that was not finite counts as infinite."""
     first = next(iter(losses.values()))
-    return min(first, key=lambda rate: math.inf if first[rate] is None else first[rate])
+    return min((math.inf if loss is None else loss, rate) for rate, loss in first.items())[1]
 
 
 def of_losses(record: dict[str, Any], key: str) -> list[float]:
