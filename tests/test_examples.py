@@ -116,6 +116,22 @@ def test_changes_are_of_these_pages():
     assert [page.stem for page in CHANGES] == ["flora-opt", "galore", "multisteps"]
 
 
+def test_files_and_commands_that_pages_name_are_there():
+    pages = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    files = set(re.findall(r"\b(?:experiments|flora_jax|tests)/[a-z_/]+\.py\b", text))
+    modules = set(re.findall(r"python3? -m ((?:experiments|flora_jax|tests)[a-z_.]*\w)", text))
+    assert len(files) > 10 and len(modules) > 10
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    paths = {name: ROOT.joinpath(*name.split(".")) for name in modules}
+    missing = [
+        name
+        for name, path in paths.items()
+        if not path.with_suffix(".py").exists() and not (path / "__main__.py").exists()
+    ]
+    assert missing == []
+
+
 def test_the_layout_of_maxtext():
     """Layers along axis 1 are a batch axis, each kernel has a sketch, no full gradient is materialized, and it learns."""
     names = execute(ROOT / "docs" / "trainers" / "stacks.md")
