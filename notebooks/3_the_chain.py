@@ -170,6 +170,6 @@ plt.show()
 #
 # Each transformation does one thing that can be checked alone. One estimate of a gradient by a projection of rank 32 is
 # almost three times as far from the gradient as the gradient is from zero, but it is not biased: the error of the mean falls with
-# the root of the number of projections, as the formula says. Orthonormal projections have the lowest variance at high
-# rank, and all distributions are about the same at low rank. With a projection that loses nothing, `accumulate` is
-# `optax.MultiSteps` to rounding, so whatever Flora loses it loses in the projection.
+# the root of the number of projections, as the formula says. The distributions with orthogonal rows (orthonormal, srht and
+# srtt) have the lowest variance at high rank, and all distributions are about the same at low rank. With a projection
+# that loses nothing, `accumulate` is `optax.MultiSteps` to rounding, so whatever Flora loses it loses in the projection.
