@@ -19,6 +19,15 @@
 # The paper writes `A = aᵀ` and `B = bᵀ`.
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("flora_jax") is None:  # as in a hosted notebook
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "flora-jax[notebooks]"], check=True)
+
+# %%
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -84,8 +93,10 @@ for path in own:
     for name, found in (("LoRA's", of_factors[path]["up"]), ("Flora's", sketches[path].data)):
         error = np.linalg.norm(found - by_hand) / np.linalg.norm(by_hand)
         print(f"{path}: {name:7} against A G in float64: relative error {error:.1e}")
-        assert error < 1e-5
-    assert not np.any(of_factors[path]["down"])  # so the first step leaves `a` alone
+    still = np.abs(of_factors[path]["down"]).max()
+    print(
+        f"{path}: largest entry of the gradient of LoRA's a: {still}, so the first step leaves a alone"
+    )
 
 # %% [markdown]
 # ## While it trains, `a` stays behind
@@ -133,19 +144,17 @@ print("after 200 steps    ‖a − a₀‖/‖a₀‖   ‖b‖/‖a₀‖   rel
 for rate, run in runs.items():
     a, b, error, cosine, value = (run[name][-1] for name in ("a", "b", "error", "cosine", "loss"))
     print(f"rate {rate:<6g} {a:18.5f} {b:12.4f} {error:14.4f} {cosine:11.4f} {value:13.3f}")
+largest = max(np.max(run["a"] / run["b"]) for run in runs.values())
+print(f"largest ‖a − a₀‖/‖b‖ of all steps and rates: {largest:.3f}")
 
 # %% [markdown]
-# Where little has moved yet, `b` grows like η and `a` like η²: the exponents between the two smallest rates, at step 5.
+# Where little has moved yet, `b` grows like η and `a` like η²: below are the exponents between the two smallest rates, at step 5.
 # After 200 steps the two changes of the weights are the nearer to one another, the smaller the rate.
 
 # %%
 low, high = runs[RATES[0]], runs[RATES[1]]
 a, b = (np.log10(high[name][4] / low[name][4]) for name in ("a", "b"))
 print(f"‖a − a₀‖ ~ η^{a:.2f}, ‖b‖ ~ η^{b:.2f}")
-assert abs(a - 2) < 0.1 and abs(b - 1) < 0.05
-assert all(np.all(run["a"] < run["b"]) for run in runs.values())
-assert np.all(np.diff([runs[rate]["error"][-1] for rate in RATES]) > 0)
-assert runs[0.01]["cosine"][-1] > 0.99 and runs[0.1]["cosine"][-1] > 0.9
 
 # %%
 steps = np.arange(1, 201)
@@ -155,7 +164,9 @@ for i, (rate, run) in enumerate(runs.items()):
     left.loglog(steps[1:], run["a"][1:], f"C{i}--")
     middle.loglog(steps[1:], run["error"][1:], f"C{i}")
     right.semilogx(steps, run["cosine"], f"C{i}")
-left.set(xlabel="step", ylabel="moved, over ‖a₀‖", title="b (solid) and a (dashed)")
+left.set(
+    xlabel="step", ylabel="distance from the start, over ‖a₀‖", title="b (solid) and a (dashed)"
+)
 left.legend(fontsize=8)
 middle.set(xlabel="step", ylabel="relative error", title="a b against the projected sum")
 right.set(xlabel="step", ylabel="cosine", title="the same, direction", ylim=(0.85, 1.01))
@@ -208,13 +219,10 @@ for name, end in ends.items():
     rank = int(np.sum(spectra[name] > 1e-4 * spectra[name][0]))
     losses[name] = float(loss(end, images[held_out], digits[held_out]))
     print(f"{name:24} rank of the change {rank:3}   held-out loss {losses[name]:.3f}")
-    if name in ("LoRA", "one projection"):
-        assert rank == RANK
-    else:
-        assert rank > 10 * RANK
-assert np.sum(spectra["a new one each 10 steps"] > 1e-5 * spectra["full"][0]) <= 20 * RANK
-assert abs(losses["one projection"] / losses["LoRA"] - 1) < 0.05
-assert losses["a new one each 10 steps"] < 0.8 * losses["LoRA"]
+beyond = int(np.sum(spectra["a new one each 10 steps"] > 1e-5 * spectra["full"][0]))
+print(
+    f"with new projections {beyond} singular values are above 10⁻⁵ of the largest of the full change"
+)
 
 # %%
 plt.figure(figsize=(7, 3.8), layout="constrained")
@@ -223,7 +231,17 @@ for name, values in spectra.items():
     plt.semilogy(np.arange(1, 193), values / values[0], style, label=name, marker=".", ms=4, lw=1)
 plt.axvline(RANK + 0.5, color="grey", ls=":", lw=1)
 plt.ylim(1e-5, 2)
-plt.xlabel(f"singular value of the change of layer_1 (dotted: r = {RANK})")
-plt.ylabel("over the largest")
+plt.xlabel(f"number of the singular value, of the change of layer_1 (dotted: r = {RANK})")
+plt.ylabel("singular value, over the largest")
 plt.legend()
 plt.show()
+
+# %% [markdown]
+# ## Conclusion
+#
+# At a small learning rate LoRA is a random projection of the summed gradients: its random factor stays where it started
+# to second order in the rate, and its change of the weights has the direction of the projected sum. At rates that
+# one would train with the agreement is rougher: the direction still agrees well, but the size of the change is off by a
+# quarter to a half after 200 steps, because `a` has moved by then. One projection confines the change to `r` dimensions
+# and leaves the held-out loss well above that of full training; a new projection every ten steps lifts the bound, and on this
+# task it closes nearly the whole gap. This is the paper's argument for resampling, on small layers and one seed.

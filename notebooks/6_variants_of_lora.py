@@ -16,6 +16,15 @@
 # what is trained beside the weights, that any JAX function is run with.
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("flora_jax") is None:  # as in a hosted notebook
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "flora-jax[notebooks]"], check=True)
+
+# %%
 from functools import partial
 
 import jax
@@ -208,7 +217,7 @@ METHODS = {
 
 # %% [markdown]
 # Each method is trained with three learning rates, on the same batches. The best on the validation images is tried on the
-# test images. One seed: what lies within the lines of the picture means nothing.
+# test images. There is one seed, and differences within the standard errors of the picture mean nothing.
 
 # %%
 RATES = (0.005, 0.02, 0.08)
@@ -250,10 +259,9 @@ for name, method in METHODS.items():
     own, state = parts(carry)
     size = tree_bytes(state) + (0 if count(own) == count(base) else tree_bytes(own))
     print(f"{name:16} {count(own):7,} {size / 1024:15.1f} {rate:10g} {valid:11.3f} {tested:6.3f}")
-    assert tested > before + 0.2
 
 # %% [markdown]
-# "And state": bytes of the optimizer's state, and of what is trained where that is not the model itself.
+# The column "and state" has the bytes of the optimizer's state, and of what is trained where that is not the model itself.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained")
@@ -270,12 +278,14 @@ for name in names:
     numbers = count(parts(results[name][2])[0])
     right.text(0.18, name, f"{numbers:,} trained", va="center", fontsize=9, color="white")
 right.axvline(before, color="k", ls=":", lw=1)
-right.set(xlabel="accuracy on turned digits (dotted: before; lines: standard error)", xlim=(0, 1))
+right.set(
+    xlabel="test accuracy on turned digits (dotted: before; lines: standard error)", xlim=(0, 1)
+)
 right.invert_yaxis()
 plt.show()
 
 # %% [markdown]
-# The same picture as a plane: accuracy over the numbers that are trained.
+# The accuracy over how many numbers are trained:
 
 # %%
 plt.figure(figsize=(7, 3.8), layout="constrained")
@@ -284,7 +294,7 @@ for i, name in enumerate(names):
     plt.errorbar(x, scores[i], error[i], fmt="o", color=f"C{i}", label=name)
 plt.xscale("log")
 plt.xlabel("numbers trained at a time")
-plt.ylabel("accuracy on turned digits")
+plt.ylabel("test accuracy on turned digits")
 plt.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
@@ -299,7 +309,6 @@ pair = [np.asarray(results[name][1]) for name in ("LoRA", "RunLoRA")]
 print(
     f"LoRA and RunLoRA, first 10 losses: largest difference {np.abs(pair[0] - pair[1])[:10].max():.1e}"
 )
-assert np.allclose(pair[0][:10], pair[1][:10], rtol=1e-3)
 
 
 def outputs(params, x):
@@ -310,14 +319,21 @@ adapter, (own, _) = lora(rule, alpha=RANK), results["LoRA"][2]
 x = turned[test]
 apart = jax.jit(adapter.apply(outputs))(base, own, x) - logits(adapter.merge(base, own), x)
 print(f"adapted and merged, logits: largest difference {jnp.abs(apart).max():.1e}")
-assert jnp.abs(apart).max() < 1e-2
 
 gated, (own, _) = sora(rule), results["SoRA"][2]
 zeros = sum(int(jnp.sum(leaf["gate"] == 0)) for leaf in own.values())
 smaller, pruned = prune(gated, base, own)
 ranks = [pair["down"].shape[-1] for pair in pruned.values()]
 print(f"SoRA: {zeros} of {2 * RANK * len(own)} gates are zero; ranks left, of {RANK}: {ranks}")
-assert zeros > 0 and count(pruned) < count(own)
+print(f"SoRA: {count(own):,} numbers before pruning, {count(pruned):,} after")
 apart = logits(gated.merge(base, own), x) - logits(smaller.merge(base, pruned), x)
 print(f"before and after pruning, logits: largest difference {jnp.abs(apart).max():.1e}")
-assert jnp.abs(apart).max() < 1e-2
+
+# %% [markdown]
+# ## Conclusion
+#
+# Full training with Adam had the highest test accuracy, and Flat-LoRA, LoRA and Flora were within a few points of it; with 447
+# test images the standard error is above one point, so those differences may be chance. RunLoRA is LoRA with another order
+# of products and ends at the same accuracy. Flora trains all parameters and has the smallest state of the methods that
+# reach 0.9, since it keeps factored moments and sketches of rank 4. LoRTA and XGBLoRA train far fewer numbers at
+# a time and were clearly behind at this number of steps. On this task no variant is measurably better than plain LoRA.

