@@ -2,7 +2,9 @@
 
 import builtins
 import json
+import sys
 
+import jax.numpy as jnp
 import pytest
 
 import flora_jax
@@ -189,3 +191,19 @@ def test_help_ends_well():
     with pytest.raises(SystemExit) as ended:
         cli.main(["plan", "--help"])
     assert ended.value.code == 0
+
+
+def test_a_package_that_int8_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "qwix", None)  # as if it were not installed
+    words = ["plan", "--method", "exact", "--weights", "int8", "--measure", "no"]
+    assert cli.main(words) == 2
+    found = capsys.readouterr().err
+    assert found.startswith("flora-jax needs more packages for this, found no qwix: pip install ")
+    with pytest.raises(ModuleNotFoundError, match=r"weights in int8 need qwix: pip install"):
+        flora_jax.to_int8({"kernel": jnp.ones((256, 256))})
+
+
+def test_weights_in_int8_are_of_some_methods(capsys):
+    assert cli.main(["plan", "--weights", "int8", "--measure", "no"]) == 2
+    said = "method must be one of flora-backward, exact, exact-muon where weights are int8, found"
+    assert said in capsys.readouterr().err

@@ -15,6 +15,7 @@ import jax
 
 from flora_jax.adapters.low_rank import Adapter, arrays_apart, plans_of
 from flora_jax.chain.sketch import Spec
+from flora_jax.fused.int8 import needed
 from flora_jax.fused.lazy import Lazy, is_lazy
 from flora_jax.fused.leaves import combine
 
@@ -50,7 +51,7 @@ def quantize(adapter: Adapter, params: Any, kind: Kind = "int8", *, tile: int | 
 
 
 def _quantized(spec: Spec, leaf: Any, kind: Kind, tile: int | None) -> Lazy:
-    import qwix
+    qwix = needed()
 
     axis = spec.projected[-1]
     length = spec.shape[axis]

@@ -57,8 +57,7 @@ def to_int8(
             if select is None:
                 return leaf
             raise ValueError(f"block must divide the {length} of {plan.path!r}, found {block}")
-        import qwix
-
+        qwix = needed()
         shape = tuple(n // block if i == axis else n for i, n in enumerate(leaf.shape))
         empty = qwix.QArray(jnp.zeros(leaf.shape, jnp.int8), jnp.zeros(shape, leaf.dtype))
         return requantized(empty, leaf.astype(jnp.float32), None)
@@ -66,6 +65,21 @@ def to_int8(
     leaves, structure = jax.tree.flatten(params)
     plans = leaf_plans(params, plain)
     return jax.tree.unflatten(structure, list(map(quantized, plans, leaves)))
+
+
+def needed() -> Any:
+    """Returns the module `qwix`.
+
+    Raises:
+      ModuleNotFoundError: It is not installed.
+    """
+    try:
+        import qwix
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "weights in int8 need qwix: pip install 'flora-jax[quantized]'", name=error.name
+        ) from None
+    return qwix
 
 
 def from_int8(params: Any) -> Any:
