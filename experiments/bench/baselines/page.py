@@ -189,7 +189,8 @@ def conditions(record: dict[str, Any]) -> str:
         parts.append(
             f"Loss is the validation loss, in nats per byte, after {tokens:,} bytes of the standard library, at width "
             f"{loss['width']}, {loss['layers']} layers and rank {loss['rank']}, at the best of a grid of learning rates of "
-            "each method, its mean over seeds of weights and batches. Exact gradients have as many optimizer steps as micro-steps"
+            "each method, its mean over seeds of weights and batches. Exact gradients have as many optimizer steps as micro-steps. "
+            "[Loss](quality.md) has wider models, for which sketches of the same relative rank do better"
         )
     machine = record["machine"]
     note = f"; {machine['note']}" if machine["note"] else ""
