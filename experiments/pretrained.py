@@ -50,7 +50,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "adam": (1e-5, 2e-5, 4e-5),
 }
 """Rates that a grid begins with; of other methods as of lora."""
-WIDER = 3
+WIDER = 4
 """The number of rates that a grid may grow by."""
 ROWS = (
     "adafactor",
