@@ -9,6 +9,7 @@ import importlib.metadata
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -261,11 +262,15 @@ DOCTORED = [
 @pytest.mark.long
 @pytest.mark.newest
 @each
-def test_runs(source, monkeypatch):
+def test_runs(source, monkeypatch, tmp_path):
     _as_a_reader(monkeypatch)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # number 7 writes gigabytes
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     notebook = jupytext.read(source)
-    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    try:
+        NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    finally:
+        shutil.rmtree(tmp_path)
     kept = read(source)
     assert pictures(notebook) == pictures(kept)
     for ran, before in zip(code(notebook), code(kept), strict=True):
