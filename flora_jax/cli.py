@@ -43,12 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return tyro.cli(command, prog="flora-jax finetune", args=words[1:])
         app = tyro.extras.SubcommandApp()
         _plan(app)
-        try:
-            return app.cli(prog="flora-jax", description="Flora for JAX.", args=words)
-        except ModuleNotFoundError as error:
-            if error.name != "qwix":
-                raise
-            return _missing(error, "quantized")
+        return app.cli(prog="flora-jax", description="Flora for JAX.", args=words)
+    except ModuleNotFoundError as error:
+        if error.name != "qwix":
+            raise
+        return _missing(error, "quantized")
     except (ValueError, OSError) as error:
         print(f"flora-jax: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ import flora_jax
 from flora_jax.memory import estimate, outline, report
 from flora_jax.memory.estimate import GIB, METHODS, PARTS, Setting
 from flora_jax.models import config
+from tests.models.test_config import QWEN3
 
 FUSED, ORDINARY, BACKWARD, LORA, GALORE, EXACT, MUON, ADAM, MULTISTEPS = METHODS
 
@@ -89,17 +90,7 @@ CONFIGS = {
         "head_dim": 256,
         "sliding_window": 512,
     },
-    "Qwen3-0.6B": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": True,
-    },
+    "Qwen3-0.6B": QWEN3,
 }
 
 
