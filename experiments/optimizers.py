@@ -3,12 +3,15 @@
 from functools import partial
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import flora_jax
 from flora_jax.chain import sketched_muon, storage
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.flora import ADVISED, KAPPA
+from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
 from flora_jax.finetune.muon import muon
@@ -42,6 +45,7 @@ def build(
     clipping: float | None = 1.0,
     decay: float = 0.8,
     skip_nonfinite: bool = False,
+    weight_decay: float | None = None,
     state_dtype: storage.StateDtype = "float32",
     seed: int = 0,
 ) -> tuple[optax.GradientTransformation, flora_jax.Projection | None]:
@@ -69,12 +73,16 @@ def build(
       clipping: Adafactor's clipping threshold.
       decay: Adafactor's decay rate.
       skip_nonfinite: Whether Flora leaves out micro-steps that are not finite.
+      weight_decay: Decay of the matrices, times their learning rate; for `flora`, `muon` and `multisteps`.
       state_dtype: Dtype of Flora's sketches between micro-steps.
       seed: Seed of Flora's projections.
     """
     base = partial(optax.adafactor, clipping_threshold=clipping, decay_rate=decay)
     if method == "multisteps":
-        steps = optax.MultiSteps(base(learning_rate), accumulation)
+        inner = base(learning_rate)
+        if weight_decay is not None:
+            inner = _decayed(inner, learning_rate, weight_decay, base(learning_rate))
+        steps = optax.MultiSteps(inner, accumulation)
         return steps.gradient_transformation(), None
     if method in ("muon", "adam"):
         if method == "muon":
@@ -83,6 +91,7 @@ def build(
                 base(learning_rate),
                 momentum=0.95 if momentum is None else momentum,
                 nesterov=nesterov is not False,
+                weight_decay=weight_decay,
             )
         else:
             tx = optax.adam(learning_rate, b2=0.99)
@@ -115,8 +124,19 @@ def build(
     )
     own = learning_rate if matrices is None else matrices
     if method == "flora":
+        chosen: dict[str, Any] = {
+            "learning_rate": own,
+            "adafactor_learning_rate": learning_rate,
+            "clipping_threshold": clipping,
+            "decay_rate": decay,
+        }
+        if weight_decay is not None:
+            step = optax.scale_by_learning_rate(own)
+            chosen = {
+                "learning_rate": None,
+                "optimizer": _decayed(step, own, weight_decay, base(learning_rate)),
+            }
         chain = flora_jax.flora(
-            own,
             projection=projection,
             accumulation_steps=accumulation,
             momentum=momentum,
@@ -124,11 +144,9 @@ def build(
             at_new_projection=at_new_projection,
             iterations=iterations,
             preset="advised",
-            adafactor_learning_rate=learning_rate,
-            clipping_threshold=clipping,
-            decay_rate=decay,
             skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
+            **chosen,
         )
         return chain, projection
     steps = [base(learning_rate)] + ([flora_jax.shrink(projection)] if shrink else [])
@@ -142,6 +160,35 @@ def build(
         state_dtype=state_dtype,
     )
     return chain, projection
+
+
+def _decayed(
+    matrices: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float,
+    others: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Gives the optimizer of matrices, with a weight decay times the learning rate, and that of all else."""
+    rule = flora_jax.Projection(1, min_dim=2, embedding="whole", head="whole")
+    decay = optax.chain(
+        optax.stateless(lambda updates, params: jax.tree.map(lambda p: weight_decay * p, params)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+    def init_fn(params):
+        return matrices.init(params), decay.init(params)
+
+    def update_fn(updates, state, params=None):
+        new, own = matrices.update(updates, state[0], params)
+        less, count = decay.update(updates, state[1], params)
+        return jax.tree.map(jnp.add, new, less), (own, count)
+
+    def kinds(tree: Any) -> Any:
+        names = ["matrix" if plan.spec else "other" for plan in leaf_plans(tree, rule)]
+        return jax.tree.unflatten(jax.tree.structure(tree), names)
+
+    both = optax.GradientTransformation(init_fn, update_fn)
+    return optax.partition({"matrix": both, "other": others}, kinds)
 
 
 def cosine(peak, steps: int, warmup: int = 10) -> optax.Schedule:

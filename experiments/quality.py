@@ -2,14 +2,19 @@
 
     python -m experiments.quality --study orthogonal --out runs/quality
 
+    python -m experiments.quality --study long --together 36 --optimizer-steps 5000     # on a GPU or TPU
+
 Every setting has a grid of learning rates, which grows while its best rate is at an edge, on the first seed; the other
 seeds have the best one. Of Flora it is the rate of Adafactor, which embeddings, head and vectors have; that of the
-matrices is one number for all rows, `optimizers.MATRICES`. Each run appends one line to `results.jsonl`; the same command goes on
-where it stopped. The table is written to `quality.md`: it has for each setting the best learning rate, the mean of the
+matrices is one number for all rows, `optimizers.MATRICES`, but in the study `long`, which has rows of several. Each run appends one line to
+`results.jsonl`; the same command goes on where it stopped. With `--together` that many runs are trained at once, by `jax.vmap`: models as small as
+these leave an accelerator idle. All seeds have the whole grid then. The seed of a run is that of its weights and batches; projections
+are those of the first seed. The table is written to `quality.md`: it has for each setting the best learning rate, the mean of the
 validation loss there, and its ratio to that of uncompressed MultiSteps over Adafactor.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,12 +45,14 @@ FIRST_RATES = {
 """The learning rates with which each method begins."""
 OF_MATRICES = (0.014, 0.02, 0.028)
 """The learning rates of matrices with which the study `backward` begins."""
+OF_LONG = (0.0088, 0.0125, 0.0175, 0.025)
+"""The learning rates of matrices in the study `long`."""
+IN_LONG = {"multisteps": (0.0075, 0.015, 0.03), "flora": (0.015,), "muon": (0.015,)}
+"""The learning rates of all else there."""
 ADAFACTOR = {"rates": 0.05, "backward": 0.015}
 """The learning rate of leaves that are not orthogonalized in the studies whose grid is of the others' rate."""
-WIDER = 6
-"""The number of rates that a grid may grow by."""
 Study = Literal[
-    "orthogonal", "choices", "distributions", "rates", "accumulation", "backward", "state"
+    "orthogonal", "choices", "distributions", "rates", "accumulation", "backward", "state", "long"
 ]
 
 
@@ -56,6 +63,7 @@ class Setting:
     Attributes:
       part: The rank is the width divided by this; None for no rank.
       blocks: Of exact gradients the width is orthogonalized in so many blocks.
+      matrices: Peak of the learning rate of the matrices, where the grid is of all else; None for `optimizers.MATRICES`.
     """
 
     method: optimizers.Method = "flora"
@@ -71,6 +79,8 @@ class Setting:
     iterations: int = 5
     accumulation: int | None = None
     blocks: int | None = None
+    matrices: float | None = None
+    weight_decay: float | None = None
     state_dtype: storage.StateDtype = "float32"
 
     def __str__(self) -> str:
@@ -123,12 +133,18 @@ class Config:
     """Widths of the study of `rates`, which has a picture for each."""
     parts: tuple[int, ...] = (4, 8, 16, 32)
     """The ranks are the width divided by these."""
+    together: int = 1
+    """How many runs are trained at once."""
+    wider: int = 6
+    """The number of rates that a grid may grow by."""
     rows: int | None = None
     """How many of the study's settings, from the first; None for all."""
+    only: tuple[int, ...] = ()
+    """Places of the study's groups of settings, counted from 0, which differ in the rate of the matrices alone; none for all."""
     study: Study = "orthogonal"
     """What is varied: the methods at each rank; the `choices` of the advised preset, one by one; the `distributions`;
-    `rates`, a loss for each of a fixed grid; the dtype of the `state`; whether there is `accumulation`; or, without it, what is done with exact
-    gradients, which a step in the `backward` pass has."""
+    `rates`, a loss for each of a fixed grid; the dtype of the `state`; whether there is `accumulation`; without it, what is done with exact
+    gradients, which a step in the `backward` pass has; or what might make a `long` run better, with a grid of both learning rates."""
 
 
 def settings(config: Config) -> list[Setting]:
@@ -175,8 +191,29 @@ def settings(config: Config) -> list[Setting]:
         ]
     if config.study == "rates":
         return ours
+    if config.study == "long":
+        decay = 0.1
+        whole, half = (Setting(part=part, state_dtype="int4") for part in (1, 2))
+        kinds = [
+            Setting("muon"),
+            whole,
+            half,
+            first,
+            *ours[1:2],
+            replace(whole, weight_decay=decay),
+            replace(whole, weight_decay=decay, momentum=0.9, resample=2**20),
+            replace(half, weight_decay=decay),
+            replace(ours[0], state_dtype="int4"),
+            replace(first, weight_decay=decay),
+            Setting("muon", weight_decay=decay),
+        ]
+        return [
+            uncompressed,
+            replace(uncompressed, weight_decay=decay / 2),
+            *(replace(kind, matrices=rate) for kind in kinds for rate in OF_LONG),
+        ]
     if config.study == "state":
-        narrow = ("float32", "bfloat16", "int8")
+        narrow = ("float32", "bfloat16", "int8", "int4")
         return [
             uncompressed,
             *(replace(one, state_dtype=dtype) for one in ours for dtype in narrow),
@@ -201,34 +238,51 @@ def settings(config: Config) -> list[Setting]:
     ]
 
 
-def train(config: Config, setting: Setting, seed: int):
-    """Gives a function of the peak learning rate that trains and gives the validation loss."""
+@dataclass(frozen=True)
+class Run:
+    """One run of a setting.
+
+    Attributes:
+      seed: The seed of the weights and of the batches.
+      rate: The peak of the learning rate that the study's grid is of.
+      matrices: The peak of that of the matrices, where the grid is of all else.
+    """
+
+    seed: int
+    rate: float
+    matrices: float = optimizers.MATRICES
+
+
+def train(config: Config, setting: Setting) -> Callable[[list[Run]], list[float]]:
+    """Gives a function that trains such runs at once and gives their validation losses."""
     corpus = text.load()
     model = decoder.model(decoder.Shape(width=config.width, layers=config.layers))
     # without accumulation each micro-step is an optimizer step
     accumulation = setting.accumulation or config.accumulation
     steps = config.optimizer_steps * config.accumulation
-    windows = partial(text.batch, size=config.batch, length=config.length)
+    loss = partial(decoder.loss, model)
 
-    def transformation(peak):
+    def transformation(rate: Any, matrices: Any):
         fields = asdict(setting)
-        part, blocks = fields.pop("part"), fields.pop("blocks")
-        of_matrices, others = optimizers.MATRICES, peak
+        part, blocks, _ = (fields.pop(name) for name in ("part", "blocks", "matrices"))
+        of_matrices, others = matrices, rate
         if _of_matrices(config, setting):
-            of_matrices, others = peak, ADAFACTOR[config.study]
+            of_matrices, others = rate, ADAFACTOR[config.study]
         return optimizers.build(
             learning_rate=optimizers.cosine(others, steps // accumulation),
             matrices=optimizers.cosine(of_matrices, steps // accumulation),
             rank=part and config.width // part,
             block=blocks and config.width // blocks,
-            seed=seed,
+            seed=config.seeds[0],
             **{**fields, "accumulation": accumulation},
         )
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def optimizer_step(params, opt_state, batches, peak):
-        tx, projection = transformation(peak)
-        loss = partial(decoder.loss, model)
+    def initial(seed: Any):
+        params = model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
+        return params, transformation(0.1, 0.1)[0].init(params)
+
+    def optimizer_step(params, opt_state, windows, rate, matrices):
+        tx, projection = transformation(rate, matrices)
 
         def micro_step(carry, batch):
             params, opt_state = carry
@@ -240,23 +294,42 @@ def train(config: Config, setting: Setting, seed: int):
             _, grads = flora_jax.value_and_grad(loss, projection)(params, batch, cycle=cycle)
             return flora_jax.apply_gradients(tx, grads, opt_state, params), None
 
-        return jax.lax.scan(micro_step, (params, opt_state), batches)[0]
+        return jax.lax.scan(micro_step, (params, opt_state), windows)[0]
 
-    evaluate = jax.jit(lambda params, batch: decoder.loss(model, params, batch))
+    # counts are one for all runs, so that what happens at some steps only is a branch, not a choice of two results
+    axes = (0, jax.tree.map(_axis, jax.eval_shape(initial, 0)[1]))
+    start = jax.jit(jax.vmap(initial, out_axes=axes))
+    step = jax.jit(
+        jax.vmap(optimizer_step, in_axes=(*axes, 0, 0, 0), out_axes=axes), donate_argnums=(0, 1)
+    )
+    evaluate = jax.jit(jax.vmap(loss, in_axes=(0, None)))
 
-    def run(peak: float) -> float:
-        params = model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))["params"]
-        opt_state = transformation(peak)[0].init(params)
+    def run(runs: list[Run]) -> list[float]:
+        seeds = sorted({one.seed for one in runs})
+        which = np.asarray([seeds.index(one.seed) for one in runs])
+        rates, matrices = (
+            jnp.asarray([getattr(one, name) for one in runs]) for name in ("rate", "matrices")
+        )
+        params, opt_state = start(jnp.asarray([one.seed for one in runs]))
         for first in range(0, steps, config.accumulation):
-            batches = np.stack(
-                [windows(corpus.train, seed, first + i) for i in range(config.accumulation)]
-            )
-            params, opt_state = optimizer_step(params, opt_state, batches, peak)
-        held_out = text.held_out(corpus, config.length)
-        loss = float(np.mean([evaluate(params, batch) for batch in held_out]))
-        return loss if np.isfinite(loss) else float("inf")
+            windows = [
+                [
+                    text.batch(corpus.train, seed, first + i, config.batch, config.length)
+                    for i in range(config.accumulation)
+                ]
+                for seed in seeds
+            ]
+            params, opt_state = step(params, opt_state, np.asarray(windows)[which], rates, matrices)
+        losses = [evaluate(params, batch) for batch in text.held_out(corpus, config.length)]
+        means = np.mean(losses, axis=0)
+        return [float(mean) if np.isfinite(mean) else float("inf") for mean in means]
 
     return run
+
+
+def _axis(leaf: Any) -> int | None:
+    count = leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
+    return None if count else 0
 
 
 def _of_matrices(config: Config, setting: Setting) -> bool:
@@ -320,7 +393,7 @@ def main(config: Config) -> None:
 def study(config: Config) -> list[dict]:
     """Runs what is missing of a study at one width, and gives all results."""
     log = config.out / "results.jsonl"
-    shared = ("out", "seeds", "study", "parts", "rows", "widths")
+    shared = ("out", "seeds", "study", "parts", "rows", "only", "widths", "together", "wider")
     budget = {k: v for k, v in asdict(config).items() if k not in shared}
     results = [result for result in files.read(log) if result["budget"] == budget]
 
@@ -328,34 +401,61 @@ def study(config: Config) -> list[dict]:
         found = [r for r in results if (r["name"], r["seed"]) == (str(setting), seed)]
         return {r["rate"]: r["loss"] for r in found}
 
-    def run(trained: Any, setting: Setting, seed: int, rate: float) -> None:
+    def run(trained: Any, pairs: list[tuple[Setting, Run]], count: int) -> None:
+        """Trains them at once and records the first so many; the rest is there to keep the compiled step."""
         start = time.perf_counter()
-        loss = trained(rate)
-        seconds = time.perf_counter() - start
-        one = {"name": str(setting), "rate": rate, "seed": seed, "loss": loss}
-        results.append({**one, "seconds": round(seconds, 1), "budget": budget})
-        files.append(log, results[-1])
-        print(f"{setting}  lr {rate:g}  seed {seed}: {loss:.4f}  ({seconds:.0f} s)", flush=True)
+        losses = trained([one for _, one in pairs])
+        seconds = round((time.perf_counter() - start) / count, 1)
+        for (setting, one), loss in list(zip(pairs, losses, strict=True))[:count]:
+            found = {"name": str(setting), "rate": one.rate, "seed": one.seed, "loss": loss}
+            results.append({**found, "seconds": seconds, "budget": budget})
+            files.append(log, results[-1])
+            named = f"{setting}  lr {one.rate:g}  seed {one.seed}"
+            print(f"{named}: {loss:.4f}  ({seconds:.0f} s)", flush=True)
         files.replace_text(config.out / "quality.md", table(results))
 
-    for setting in settings(config)[: config.rows]:
-        first, *others = config.seeds
-
-        trained = None
-        backward = config.study == "backward" and _of_matrices(config, setting)
-        grid, wider = OF_MATRICES if backward else FIRST_RATES[setting.method], WIDER
-        if config.study == "rates":
-            grid, wider = tuple(float(f"{0.015 * 2 ** (i / 2):.2g}") for i in range(7)), 0
-        while rate := rates.next_rate(grid, known(setting, first), wider, _beyond):
-            trained = trained or train(config, setting, first)
-            run(trained, setting, first, rate)
-        losses = known(setting, first)
-        best = min(losses, key=losses.__getitem__)
-        for seed in others:
-            if best not in known(setting, seed) and config.study != "rates":
-                run(train(config, setting, seed), setting, seed, best)
+    rows = settings(config)[: config.rows]
+    groups = dict.fromkeys(replace(setting, matrices=None) for setting in rows)
+    for place, group in enumerate(groups):
+        if config.only and place not in config.only:
+            continue
+        trained, size = None, config.together
+        alike = [setting for setting in rows if replace(setting, matrices=None) == group]
+        while missing := [pair for setting in alike for pair in wanted(config, setting, known)]:
+            missing, size = missing[:size], min(size, len(missing))
+            trained = trained or train(config, group)
+            run(trained, missing + missing[-1:] * (size - len(missing)), len(missing))
     print(table(results))
     return results
+
+
+def wanted(
+    config: Config, setting: Setting, known: Callable[[Setting, int], dict[float, float]]
+) -> list[tuple[Setting, Run]]:
+    """Gives the runs of a setting to be made next: of its grid, then beyond it, then at the best rate with all seeds."""
+    first, *others = config.seeds
+    backward = config.study == "backward" and _of_matrices(config, setting)
+    grid, wider = OF_MATRICES if backward else FIRST_RATES[setting.method], config.wider
+    if config.study == "long":
+        grid = IN_LONG.get(setting.method, grid)
+    if config.study == "rates":
+        grid, wider = tuple(float(f"{0.015 * 2 ** (i / 2):.2g}") for i in range(7)), 0
+    tried = known(setting, first)
+    new = [rate for rate in grid if rate not in tried]
+    beyond = None if new else rates.next_rate(grid, tried, wider, _beyond)
+    new += [] if beyond is None else [beyond]
+    if config.together > 1:
+        pairs = [(seed, rate) for rate in new or tried for seed in config.seeds]
+    elif new or config.study == "rates":
+        pairs = [(first, rate) for rate in new]
+    else:
+        pairs = [(seed, min(tried, key=tried.__getitem__)) for seed in others]
+    matrices = optimizers.MATRICES if setting.matrices is None else setting.matrices
+    return [
+        (setting, Run(seed, rate, matrices))
+        for seed, rate in pairs
+        if rate not in known(setting, seed)
+    ]
 
 
 def _beyond(edge: float, beside: float) -> float:

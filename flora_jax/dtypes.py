@@ -5,6 +5,7 @@ float32, as is float16, in which `x Aᵀ` overflows where `x` does not; bfloat16
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,13 @@ def promoting() -> Iterator[None]:
     """
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+
+
+def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Returns the bytes that an array takes on a device, where two integers of four bits share a byte."""
+    dtype = jnp.dtype(dtype)
+    bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
+    return -(-bits * math.prod(shape) // 8)
 
 
 @promoting()

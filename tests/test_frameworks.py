@@ -102,7 +102,7 @@ class Nnx(nnx.Module):
         return self.out(jnp.tanh(self.hidden(x)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_nnx_optimizer(dtype, monkeypatch):
     monkeypatch.setattr(storage, "MIN_SIZE", 1)
     model = Nnx(nnx.Rngs(0))

@@ -53,7 +53,7 @@ def test_full_rank_is_multisteps(optimizer, tolerance):
 
 
 @pytest.mark.parametrize("stop", [1, EVERY, EVERY + 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_restored_run_is_bit_equal(stop, dtype, momentum, monkeypatch):
     monkeypatch.setattr(storage, "MIN_SIZE", 1)

@@ -199,6 +199,12 @@ METHODS = {
         accumulated(512, "int8", False), int8=True
     ),
     **{
+        f"Accumulated, rank {rank} in int4, embeddings whole": backward(
+            accumulated(rank, "int4", False)
+        )
+        for rank in (1024, 512)
+    },
+    **{
         f"Accumulated, rank {rank} in int8, embeddings whole": backward(
             accumulated(rank, "int8", False)
         )

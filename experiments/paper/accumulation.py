@@ -24,6 +24,10 @@ TABLE = Table(
             Method("flora", 32, uncompressed_embeddings=True),
             Method("flora", 8, "advised", uncompressed_embeddings=True),
             Method("flora", 32, "advised", uncompressed_embeddings=True),
+            *(
+                Method("flora", rank, "advised", uncompressed_embeddings=True, state_dtype="int4")
+                for rank in (32, 64, 128)
+            ),
         ),
         "full": (
             Method("uncompressed"),

@@ -9,6 +9,7 @@ from optax.contrib import galore
 
 import flora_jax
 from experiments.optimizers import MATRICES, OF_TRAINED, cosine
+from flora_jax.chain import storage
 from flora_jax.chain.flora import ADVISED, KAPPA, Preset
 
 Base = Literal["adafactor", "adam", "sgd", "sign_sgd"]
@@ -43,6 +44,7 @@ class Method:
       base: The optimizer that is given gradients of full shape.
       uncompressed_embeddings: Whether Flora leaves embeddings and heads uncompressed, as LoRA does, and as the
         authors' code does with matrices of an aspect ratio above 16.
+      state_dtype: Dtype of Flora's sketches between micro-steps.
     """
 
     kind: Kind
@@ -52,6 +54,7 @@ class Method:
     kappa: int | None = None
     base: Base = "adafactor"
     uncompressed_embeddings: bool = False
+    state_dtype: storage.StateDtype = "float32"
 
     def __str__(self) -> str:
         names = {"uncompressed": "uncompressed", "flora": "Flora", "lora": "LoRA"}
@@ -68,6 +71,8 @@ class Method:
             words.append(f"over {self.base}")
         if self.uncompressed_embeddings:
             words.append("uncompressed embeddings")
+        if self.state_dtype != "float32":
+            words.append(self.state_dtype)
         return " ".join(words)
 
 
@@ -117,6 +122,7 @@ def build(
         momentum=method.momentum,
         optimizer=base,
         preset=method.preset,
+        state_dtype=method.state_dtype,
     )
     return tx, projection
 

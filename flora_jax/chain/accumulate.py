@@ -8,6 +8,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +88,7 @@ def accumulate(
       use_grad_mean: Whether `inner` receives the mean of the micro-steps' gradients rather than their
         sum.
       accumulator_dtype: The dtype of the sum between micro-steps: `float32`, `float64`, or, with
-        stochastic rounding, `bfloat16` or `int8`.
+        stochastic rounding, `bfloat16`, `int8` or `int4`.
       decay: The decay `β`, at least 0 and below 1: `inner` receives `M ← β M + C` for each sketch `C`, the
         mean of the micro-steps. Uncompressed gradients have no momentum here.
       at_new_projection: What becomes of `M` when a new `A` is sampled, as in `momentum`.
@@ -149,28 +150,29 @@ def accumulate(
             return result, inner_state, kept_after(sums)
 
         def kept_after(sums):
-            if projection is None or not decays:
-                return states.zeros(updates, projection, accumulator_dtype)
-            ends = _ends_cycle(projection.resample_every, every, state.gradient_step)
+            empty = states.zeros(updates, projection, accumulator_dtype)
             cycles = [leaf.cycle for leaf in states.leaves(sketches) if is_sketch(leaf)]
-            with dtypes.promoting():
-                left = jax.tree.map(
-                    lambda leaf, data: decay * data if is_sketch(leaf) else jnp.zeros_like(data),
-                    sketches,
-                    sums,
-                    is_leaf=is_sketch,
-                )
-            if cycles:
-                left = manual.switch(
-                    ends,
-                    (
-                        lambda tree: tree,
-                        lambda tree: move(sketches, cycles[0], cycles[0] + 1, tree),
-                    ),
-                    left,
-                )
-            count = (state.gradient_step, state.mini_step)
-            return states.store(left, projection, sketches, accumulator_dtype, count)
+            if not cycles or not decays:
+                return empty
+
+            def kept(moved, sums):
+                if moved and at_new_projection == "reset":
+                    return empty  # rounding zeros would be work for the compiler
+                with dtypes.promoting():
+                    left = jax.tree.map(
+                        lambda leaf, data: decay * data if is_sketch(leaf) else None,
+                        sketches,
+                        sums,
+                        is_leaf=is_sketch,
+                    )
+                if moved:
+                    left = move(sketches, cycles[0], cycles[0] + 1, left)
+                count = (state.gradient_step, state.mini_step)
+                return states.store(left, projection, sketches, accumulator_dtype, count)
+
+            assert projection is not None  # there are sketches
+            ends = _ends_cycle(projection.resample_every, every, state.gradient_step)
+            return manual.switch(ends, (partial(kept, False), partial(kept, True)), sums)
 
         result_shape, _, _ = jax.eval_shape(optimizer_step, sums, state.inner_state)
 

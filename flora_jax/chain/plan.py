@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax import dtypes
 from flora_jax.chain import stack_axis, storage
 from flora_jax.chain.flora import Preset, flora
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
@@ -163,9 +164,7 @@ def plan(
 
 def tree_bytes(tree: Any) -> int:
     """Returns the bytes of all arrays of a tree, which may also be given as shapes."""
-    return sum(
-        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(dtypes.nbytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree))
 
 
 def galore_bytes(leaf: LeafPlan) -> int:

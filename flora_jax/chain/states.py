@@ -186,15 +186,19 @@ def store(
     dtype: storage.StateDtype,
     counts: tuple[Any, ...],
 ) -> Any:
-    """Returns each leaf as it is kept in this dtype, rounded with a key of its own where that is stochastic."""
-    if dtype in ("float32", "float64"):
-        return jax.tree.map(
-            lambda leaf: leaf.astype(storage.unrounded(dtype, leaf.dtype) or dtype), numbers
-        )
-    leaves, structure = jax.tree.flatten(numbers)
+    """Returns each leaf as it is kept in this dtype, rounded with a key of its own where that is stochastic.
+
+    None stands for a leaf of zeros.
+    """
+    structure = jax.tree.structure(sketches, is_leaf=is_sketch)
     seed = projection.seed if projection else 0
     kept = []
-    for plan, leaf in zip(_plans(sketches, projection), leaves, strict=True):
+    for plan, leaf in zip(
+        _plans(sketches, projection), structure.flatten_up_to(numbers), strict=True
+    ):
+        if leaf is None:
+            kept.append(storage.zeros(dtype, plan.data_shape, plan.data_dtype))
+            continue
         key = keys.leaf_key(seed, f"rounding/{plan.path}", counts[0])
         if (layer := keys.layer(plan.path)) is not None:
             key = jax.random.fold_in(key, layer)

@@ -71,7 +71,7 @@ class Options:
     side: Side | None = None
     embedding: Embedding = "output"
     head: Head = "input"
-    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    state_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     weights: Literal["dtype", "int8"] = "dtype"
     moments: Literal["float32", "params"] = "float32"
     micro_batches: int | None = None

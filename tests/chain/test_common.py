@@ -36,6 +36,7 @@ TRANSFORMATIONS = {
     "momentum": flora(momentum=0.9),
     "bfloat16": flora(state_dtype="bfloat16", momentum=0.9),
     "int8": flora(state_dtype="int8", momentum=0.9),
+    "advised in int4": flora(preset="advised", state_dtype="int4"),
     "skip_nonfinite": flora(skip_nonfinite=True),
     "a sum": flora(use_grad_mean=False),
     "schedule": flora(

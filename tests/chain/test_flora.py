@@ -72,7 +72,7 @@ def test_any_optimizer_after_decompress(name):
     assert fall(flora(optimizer=OPTIMIZERS[name]))[0] < 0.4
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("momentum", [None, 0.9])
 def test_any_state(dtype, momentum, monkeypatch):
     monkeypatch.setattr(storage, "MIN_SIZE", 1)

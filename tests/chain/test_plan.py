@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import flora_jax
 from flora_jax.chain.leaf_plan import leaf_plans
+from tests.helpers import bytes_on_device
 
 PARAMS = {
     "embed": {"embedding": jnp.ones((512, 64))},
@@ -32,7 +33,7 @@ def by_path(params=PARAMS, rank=8, **others):
 
 
 def real_bytes(tree):
-    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
+    return sum(map(bytes_on_device, jax.tree.leaves(tree)))
 
 
 def test_who_is_compressed_and_how():
@@ -63,7 +64,7 @@ def test_shapes_are_enough():
     assert flora_jax.plan(outline, rule).as_dict() == flora_jax.plan(PARAMS, rule).as_dict()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("momentum", [None, 0.9])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_bytes_are_those_of_the_state(dtype, momentum, steps):
@@ -78,7 +79,7 @@ def test_bytes_are_those_of_the_state(dtype, momentum, steps):
     assert plan.state_bytes["Flora"] == alone + counts + copies * sum(plan.sketch_bytes)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize(
     ("steps", "nesterov", "sketches"), [(4, None, 1), (4, True, 2), (1, None, 1)]
 )
@@ -232,11 +233,11 @@ def test_a_sketch_has_the_rank_in_place_of_one_side(shape, rank, side):
     assert [n for axis, n in enumerate(leaf.data_shape) if axis != leaf.spec.projected[0]] == kept
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_bytes_of_complex_leaves(dtype):
     params = {"w": jnp.ones((64, 256)), "z": jnp.ones((8, 9), jnp.complex64)}
     arguments = {"projection": projection(resample_every=2), "accumulation_steps": 2}
     tx = flora_jax.flora(None, optimizer=optax.sgd(0.1), state_dtype=dtype, **arguments)
     plan = flora_jax.plan(params, **arguments, dtype=dtype, tx=tx)
-    assert plan.sketch_bytes[1] == 8 * 72 + 4 * (dtype == "int8")
+    assert plan.sketch_bytes[1] == 8 * 72 + 4 * (dtype in ("int8", "int4"))
     assert plan.state_bytes["Flora"] == real_bytes(tx.init(params)) == 16 + sum(plan.sketch_bytes)

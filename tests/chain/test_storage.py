@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flora_jax.chain import storage
-from tests.helpers import normal
+from tests.helpers import bytes_on_device, normal
 
 SHAPE = (33, 200)  # 6600 numbers; the last axis is no multiple of the block
 
@@ -16,7 +16,7 @@ def kept_many(dtype, array, samples):
     return np.asarray(load(keys), np.float64).mean(0)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_rounding_is_unbiased(dtype):
     """One step wide rounding has a spread of at most half a step; five of its standard errors."""
     array, samples = jnp.asarray(normal(0, SHAPE)), 400
@@ -25,19 +25,20 @@ def test_rounding_is_unbiased(dtype):
         step = 2.0 ** (np.floor(np.log2(np.abs(exact))) - 7)
     else:
         padded = np.pad(np.abs(exact), ((0, 0), (0, 56))).reshape(33, 2, 128)
-        step = np.repeat(padded.max(-1) / 127, 128, axis=1)[:, :200]
+        largest = 127 if dtype == "int8" else 7
+        step = np.repeat(padded.max(-1) / largest, 128, axis=1)[:, :200]
     error = np.abs(kept_many(dtype, array, samples) - exact)
     assert (error <= 5 * step / 2 / np.sqrt(samples) + 1e-6).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("shape", [SHAPE, (4096,), (7,), (), (2, 3, 1000)])
 def test_bytes_are_the_real_ones(dtype, shape):
     with jax.enable_x64(True):
         kept = storage.zeros(dtype, shape)
         stored = storage.store(dtype, jnp.ones(shape, jnp.float64), jax.random.key(0))
     for tree in (kept, stored):
-        real = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
+        real = sum(map(bytes_on_device, jax.tree.leaves(tree)))
         assert storage.nbytes(dtype, shape) == real
 
 
@@ -47,7 +48,7 @@ def test_float32_is_exact():
     np.testing.assert_array_equal(kept, array)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_visible(dtype, bad):
     array = jnp.zeros(SHAPE).at[3, 4].set(bad)

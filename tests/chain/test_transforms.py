@@ -223,7 +223,7 @@ def test_has_updated_without_accumulation():
     assert bool(flora_jax.has_updated(tx.init(params)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("momentum", [None, 0.5])
 def test_complex_leaves_are_kept_unrounded(dtype, momentum):
     params = {"w": make_params()["out"]["kernel"], "z": jnp.ones(3, jnp.complex64)}

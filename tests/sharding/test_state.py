@@ -63,6 +63,7 @@ def test_adafactors_vectors_of_a_square_weight_are_told_apart():
     [
         flora_jax.flora(1e-2, rank=16, accumulation_steps=2),
         flora_jax.flora(1e-2, rank=16, accumulation_steps=2, momentum=0.9, state_dtype="int8"),
+        flora_jax.flora(1e-2, rank=16, accumulation_steps=2, preset="advised", state_dtype="int4"),
         optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
         optax.multi_transform(
             {"flora": flora_jax.flora(1e-2, rank=16), "sgd": optax.sgd(1e-2, momentum=0.9)},

@@ -64,6 +64,7 @@ TRANSFORMATIONS = {
     "advised, int8": flora(preset="advised", state_dtype="int8"),
     "advised, any optimizer": flora(optax.adamw(1e-2), preset="advised"),
     "int8": flora(state_dtype="int8"),
+    "advised, int4": flora(preset="advised", state_dtype="int4"),
     "every_step": flora(
         projection=flora_jax.Projection(4, min_dim=8), accumulation_steps=1
     ),
