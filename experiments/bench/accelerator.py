@@ -81,7 +81,7 @@ Method = Literal[
 ]
 TITLES: dict[str, str] = {
     "flora": "Flora, orthogonalized (advised), fused",
-    "accumulated": "Flora, orthogonalized, int8, in the backward mode",
+    "accumulated": "Flora, orthogonalized, twice the rank in int4, in the backward mode",
     "paper": "Flora, the paper's, fused",
     "exact": "exact gradients, Adafactor",
     "stateless": "exact gradients, orthogonalized, no state",
@@ -142,6 +142,7 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
     tx: Any
     if method in ("flora", "accumulated", "paper"):
         advised = method != "paper"
+        rank = 2 * rank if method == "accumulated" else rank
         projection = flora_jax.Projection(
             rank,
             distribution="srtt" if advised else "srht",
@@ -153,7 +154,7 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
             projection=projection,
             accumulation_steps=count,
             preset="advised" if advised else "paper",
-            state_dtype="int8" if method == "accumulated" else "bfloat16",
+            state_dtype="int4" if method == "accumulated" else "bfloat16",
         )
         step: Any = flora_jax.make_train_step(loss, tx, projection)
         if method == "accumulated":

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from flora_jax import dtypes
+from flora_jax import dtypes, rounding
 
 StateDtype = Literal["float32", "float64", "bfloat16", "int8", "int4"]
 LARGEST = {"int8": 127, "int4": 7}
@@ -98,7 +98,8 @@ def store(dtype: StateDtype, array: jax.Array, key: jax.Array) -> Any:
             return _quantize(dtype, array, key)
         return Quantized(array.astype(jnp.float32), jnp.zeros((1,), jnp.float32))
     if dtype == "bfloat16":
-        return _round_bfloat16(array, key)
+        bits = rounding.random_bits(key, array.shape)
+        return rounding.to_bfloat16(array.astype(jnp.float32), bits)
     return array.astype(dtype)
 
 
@@ -140,18 +141,6 @@ def _quantize(dtype: StateDtype, array: jax.Array, key: jax.Array) -> Quantized:
     scales = jnp.where(jnp.all(jnp.isfinite(blocks), axis=-1), scales, jnp.nan)
     steps = blocks / jnp.where(scales > 0, scales, 1.0)[..., None]
     steps = steps.reshape(*lead, -1)[..., :last]
-    up = jax.random.uniform(key, array.shape, jnp.float32)
-    values = jnp.clip(jnp.floor(steps + up), -largest, largest)
+    rounded = rounding.to_integers(steps, rounding.random_bits(key, array.shape))
+    values = jnp.clip(rounded, -largest, largest)
     return Quantized(values.astype(dtype), scales)
-
-
-def _round_bfloat16(array: jax.Array, key: jax.Array) -> jax.Array:
-    """Rounds stochastically: adds random bits below the last bit of bfloat16, then truncates.
-
-    Infinities and NaN stay as they are.
-    """
-    array = array.astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
-    noise = jax.random.bits(key, array.shape, jnp.uint16).astype(jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(array), rounded, array).astype(jnp.bfloat16)

@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from flora_jax.chain.keys import leaf_key
+from flora_jax.chain.keys import fold_path, leaf_key, threefry
 from flora_jax.paths import path_name
 
 PATHS = ("a/kernel", "a/bias", "b/kernel", "")
@@ -31,6 +33,26 @@ def test_keys_differ_by_seed_path_and_cycle():
 def test_traced_cycle_gives_the_same_key(cycle):
     traced = jax.jit(lambda c: jax.random.key_data(leaf_key(3, "w", c)))(jnp.int32(cycle))
     assert tuple(np.asarray(traced).tolist()) == words(3, "w", cycle)
+
+
+WORDS = st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(WORDS, WORDS, WORDS)
+def test_hash_on_the_host_is_that_of_jax(high, low, data):
+    key = jax.random.wrap_key_data(jnp.asarray([high, low], jnp.uint32))
+    expected = jax.random.key_data(jax.random.fold_in(key, np.uint32(data)))
+    assert threefry((high, low), (0, data)) == tuple(np.asarray(expected).tolist())
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31 - 1, 2**31, -1])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_key_is_that_of_folding_seed_path_and_cycle(seed, impl):
+    folded = fold_path(jax.random.key(seed, impl=impl), "layers/up")
+    expected = jax.random.key_data(jax.random.fold_in(folded, 5))
+    found = jax.random.key_data(leaf_key(seed, "layers/up", 5, impl))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_names_of_dicts_lists_and_attributes():

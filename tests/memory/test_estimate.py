@@ -121,6 +121,7 @@ INT8 = {"weights": "int8"}
 # GiB by the compiler: LLaMA-7B by `python -m experiments.bench.memory --only Accumulated`, others by `flora-jax plan --measure yes`
 UPDATED_INSIDE = [
     ("LLaMA-7B", BACKWARD, 512, 2048, NARROW | WHOLE, 15.41),
+    ("LLaMA-7B", BACKWARD, 1024, 2048, {**NARROW, "state_dtype": "int4"} | WHOLE, 14.91),
     ("LLaMA-7B", BACKWARD, 512, 2048, NARROW, 14.64),
     ("LLaMA-7B", BACKWARD, 256, 2048, NARROW, 14.23),
     ("LLaMA-7B", BACKWARD, 512, 2048, NARROW | INT8, 8.74),
@@ -289,6 +290,9 @@ def test_settings_of_the_state():
     assert parts(FUSED, micro_batches=16)["state"] == plain
     assert parts(FUSED, micro_batches=1)["state"] < plain  # no accumulators
     assert parts(FUSED, state_dtype="int8")["state"] < 0.6 * plain
+    assert (
+        parts(FUSED, state_dtype="int4")["state"] < 0.6 * parts(FUSED, state_dtype="int8")["state"]
+    )
     assert parts(FUSED, embedding="whole")["state"] > plain
     assert parts(FUSED, side="input")["state"] != parts(FUSED, side="output")["state"]
     weights = parts(ADAM)["parameters"]
