@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -11,9 +10,9 @@ import flora_jax
 from flora_jax.chain import sketched_muon, storage
 from flora_jax.chain.distributions import Distribution
 from flora_jax.chain.flora import ADVISED, KAPPA
-from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.momentum import AtNewProjection
 from flora_jax.chain.projection import Side
+from flora_jax.finetune.muon import matrices as of_muon
 from flora_jax.finetune.muon import muon
 
 MATRICES, OF_TRAINED = 0.035, 0.01
@@ -79,10 +78,8 @@ def build(
     """
     base = partial(optax.adafactor, clipping_threshold=clipping, decay_rate=decay)
     if method == "multisteps":
-        inner = base(learning_rate)
-        if weight_decay is not None:
-            inner = _decayed(inner, learning_rate, weight_decay, base(learning_rate))
-        steps = optax.MultiSteps(inner, accumulation)
+        less = {} if weight_decay is None else _decay(learning_rate, weight_decay)
+        steps = optax.MultiSteps(base(learning_rate, **less), accumulation)
         return steps.gradient_transformation(), None
     if method in ("muon", "adam"):
         if method == "muon":
@@ -131,11 +128,7 @@ def build(
             "decay_rate": decay,
         }
         if weight_decay is not None:
-            step = optax.scale_by_learning_rate(own)
-            chosen = {
-                "learning_rate": None,
-                "optimizer": _decayed(step, own, weight_decay, base(learning_rate)),
-            }
+            chosen |= _decay(own, weight_decay)
         chain = flora_jax.flora(
             projection=projection,
             accumulation_steps=accumulation,
@@ -162,33 +155,14 @@ def build(
     return chain, projection
 
 
-def _decayed(
-    matrices: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float,
-    others: optax.GradientTransformation,
-) -> optax.GradientTransformation:
-    """Gives the optimizer of matrices, with a weight decay times the learning rate, and that of all else."""
-    rule = flora_jax.Projection(1, min_dim=2, embedding="whole", head="whole")
-    decay = optax.chain(
-        optax.stateless(lambda updates, params: jax.tree.map(lambda p: weight_decay * p, params)),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+def _decay(learning_rate: Any, share: float) -> dict[str, Any]:
+    """Gives Adafactor's arguments for a decay of matrices times their learning rate."""
 
-    def init_fn(params):
-        return matrices.init(params), decay.init(params)
-
-    def update_fn(updates, state, params=None):
-        new, own = matrices.update(updates, state[0], params)
-        less, count = decay.update(updates, state[1], params)
-        return jax.tree.map(jnp.add, new, less), (own, count)
-
-    def kinds(tree: Any) -> Any:
-        names = ["matrix" if plan.spec else "other" for plan in leaf_plans(tree, rule)]
-        return jax.tree.unflatten(jax.tree.structure(tree), names)
-
-    both = optax.GradientTransformation(init_fn, update_fn)
-    return optax.partition({"matrix": both, "other": others}, kinds)
+    rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
+    return {
+        "weight_decay_rate": lambda step: jnp.asarray(rate(step)) * share,
+        "weight_decay_mask": of_muon,
+    }
 
 
 def cosine(peak, steps: int, warmup: int = 10) -> optax.Schedule:

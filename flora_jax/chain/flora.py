@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from flora_jax.chain import official, storage
@@ -105,7 +106,9 @@ def flora(
       decay_rate: An argument of `optax.adafactor`.
       multiply_by_parameter_scale: An argument of `optax.adafactor`.
       clipping_threshold: An argument of `optax.adafactor`.
-      weight_decay_rate: An argument of `optax.adafactor`.
+      weight_decay_rate: An argument of `optax.adafactor`: the share of each parameter that an optimizer step subtracts,
+        whatever the learning rate is. A schedule of the optimizer step, such as `lambda step: 0.1 * learning_rate(step)`,
+        makes it follow the learning rate, as in AdamW and Muon.
       weight_decay_mask: An argument of `optax.adafactor`.
       eps: An argument of `optax.adafactor`.
 
@@ -205,7 +208,7 @@ def flora(
         inner.append(optimizer)
         if weight_decay_rate is not None:
             mask = _both(kind, weight_decay_mask) if own else weight_decay_mask
-            inner.append(optax.add_decayed_weights(-weight_decay_rate, mask))
+            inner.append(optax.add_decayed_weights(_negative(weight_decay_rate), mask))
     # in the advised preset the accumulator is the momentum as well
     in_accumulator = advised and accumulation_steps != 1 and not nesterov
     if momentum is not None and not in_accumulator:
@@ -255,6 +258,10 @@ def _orthogonalized(projection: Projection, tree: Any) -> Any:
     """Returns a tree of bools: which leaves of the params, or of their gradients, are orthogonalized."""
     leaves = [bool(plan.spec) and plan.kind == "matrix" for plan in leaf_plans(tree, projection)]
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_sketch), leaves)
+
+
+def _negative(rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    return (lambda step: -jnp.asarray(rate(step))) if callable(rate) else -rate
 
 
 def _both(first: Callable[[Any], Any], mask: Any) -> Callable[[Any], Any]:

@@ -15,7 +15,7 @@ import flora_jax
 from flora_jax import adapters
 from flora_jax.adapters import Adapter
 from flora_jax.chain.projection import Projection
-from flora_jax.finetune.muon import muon
+from flora_jax.finetune.muon import has_two_sides, matrices, muon
 from flora_jax.finetune.settings import ADAPTERS, EXACT, OTHERS, Settings
 
 MIN_DIM = 32
@@ -62,7 +62,7 @@ def build(
     """
     if settings.method in ADAPTERS:
         return _adapted(settings, loss, model, outline, steps)
-    tx, projection = _transformation(settings, steps)
+    tx, projection = _transformation(settings, outline, steps)
     step: Any = flora_jax.make_train_step(
         loss,
         tx,
@@ -104,12 +104,16 @@ def schedule(settings: Settings, peak: float, steps: int) -> optax.Schedule:
 
 
 def _transformation(
-    settings: Settings, steps: int
+    settings: Settings, outline: Any, steps: int
 ) -> tuple[optax.GradientTransformation, Projection | None]:
     """Returns the transformation of a method that trains the model's own params, and Flora's projection or None."""
     rate = schedule(settings, settings.peak, steps)
     others = schedule(settings, settings.other_rate or OTHERS, steps)
-    decay, count = settings.weight_decay or None, settings.accumulated
+    share, count = settings.weight_decay, settings.accumulated
+    decay = {
+        "weight_decay_rate": (lambda step: share * rate(step)) if share else None,
+        "weight_decay_mask": matrices(outline, MIN_DIM),
+    }
     name = settings.method
     if name.startswith("flora"):
         projection = Projection(
@@ -118,6 +122,7 @@ def _transformation(
             side="input",
             resample_every=count * (256 if name == "flora" else 1),
             min_dim=MIN_DIM,
+            select=has_two_sides,
             seed=settings.seed,
         )
         if name == "flora":
@@ -127,31 +132,36 @@ def _transformation(
                 accumulation_steps=count,
                 preset="advised",
                 adafactor_learning_rate=others,
-                weight_decay_rate=decay,
+                **decay,
             )
             return tx, projection
-        inner = [optax.adafactor(rate, weight_decay_rate=decay), flora_jax.shrink(projection)]
+        inner = [optax.adafactor(rate), flora_jax.shrink(projection)]
+        if share:
+            mask = decay["weight_decay_mask"]
+            inner.append(optax.add_decayed_weights(lambda step: -share * rate(step), mask))
         tx = flora_jax.flora(
             None, projection=projection, accumulation_steps=count, optimizer=optax.chain(*inner)
         )
         return tx, projection
     if name == "exact":
-        return optax.adafactor(rate, weight_decay_rate=decay), None
+        return optax.adafactor(rate, **decay), None
     if name == "exact-muon":
         tx = flora_jax.sketched_muon(
             rate,
-            weight_decay=decay,
+            weight_decay=share or None,
             adafactor_learning_rate=others,
             min_dim=MIN_DIM,
             seed=settings.seed,
         )
         return tx, None
     if name == "muon":
-        tx: Any = muon(rate, optax.adafactor(others), min_dim=MIN_DIM, weight_decay=decay)
+        tx: Any = muon(rate, optax.adafactor(others), min_dim=MIN_DIM, weight_decay=share or None)
     elif name == "adam":
-        tx = optax.adamw(rate, b2=0.99, weight_decay=decay or 0.0, mu_dtype=jnp.float32)
+        tx = optax.adamw(
+            rate, b2=0.99, weight_decay=share, mask=decay["weight_decay_mask"], mu_dtype=jnp.float32
+        )
     else:
-        tx = optax.adafactor(rate, weight_decay_rate=decay)
+        tx = optax.adafactor(rate, **decay)
     return _accumulated(tx, count), None
 
 
@@ -215,7 +225,14 @@ def _adapted(settings: Settings, loss: Callable, model: Any, outline: Any, steps
 
 def adapter_rule(rank: int) -> Projection:
     """Returns the projection that says which weights have an adapter: all matrices inside the layers."""
-    return Projection(rank, side="input", embedding="whole", head="whole", min_dim=MIN_DIM)
+    return Projection(
+        rank,
+        side="input",
+        embedding="whole",
+        head="whole",
+        min_dim=MIN_DIM,
+        select=has_two_sides,
+    )
 
 
 def _adapter(

@@ -35,7 +35,6 @@ def muon(
     numbers = partial(
         jax.tree.map, lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
     )
-    rule = Projection(1, side="input", min_dim=min_dim, embedding="whole", head="whole")
     own = [
         optax.contrib.scale_by_muon(
             beta=momentum, nesterov=nesterov, weight_dimension_numbers=numbers
@@ -46,10 +45,22 @@ def muon(
     ]
 
     def kinds(tree: Any) -> Any:
-        names = ["matrix" if plan.spec else "other" for plan in leaf_plans(tree, rule)]
-        return jax.tree.unflatten(jax.tree.structure(tree), names)
+        names = {True: "matrix", False: "other"}
+        return jax.tree.map(names.__getitem__, matrices(tree, min_dim))
 
     return optax.partition({"matrix": optax.chain(*own), "other": others}, kinds)
+
+
+def matrices(tree: Any, min_dim: int = 2) -> Any:
+    """Returns a tree of bools: which leaves are matrices inside a model, stacked or not, and no embedding or head."""
+    rule = Projection(1, min_dim=min_dim, embedding="whole", head="whole", select=has_two_sides)
+    found = [bool(plan.spec) for plan in leaf_plans(tree, rule)]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def has_two_sides(path: str, shape: tuple[int, ...]) -> bool:
+    """Returns whether a leaf has two sides beside the axis of stacked layers: scales of many layers are no matrix."""
+    return len(shape) > (2 if path.startswith("layers/") else 1)
 
 
 def _by_outputs(updates: Any, params: Any = None) -> Any:

@@ -80,7 +80,7 @@ def test_any_state(dtype, momentum, monkeypatch):
     rule = projection(resample_every=20)
     tx = flora(rate, state_dtype=dtype, momentum=momentum, projection=rule)
     ratio, state = fall(tx, 2 * STEPS)
-    assert ratio < 0.5
+    assert ratio < (0.6 if dtype == "int4" else 0.5)
     kept = {leaf.dtype.name for leaf in jax.tree.leaves(state)}
     assert dtype in kept
 

@@ -1,13 +1,15 @@
 """Methods: each learns a sentence by heart, in the state that it says; schedules are those of the formula."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from flora_jax.finetune import methods
-from flora_jax.finetune.settings import EXACT, METHODS, UNRANKED, Settings
+from flora_jax.finetune import methods, muon
+from flora_jax.finetune.settings import ADAPTERS, EXACT, METHODS, UNRANKED, Settings
 from flora_jax.models import decoder, families
 
 SHAPE = decoder.Shape(64, 64, 96, 2, 4, 4, jnp.float32)
@@ -81,6 +83,49 @@ def test_micro_batches_are_as_one_batch():
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ADAPTERS])
+def test_weight_decay_is_that_of_matrices_times_the_rate(name):
+    """Beside the same step without it; the first step has a third of the peak rate of 0.02, or of 0.003 for Adam."""
+    after = {}
+    for share in (0.0, 0.5):
+        given = settings(name, weight_decay=share, warmup=0.3)
+        method, params, _, state = start(given)
+        before = jax.tree.map(np.asarray, params)
+        for _ in range(given.accumulated):
+            state, _ = method.step(None, state, BATCH)
+        after[share] = state["params"]
+    rate = (0.003 if name == "adam" else 0.02) / 3
+    paths = jax.tree_util.tree_leaves_with_path(before)
+    for (path, old), plain, less in zip(
+        paths, jax.tree.leaves(after[0.0]), jax.tree.leaves(after[0.5]), strict=True
+    ):
+        key = jax.tree_util.keystr(path)
+        matrix = "layers" in key and old.ndim == 3
+        expected = -0.5 * rate * old if matrix else 0 * old
+        np.testing.assert_allclose(less - plain, expected, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["flora", "flora-adafactor", "muon", "lora"])
+def test_scales_of_many_layers_are_no_matrix(name):
+    """As many layers as the shortest side of a matrix, as in LLaMA-7B and Mistral."""
+    model = families.module(dataclasses.replace(SHAPE, layers=methods.MIN_DIM))
+    outline = jax.eval_shape(lambda: model.init(jax.random.key(0), BATCH["tokens"])["params"])
+    method = methods.build(settings(name), loss, model, outline, STEPS)
+    if name == "lora":
+        own = jax.eval_shape(method.init, outline, BATCH)[1]["own"]
+        assert not [path for path in own if "norm" in path] and len(own) == 7
+        return
+    state = jax.eval_shape(method.tx.init, outline)
+    kept = jax.tree_util.tree_leaves_with_path(state)
+    norms = [leaf.shape for path, leaf in kept if "norm" in jax.tree_util.keystr(path)]
+    assert (methods.MIN_DIM, SHAPE.width) in norms
+    assert not {(methods.MIN_DIM, 8), (8, SHAPE.width)} & set(norms)  # a sketch's
+    if name == "muon":
+        tree = muon.matrices(outline, methods.MIN_DIM)
+        assert not any(jax.tree.leaves(tree["layers"]["attention_norm"]))
+        assert tree["layers"]["query"]["kernel"]
+
+
 def test_adapters_are_kept_in_float32_and_weights_stay_bfloat16():
     given = settings("lora")
     method, _, frozen, state = start(given, jnp.bfloat16)
@@ -139,5 +184,5 @@ def test_the_advised_chain_is_that_of_the_library():
 
 
 def test_without_accumulation_there_is_no_multisteps():
-    tx, _ = methods._transformation(settings("adafactor", micro_batches=1), STEPS)
+    tx, _ = methods._transformation(settings("adafactor", micro_batches=1), {}, STEPS)
     assert not isinstance(jax.eval_shape(tx.init, {"a": jnp.ones(3)}), optax.MultiStepsState)
