@@ -215,6 +215,8 @@ def test_weight_decay_of_the_advised_preset():
 
     params["bias"] = jnp.ones(24)
     plain, decayed = updates(), updates(weight_decay_rate=0.01)
+    scheduled = updates(weight_decay_rate=lambda step: 0.01 / (1 + step))
+    assert_tree_close(scheduled, decayed, 1e-6)
     masked = updates(
         weight_decay_rate=0.01, weight_decay_mask={"hidden": True, "out": False, "bias": False}
     )
