@@ -202,7 +202,7 @@ METHODS = {
         f"Accumulated, rank {rank} in int4, embeddings whole": backward(
             accumulated(rank, "int4", False)
         )
-        for rank in (1024, 512)
+        for rank in (2048, 1024, 512)
     },
     **{
         f"Accumulated, rank {rank} in int8, embeddings whole": backward(
