@@ -1,7 +1,6 @@
 """This command compares the loss of Flora's settings with that of uncompressed accumulation, on the same batches.
 
     python -m experiments.quality --study orthogonal --out runs/quality
-
     python -m experiments.quality --study long --together 36 --optimizer-steps 5000     # on a GPU or TPU
 
 Every setting has a grid of learning rates, which grows while its best rate is at an edge, on the first seed; the other
@@ -197,6 +196,7 @@ def settings(config: Config) -> list[Setting]:
         kinds = [
             Setting("muon"),
             whole,
+            replace(whole, state_dtype="int8"),
             half,
             first,
             *ours[1:2],
