@@ -132,6 +132,7 @@ def _transformation(
                 accumulation_steps=count,
                 preset="advised",
                 adafactor_learning_rate=others,
+                state_dtype=settings.state_dtype,
                 **decay,
             )
             return tx, projection
@@ -140,7 +141,11 @@ def _transformation(
             mask = decay["weight_decay_mask"]
             inner.append(optax.add_decayed_weights(lambda step: -share * rate(step), mask))
         tx = flora_jax.flora(
-            None, projection=projection, accumulation_steps=count, optimizer=optax.chain(*inner)
+            None,
+            projection=projection,
+            accumulation_steps=count,
+            optimizer=optax.chain(*inner),
+            state_dtype=settings.state_dtype,
         )
         return tx, projection
     if name == "exact":

@@ -1,13 +1,13 @@
 """Sizes: what the very step that will run takes on each device, before any weight is read."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import psutil
 
+from flora_jax import dtypes
 from flora_jax.finetune.settings import EXACT, UNRANKED, Settings
 from flora_jax.memory.compiled import compiled_bytes
 from flora_jax.memory.estimate import GIB
@@ -66,6 +66,8 @@ def capacity(settings: Settings) -> int | None:
 
 def smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
     """Gives settings that take less, each with the flags that ask for them."""
+    if settings.method.startswith("flora") and settings.state_dtype != "int4":
+        yield "--state-dtype int4", dataclasses.replace(settings, state_dtype="int4")
     for name in ("rank", "length"):
         value = settings.ranked if name == "rank" else settings.length
         while value is not None and value // 2 >= SMALLEST[name]:
@@ -77,7 +79,8 @@ def smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
         yield "--batch 1", dataclasses.replace(settings, batch=1)
     for method in ("exact", "lora"):
         if method != settings.method:
-            changes = {"method": method, "rank": None if method in UNRANKED else 8}
+            changes: dict[str, Any] = {"method": method, "state_dtype": "float32"}
+            changes["rank"] = None if method in UNRANKED else 8
             flags = f"--method {method}" + (" --rank 8" if method == "lora" else "")
             changes["micro_batches"] = None if method in EXACT else settings.micro_batches
             yield flags, dataclasses.replace(settings, **changes)
@@ -110,5 +113,5 @@ def _bytes(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        total += math.prod(shape) * leaf.dtype.itemsize
+        total += dtypes.nbytes(shape, leaf.dtype)
     return total

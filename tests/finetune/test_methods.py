@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from flora_jax.chain import storage
 from flora_jax.finetune import methods, muon
 from flora_jax.finetune.settings import ADAPTERS, EXACT, METHODS, UNRANKED, Settings
 from flora_jax.models import decoder, families
@@ -62,6 +63,18 @@ def test_each_method_learns(name):
     assert float(value) < first - 0.3
     assert after < first - 0.3
     assert after == pytest.approx(now, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flora", "flora-adafactor"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_narrow_sketches_learn(name, dtype, monkeypatch):
+    monkeypatch.setattr(storage, "MIN_SIZE", 1)
+    given = settings(name, state_dtype=dtype)
+    method, params, frozen, state = start(given)
+    assert dtype in {x.dtype.name for x in jax.tree.leaves(state["opt_state"])}
+    for _ in range(STEPS * given.accumulated):
+        state, _ = method.step(frozen, state, BATCH)
+    assert float(loss(state["params"], BATCH)) < float(loss(params, BATCH)) - 0.3
 
 
 def test_micro_batches_are_as_one_batch():

@@ -29,6 +29,10 @@ def test_defaults_of_each_method():
         ({"rate": -1.0}, "rate must be above 0, found -1.0"),
         ({"held_out": 1.0}, "held_out must be at least 0 and below 1, found 1.0"),
         (
+            {"method": "lora", "state_dtype": "int4"},
+            "state_dtype must not be given with method lora, which has no sketches",
+        ),
+        (
             {"method": "exact", "rank": 4},
             "rank must not be given with method exact, which has none",
         ),
