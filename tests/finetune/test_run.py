@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
+from flora_jax.chain import storage
 from flora_jax.finetune import run, sizes
 from flora_jax.finetune.settings import Settings
 from flora_jax.finetune.stopping import Stopped
@@ -99,9 +100,12 @@ def stopping_at(step):
     return told_to_stop
 
 
-@pytest.mark.parametrize("method", ["flora", "exact", "lora"])
+@pytest.mark.parametrize("method", ["flora", "flora in int4", "exact", "lora"])
 def test_a_stopped_run_goes_on_to_the_same_bits(method, model, data, tmp_path, monkeypatch):
     own = {"rank": None, "micro_batches": None} if method == "exact" else {}
+    if method == "flora in int4":
+        monkeypatch.setattr(storage, "MIN_SIZE", 1)
+        method, own = "flora", {"state_dtype": "int4"}
     given = settings(model, data, tmp_path / "mine", method=method, steps=5, samples=0, **own)
     run.finetune(replace(given, out=tmp_path / "whole"), QUIET)
     with monkeypatch.context() as patch:
