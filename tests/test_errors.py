@@ -70,8 +70,8 @@ WRONG = {
     "seed": (lambda: projection(seed=0.5), "seed must be an int, found 0.5"),
     "every": (lambda: accumulate(0), "every must be an int of at least 1 or a schedule, found 0"),
     "accumulator_dtype": (
-        lambda: accumulate(accumulator_dtype="int4"),
-        "accumulator_dtype must be one of float32, float64, bfloat16, int8, found 'int4'",
+        lambda: accumulate(accumulator_dtype="int2"),
+        "accumulator_dtype must be one of float32, float64, bfloat16, int8, int4, found 'int2'",
     ),
     "decay": (lambda: flora_jax.momentum(1.0), "decay must be at least 0 and below 1, found 1.0"),
     "cycle inside an accumulation": (

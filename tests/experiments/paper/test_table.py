@@ -159,7 +159,7 @@ def test_every_table_is_complete(one, size):
     for row in chosen:
         assert rows.plain(row) in chosen
         assert RATES[unit(row)] and FULL_RATES[unit(row)]
-        assert row.rank < shape.width
+        assert row.rank < shape.width or (row.rank, row.state_dtype) == (shape.width, "int4")
 
 
 def test_a_model_that_is_not_known():
