@@ -65,8 +65,7 @@ def test_each_method_learns(name):
     assert after == pytest.approx(now, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["flora", "flora-adafactor"])
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize(("name", "dtype"), [("flora", "int4"), ("flora-adafactor", "int8")])
 def test_narrow_sketches_learn(name, dtype, monkeypatch):
     monkeypatch.setattr(storage, "MIN_SIZE", 1)
     given = settings(name, state_dtype=dtype)
