@@ -78,8 +78,8 @@ def build(
     """
     base = partial(optax.adafactor, clipping_threshold=clipping, decay_rate=decay)
     if method == "multisteps":
-        less = {} if weight_decay is None else _decay(learning_rate, weight_decay)
-        steps = optax.MultiSteps(base(learning_rate, **less), accumulation)
+        inner = base(learning_rate, **_decay(learning_rate, weight_decay))
+        steps = optax.MultiSteps(inner, accumulation)
         return steps.gradient_transformation(), None
     if method in ("muon", "adam"):
         if method == "muon":
@@ -121,15 +121,8 @@ def build(
     )
     own = learning_rate if matrices is None else matrices
     if method == "flora":
-        chosen: dict[str, Any] = {
-            "learning_rate": own,
-            "adafactor_learning_rate": learning_rate,
-            "clipping_threshold": clipping,
-            "decay_rate": decay,
-        }
-        if weight_decay is not None:
-            chosen |= _decay(own, weight_decay)
         chain = flora_jax.flora(
+            own,
             projection=projection,
             accumulation_steps=accumulation,
             momentum=momentum,
@@ -137,9 +130,12 @@ def build(
             at_new_projection=at_new_projection,
             iterations=iterations,
             preset="advised",
+            adafactor_learning_rate=learning_rate,
+            clipping_threshold=clipping,
+            decay_rate=decay,
             skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
-            **chosen,
+            **_decay(own, weight_decay),
         )
         return chain, projection
     steps = [base(learning_rate)] + ([flora_jax.shrink(projection)] if shrink else [])
@@ -155,9 +151,10 @@ def build(
     return chain, projection
 
 
-def _decay(learning_rate: Any, share: float) -> dict[str, Any]:
-    """Gives Adafactor's arguments for a decay of matrices times their learning rate."""
-
+def _decay(learning_rate: Any, share: float | None) -> dict[str, Any]:
+    """Gives Adafactor's arguments for a decay of matrices times their learning rate; none where there is no decay."""
+    if share is None:
+        return {}
     rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
     return {
         "weight_decay_rate": lambda step: jnp.asarray(rate(step)) * share,

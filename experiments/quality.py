@@ -203,7 +203,7 @@ def settings(config: Config) -> list[Setting]:
             replace(whole, weight_decay=decay),
             replace(whole, weight_decay=decay, momentum=0.9, resample=2**20),
             replace(half, weight_decay=decay),
-            replace(ours[0], state_dtype="int4"),
+            replace(first, state_dtype="int4"),
             replace(first, weight_decay=decay),
             Setting("muon", weight_decay=decay),
         ]
@@ -415,12 +415,13 @@ def study(config: Config) -> list[dict]:
         files.replace_text(config.out / "quality.md", table(results))
 
     rows = settings(config)[: config.rows]
-    groups = dict.fromkeys(replace(setting, matrices=None) for setting in rows)
-    for place, group in enumerate(groups):
+    groups: dict[Setting, list[Setting]] = {}
+    for setting in rows:
+        groups.setdefault(replace(setting, matrices=None), []).append(setting)
+    for place, (group, alike) in enumerate(groups.items()):
         if config.only and place not in config.only:
             continue
         trained, size = None, config.together
-        alike = [setting for setting in rows if replace(setting, matrices=None) == group]
         while missing := [pair for setting in alike for pair in wanted(config, setting, known)]:
             missing, size = missing[:size], min(size, len(missing))
             trained = trained or train(config, group)

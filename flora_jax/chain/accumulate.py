@@ -150,14 +150,14 @@ def accumulate(
             return result, inner_state, kept_after(sums)
 
         def kept_after(sums):
-            empty = states.zeros(updates, projection, accumulator_dtype)
+            empty = partial(states.zeros, updates, projection, accumulator_dtype)
             cycles = [leaf.cycle for leaf in states.leaves(sketches) if is_sketch(leaf)]
             if not cycles or not decays:
-                return empty
+                return empty()
 
             def kept(moved, sums):
                 if moved and at_new_projection == "reset":
-                    return empty  # rounding zeros would be work for the compiler
+                    return empty()  # rounding zeros would be work for the compiler
                 with dtypes.promoting():
                     left = jax.tree.map(
                         lambda leaf, data: decay * data if is_sketch(leaf) else None,

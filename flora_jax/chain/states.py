@@ -192,17 +192,22 @@ def store(
     """
     structure = jax.tree.structure(sketches, is_leaf=is_sketch)
     seed = projection.seed if projection else 0
-    kept = []
-    for plan, leaf in zip(
-        _plans(sketches, projection), structure.flatten_up_to(numbers), strict=True
-    ):
-        if leaf is None:
-            kept.append(storage.zeros(dtype, plan.data_shape, plan.data_dtype))
-            continue
+
+    def rounding_key(plan: LeafPlan) -> Any:
+        if dtype in ("float32", "float64"):
+            return None
         key = keys.leaf_key(seed, f"rounding/{plan.path}", counts[0])
         if (layer := keys.layer(plan.path)) is not None:
             key = jax.random.fold_in(key, layer)
         for count in counts[1:]:
             key = jax.random.fold_in(key, count)
-        kept.append(storage.store(dtype, leaf, key))
+        return key
+
+    leaves = zip(_plans(sketches, projection), structure.flatten_up_to(numbers), strict=True)
+    kept = [
+        storage.zeros(dtype, plan.data_shape, plan.data_dtype)
+        if leaf is None
+        else storage.store(dtype, leaf, rounding_key(plan))
+        for plan, leaf in leaves
+    ]
     return storage.transposed(dtype, kept, structure)

@@ -56,13 +56,12 @@ def unrounded(dtype: StateDtype, of: Any) -> Any:
 
 def nbytes(dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32") -> int:
     """Returns the number of bytes that numbers of this shape, and of the dtype `of`, take in this dtype on a device."""
-    size = math.prod(shape)
     if kept := unrounded(dtype, of):
-        return size * kept.itemsize + (4 if dtype in LARGEST else 0)
+        return dtypes.nbytes(shape, kept) + (4 if dtype in LARGEST else 0)
     if dtype in LARGEST:
-        bits = jnp.iinfo(dtype).bits if _quantizes(shape) else 32
-        return -(-bits * size // 8) + 4 * math.prod(_scales_shape(shape))
-    return size * {"float64": 8, "bfloat16": 2, "float32": 4}[dtype]
+        values = dtypes.nbytes(shape, dtype if _quantizes(shape) else "float32")
+        return values + dtypes.nbytes(_scales_shape(shape), "float32")
+    return dtypes.nbytes(shape, dtype)
 
 
 def zeros(dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32") -> Any:
@@ -88,8 +87,8 @@ def load(kept: Any) -> jax.Array:
 
 
 @dtypes.promoting()
-def store(dtype: StateDtype, array: jax.Array, key: jax.Array) -> Any:
-    """Returns the numbers as they are kept in this dtype; `key` is for the stochastic rounding."""
+def store(dtype: StateDtype, array: jax.Array, key: Any) -> Any:
+    """Returns the numbers as they are kept in this dtype; `key` is for the stochastic rounding, None where there is none."""
     if kept := unrounded(dtype, array.dtype):
         array = array.astype(kept)
         return Quantized(array, jnp.zeros((1,), jnp.float32)) if dtype in LARGEST else array

@@ -15,7 +15,7 @@ import flora_jax
 from flora_jax import adapters
 from flora_jax.adapters import Adapter
 from flora_jax.chain.projection import Projection
-from flora_jax.finetune.muon import has_two_sides, matrices, muon
+from flora_jax.finetune.muon import has_two_sides, matrices, muon, of_matrices
 from flora_jax.finetune.settings import ADAPTERS, EXACT, OTHERS, Settings
 
 MIN_DIM = 32
@@ -115,7 +115,7 @@ def _transformation(
         "weight_decay_mask": matrices(outline, MIN_DIM),
     }
     name = settings.method
-    if name.startswith("flora"):
+    if settings.sketched:
         projection = Projection(
             settings.ranked or 1,
             distribution="srtt",
@@ -230,14 +230,7 @@ def _adapted(settings: Settings, loss: Callable, model: Any, outline: Any, steps
 
 def adapter_rule(rank: int) -> Projection:
     """Returns the projection that says which weights have an adapter: all matrices inside the layers."""
-    return Projection(
-        rank,
-        side="input",
-        embedding="whole",
-        head="whole",
-        min_dim=MIN_DIM,
-        select=has_two_sides,
-    )
+    return of_matrices(rank, MIN_DIM)
 
 
 def _adapter(

@@ -53,9 +53,20 @@ def muon(
 
 def matrices(tree: Any, min_dim: int = 2) -> Any:
     """Returns a tree of bools: which leaves are matrices inside a model, stacked or not, and no embedding or head."""
-    rule = Projection(1, min_dim=min_dim, embedding="whole", head="whole", select=has_two_sides)
-    found = [bool(plan.spec) for plan in leaf_plans(tree, rule)]
+    found = [bool(plan.spec) for plan in leaf_plans(tree, of_matrices(1, min_dim))]
     return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def of_matrices(rank: int, min_dim: int) -> Projection:
+    """Returns the projection of the matrices inside a model, and of nothing else."""
+    return Projection(
+        rank,
+        side="input",
+        embedding="whole",
+        head="whole",
+        min_dim=min_dim,
+        select=has_two_sides,
+    )
 
 
 def has_two_sides(path: str, shape: tuple[int, ...]) -> bool:

@@ -154,7 +154,7 @@ class Settings:
                 )
         if self.rank is not None and self.method in UNRANKED:
             raise ValueError(f"rank must not be given with method {self.method}, which has none")
-        if self.state_dtype != "float32" and not self.method.startswith("flora"):
+        if self.state_dtype != "float32" and not self.sketched:
             raise ValueError(
                 f"state_dtype must not be given with method {self.method}, which has no sketches"
             )
@@ -166,6 +166,11 @@ class Settings:
                 f"micro_batches must be 1 with method {self.method}, which updates weights in each "
                 f"backward pass, found {self.micro_batches}; give a larger batch"
             )
+
+    @property
+    def sketched(self) -> bool:
+        """Returns whether the method accumulates sketches."""
+        return self.method.startswith("flora")
 
     @property
     def rows(self) -> int:

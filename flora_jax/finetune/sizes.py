@@ -66,7 +66,7 @@ def capacity(settings: Settings) -> int | None:
 
 def smaller(settings: Settings) -> Iterator[tuple[str, Settings]]:
     """Gives settings that take less, each with the flags that ask for them."""
-    if settings.method.startswith("flora") and settings.state_dtype != "int4":
+    if settings.sketched and settings.state_dtype != "int4":
         yield "--state-dtype int4", dataclasses.replace(settings, state_dtype="int4")
     for name in ("rank", "length"):
         value = settings.ranked if name == "rank" else settings.length
