@@ -1,20 +1,15 @@
 """Rounding: to bfloat16 or to integers at random, up or down, so that the mean is the number itself.
 
-The random bits are a hash of each entry's index and of a key. It costs a few integer operations per entry that XLA fuses with the
-rounding, no memory, and depends on no layout over devices. (The bits of `jax.random` cost some ten times as much, which
-shows in the time of a small step.)
-
-Source: Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv 1502.02551, Section 3; the mixing function is the one that
-Chris Wellons found by search, `lowbias32` (hash-prospector, in the public domain).
+Source: Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv 1502.02551, Section 3.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+
+from flora_jax import bits as random
+from flora_jax.paths import hash_words
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -25,7 +20,7 @@ def check(rounding: str) -> None:
         raise ValueError(f"rounding must be 'nearest' or 'stochastic', found {rounding!r}")
 
 
-def key_of(opt_state: Any) -> Key[Array, ""]:
+def key_of(opt_state: Any) -> random.Words:
     """Returns a key for the next update, made of all counts in an optimizer's state.
 
     Raises:
@@ -43,41 +38,17 @@ def key_of(opt_state: Any) -> Key[Array, ""]:
             "rounding='stochastic' needs a count of the steps in opt_state, found none; give tx a schedule as its "
             "learning rate, as in optax.sgd(optax.constant_schedule(0.1))"
         )
-    key = jax.random.key(0, impl="threefry2x32")
+    key = 0, 0
     for count in counts:
-        key = jax.random.fold_in(key, count)
+        key = random.fold(key, count)
     return key
 
 
-def random_bits(key: Any, shape: Sequence[int], axis: int | None = None, index: Any = None) -> Any:
-    """Returns a uint32 for each entry of an array.
-
-    Args:
-      key: A typed key.
-      shape: The shape of the array.
-      axis: An axis along which each index has a key of its own, folded in; None for one key.
-      index: The indices along this axis that the array has, an int32 array; None for all.
-    """
-    if axis is not None:
-        index = jnp.arange(shape[axis]) if index is None else index
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    words = jax.random.key_data(key)
-    place = [1] * len(shape)
-    if axis is not None:
-        place[axis] = shape[axis]
-    first, second = (words[..., i].reshape(place) for i in (0, 1))
-    number = jnp.zeros((), jnp.uint32)
-    others = [i for i in range(len(shape)) if i != axis]
-    for at, i in enumerate(others):
-        stride = math.prod(shape[j] for j in others[at + 1 :]) % 2**32
-        number = number + jax.lax.broadcasted_iota(jnp.uint32, shape, i) * jnp.uint32(stride)
-    return _mixed(_mixed(number ^ first) + second)
-
-
-def _mixed(x: Any) -> Any:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+def of_leaf(key: random.Words, path: str) -> random.Words:
+    """Returns a key of its own for the leaf of this name."""
+    for word in hash_words(path):
+        key = random.fold(key, word)
+    return key
 
 
 def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
@@ -96,6 +67,16 @@ def to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     up = jnp.where((up & jnp.uint32(0x7F800000)) == jnp.uint32(0x7F800000), down, up)
     rounded = jax.lax.bitcast_convert_type(up, jnp.float32).astype(jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def up(x: jax.Array, dtype: Any) -> jax.Array:
+    """Casts positive float32 numbers to `dtype`, to one that is not smaller; zero and NaN stay."""
+    if dtype == jnp.float32:
+        return jnp.nextafter(x, jnp.where(x > 0, jnp.inf, x))
+    near = x.astype(dtype)
+    return jnp.where(
+        near.astype(x.dtype) < x, jnp.nextafter(near, jnp.full_like(near, jnp.inf)), near
+    )
 
 
 def to_integers(x: jax.Array, bits: jax.Array) -> jax.Array:

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flora_jax
-from flora_jax import rounding
+from flora_jax import bits, rounding
 from tests.helpers import assert_tree_equal, normal
 
 COUNT = 2**16
 
 
 def bits_of(seed, shape, **settings):
-    return rounding.random_bits(jax.random.key(seed), shape, **settings)
+    return bits.random(bits.words(jax.random.key(seed)), shape, **settings)
 
 
 @pytest.mark.parametrize("value", [1.0, -3.7, 1e-3, -1e-30, 2.5e38])
@@ -61,32 +61,6 @@ def test_one_of_the_two_numbers_beside(numbers, seed):
         assert np.isfinite(result) and result in (down, up)
         if one == down:
             assert result == one
-
-
-def test_bits_of_all_kinds_are_independent():
-    """Of entries side by side, layers, steps and leaves: correlations within five standard deviations."""
-    shape = (4, 128, 128)
-    draws = [np.asarray(bits_of(seed, shape, axis=0), np.float64) / 2**32 - 0.5 for seed in (0, 1)]
-    size = 128 * 128
-    for one in draws:
-        np.testing.assert_allclose(one.mean(), 0, atol=5 / np.sqrt(12 * one.size))
-        np.testing.assert_allclose(one.var(), 1 / 12, atol=5 * 0.0745 / np.sqrt(one.size))
-    pairs = [(draws[0][i], draws[0][j]) for i in range(4) for j in range(i)]
-    pairs += [(draws[0][i], draws[1][i]) for i in range(4)]
-    flat = [x.reshape(-1) for x in draws[0]]
-    pairs += [(x[:-lag], x[lag:]) for x in flat for lag in (1, 2, 16, 128, 1024)]
-    for left, right in pairs:
-        correlation = 12 * float(np.mean(left * right))
-        assert abs(correlation) <= 5 / np.sqrt(size - 1024)
-    for place in (0, 7, 16, 31):  # each bit by itself
-        ones = np.mean((np.asarray(bits_of(3, (size,))) >> place) & 1)
-        assert abs(ones - 0.5) <= 5 * 0.5 / np.sqrt(size)
-
-
-def test_a_part_of_the_layers_has_their_bits():
-    whole = bits_of(5, (6, 8, 3), axis=0)
-    part = bits_of(5, (2, 8, 3), axis=0, index=jnp.array([4, 1]))
-    np.testing.assert_array_equal(whole[jnp.array([4, 1])], part)
 
 
 def small(dtype=jnp.bfloat16):

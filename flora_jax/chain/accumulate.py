@@ -138,11 +138,13 @@ def accumulate(
         sketches = states.map_leaves(states.expected("accumulate", projection), projection, updates)
         states.check_fits("accumulate", sketches, state.accumulated)
         numbers = states.numbers(sketches)
+        old = states.load(
+            state.accumulated, projection, sketches, (state.gradient_step, state.mini_step)
+        )
         with dtypes.promoting():
             weight = 1.0 / length if use_grad_mean else 1.0
-            sums = jax.tree.map(
-                lambda old, new: old + weight * new, storage.load_tree(state.accumulated), numbers
-            )
+            sums = jax.tree.map(lambda old, new: old + weight * new, old, numbers)
+        following = optax.safe_increment(state.gradient_step)
 
         def optimizer_step(sums, inner_state):
             total = states.with_numbers(sketches, sums)
@@ -167,8 +169,8 @@ def accumulate(
                     )
                 if moved:
                     left = move(sketches, cycles[0], cycles[0] + 1, left)
-                count = (state.gradient_step, state.mini_step)
-                return states.store(left, projection, sketches, accumulator_dtype, count)
+                counts = (following, jnp.zeros_like(state.mini_step))
+                return states.store(left, projection, sketches, accumulator_dtype, counts)
 
             assert projection is not None  # there are sketches
             ends = _ends_cycle(projection.resample_every, every, state.gradient_step)
@@ -178,8 +180,8 @@ def accumulate(
 
         def no_step(sums, inner_state):
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result_shape)
-            count = (state.gradient_step, state.mini_step)
-            kept = states.store(sums, projection, sketches, accumulator_dtype, count)
+            counts = (state.gradient_step, state.mini_step + 1)
+            kept = states.store(sums, projection, sketches, accumulator_dtype, counts)
             return zeros, inner_state, kept
 
         is_step = state.mini_step + 1 >= length
@@ -188,9 +190,7 @@ def accumulate(
         )
         return result, AccumulateState(
             mini_step=jnp.where(is_step, 0, state.mini_step + 1),
-            gradient_step=jnp.where(
-                is_step, optax.safe_increment(state.gradient_step), state.gradient_step
-            ),
+            gradient_step=jnp.where(is_step, following, state.gradient_step),
             accumulated=kept,
             inner_state=inner_state,
         )

@@ -27,12 +27,15 @@ the Hartley matrix, `cos + sin` of `2π a c / q`, and `H_2` that of Hadamard; ea
 sign. Where `m` is a power of two it is `srht`.
 """
 
+import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, Key
+
+from flora_jax import bits
 
 Distribution = Literal["gaussian", "rademacher", "orthonormal", "srht", "srtt"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
@@ -94,10 +97,15 @@ def columns(
     Returns:
       A float32 array of shape `indices.shape + (rank,)`.
     """
-    return _RULES[distribution](key, rank, size, indices)
+    return _columns(distribution, key, rank, size, indices)
 
 
-def _gaussian(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)  # traced once for each shape
+def _columns(distribution, key, rank, size, indices):
+    return _RULES[distribution](bits.words(key), rank, size, indices)
+
+
+def _gaussian(key: bits.Words, rank: int, size: int, indices: jax.Array) -> jax.Array:
     """Turns each random word into one approximately normal number, in integer arithmetic.
 
     The count of set bits of a word is binomial with variance 8. Two fractions, taken from a product
@@ -107,7 +115,7 @@ def _gaussian(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.A
     normal one, and no entry is beyond ±6.47.
     """
     del size
-    word = _by_column(key, indices, lambda k: jax.random.bits(k, (rank,), jnp.uint32))
+    word = _by_column(key, indices, rank)
     mixed = word * jnp.uint32(0x9E3779B1)
     fractions = (mixed >> 22) + ((mixed >> 12) & 1023)
     total = (jax.lax.population_count(word) << 10) + fractions
@@ -116,16 +124,14 @@ def _gaussian(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.A
     return (total * slope + 32 >> 6).astype(jnp.float32) * 2.0**-21  # 24 bits: both steps exact
 
 
-def _rademacher(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array:
+def _rademacher(key: bits.Words, rank: int, size: int, indices: jax.Array) -> jax.Array:
     del size
     words = -(-rank // 32)
-    bits = _by_column(key, indices, lambda k: jax.random.bits(k, (words,), jnp.uint32))
-    bits = bits[..., None] >> jnp.arange(32, dtype=jnp.uint32)
-    bits = bits.reshape(*indices.shape, 32 * words)[..., :rank]
-    return _sign(bits)
+    word = _by_column(key, indices, words)[..., None] >> jnp.arange(32, dtype=jnp.uint32)
+    return _sign(word.reshape(*indices.shape, 32 * words)[..., :rank])
 
 
-def _orthonormal(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array:
+def _orthonormal(key: bits.Words, rank: int, size: int, indices: jax.Array) -> jax.Array:
     normal = _gaussian(key, rank, size, jnp.arange(size, dtype=jnp.int32))
     q, r = jnp.linalg.qr(normal)
     diagonal = jnp.diagonal(r)
@@ -133,23 +139,20 @@ def _orthonormal(key: jax.Array, rank: int, size: int, indices: jax.Array) -> ja
     return q[indices]
 
 
-def _srht(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array:
-    row_key, sign_key = jax.random.split(key)
-    order = jax.random.permutation(row_key, _next_power_of_two(size))
-    rows = order[:rank].astype(jnp.uint32)
-    signs = _by_column(sign_key, indices, lambda k: jax.random.bits(k, (), jnp.uint32))
+def _srht(key: bits.Words, rank: int, size: int, indices: jax.Array) -> jax.Array:
+    rows = _rows(key, rank, _next_power_of_two(size))
+    signs = _by_column(key, indices, 1)
     hadamard = jax.lax.population_count(indices[..., None].astype(jnp.uint32) & rows)
-    return _sign(hadamard ^ signs[..., None])
+    return _sign(hadamard ^ signs)
 
 
-def _srtt(key: jax.Array, rank: int, size: int, indices: jax.Array) -> jax.Array:
-    row_key, sign_key = jax.random.split(key)
-    rows = jax.random.permutation(row_key, size)[:rank].astype(jnp.uint32)
-    signs = _by_column(sign_key, indices, lambda k: jax.random.bits(k, (), jnp.uint32))
+def _srtt(key: bits.Words, rank: int, size: int, indices: jax.Array) -> jax.Array:
+    rows = _rows(key, rank, size)
+    signs = _by_column(key, indices, 1)
     columns = indices[..., None].astype(jnp.uint32)
     power = (size & -size).bit_length() - 1
     odd, low = size >> power, jnp.uint32((1 << power) - 1)
-    signed = _sign(jax.lax.population_count(columns & rows & low) ^ signs[..., None])
+    signed = _sign(jax.lax.population_count(columns & rows & low) ^ signs)
     if odd == 1:
         return signed
     angles = 2 * np.pi * np.arange(odd) / odd
@@ -181,10 +184,16 @@ _RULES = {
 }
 
 
-def _by_column(key: jax.Array, indices: jax.Array, sample) -> jax.Array:
-    flat = indices.reshape(-1)
-    sampled = jax.vmap(lambda j: sample(jax.random.fold_in(key, j)))(flat)
-    return sampled.reshape(indices.shape + sampled.shape[1:])
+def _by_column(key: bits.Words, indices: jax.Array, count: int) -> jax.Array:
+    """Returns so many random words for each column, along a new last axis."""
+    return bits.at(bits.fold(key, indices[..., None]), jnp.arange(count, dtype=jnp.uint32))
+
+
+def _rows(key: bits.Words, rank: int, size: int) -> jax.Array:
+    """Returns the uint32 numbers of `rank` rows out of `size`, in the order of a random word of each."""
+    numbers = jnp.arange(size, dtype=jnp.uint32)
+    word = bits.at(bits.fold(key, 2**32 - 1), numbers)  # no column has this number
+    return jax.lax.sort((word, numbers), num_keys=1)[1][:rank]
 
 
 def _sign(bits: jax.Array) -> jax.Array:

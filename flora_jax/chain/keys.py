@@ -7,8 +7,6 @@ sampled before.
 
 import contextlib
 import contextvars
-import hashlib
-import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Key
+
+from flora_jax.paths import hash_words
 
 
 def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32") -> Key[Array, ""]:
@@ -33,7 +33,7 @@ def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32")
     """
     if impl == "threefry2x32" and 0 <= seed < 2**31:
         key = (0, int(seed))
-        for word in _words(path):
+        for word in hash_words(path):
             key = threefry(key, (0, word))
         base = jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32), impl=impl)
     else:
@@ -43,7 +43,7 @@ def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32")
 
 def fold_path(key: Key[Array, ""], path: str) -> Key[Array, ""]:
     """Folds the name of a leaf into a key, so that each leaf has a key of its own."""
-    for word in _words(path):
+    for word in hash_words(path):
         key = jax.random.fold_in(key, word)
     return key
 
@@ -69,10 +69,6 @@ def threefry(key: tuple[int, int], count: tuple[int, int]) -> tuple[int, int]:
 
 
 _MASK = 2**32 - 1
-
-
-def _words(path: str) -> tuple[int, int]:
-    return struct.unpack("<II", hashlib.blake2s(path.encode(), digest_size=8).digest())
 
 
 _layers: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(

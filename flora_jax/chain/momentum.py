@@ -93,7 +93,7 @@ def momentum(
         states.check_fits("momentum", sketches, state.momentum, compressed_only)
         cycles = [leaf.cycle for leaf in states.leaves(sketches) if is_sketch(leaf)]
         cycle = cycles[0] if cycles else state.cycle
-        kept = storage.load_tree(state.momentum)
+        kept = states.load(state.momentum, projection, sketches, (state.count,))
 
         moved = manual.switch(
             cycle == state.cycle,
@@ -118,8 +118,9 @@ def momentum(
             mixed = jax.tree.map(mix, sketches, moved, is_leaf=is_sketch)
             ahead = jax.tree.map(passed_on, sketches, mixed, is_leaf=is_sketch)
         result = states.with_numbers(sketches, ahead)
-        stored = states.store(mixed, projection, sketches, dtype, (state.count,))
-        return result, MomentumState(optax.safe_increment(state.count), cycle, stored)
+        count = optax.safe_increment(state.count)
+        stored = states.store(mixed, projection, sketches, dtype, (count,))
+        return result, MomentumState(count, cycle, stored)
 
     return transformation(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 

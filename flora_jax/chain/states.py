@@ -7,10 +7,12 @@ that does not belong to this projection is refused at trace time.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 
+from flora_jax import bits, rounding
 from flora_jax.chain import keys, storage
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.projection import Projection
@@ -179,6 +181,18 @@ def zeros(
     return storage.transposed(dtype, zeros, structure)
 
 
+def load(kept: Any, projection: Projection | None, sketches: Any, counts: tuple[Any, ...]) -> Any:
+    """Returns the numbers of each leaf of what `store` returned, given the counts that it was given."""
+    structure = jax.tree.structure(sketches, is_leaf=is_sketch)
+    key = partial(_rounding_key, projection, counts)
+    plans, leaves = _plans(sketches, projection), storage.separated(kept, structure)
+    numbers = [
+        storage.load(leaf, key(plan) if storage.is_quantized(leaf) else None)
+        for plan, leaf in zip(plans, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, numbers)
+
+
 def store(
     numbers: Any,
     projection: Projection | None,
@@ -186,28 +200,28 @@ def store(
     dtype: storage.StateDtype,
     counts: tuple[Any, ...],
 ) -> Any:
-    """Returns each leaf as it is kept in this dtype, rounded with a key of its own where that is stochastic.
+    """Returns each leaf as it is kept in this dtype, rounded with a key of its own where that is at random.
 
-    None stands for a leaf of zeros.
+    None stands for a leaf of zeros. The counts are those of the state that keeps them.
     """
     structure = jax.tree.structure(sketches, is_leaf=is_sketch)
-    seed = projection.seed if projection else 0
-
-    def rounding_key(plan: LeafPlan) -> Any:
-        if dtype in ("float32", "float64"):
-            return None
-        key = keys.leaf_key(seed, f"rounding/{plan.path}", counts[0])
-        if (layer := keys.layer(plan.path)) is not None:
-            key = jax.random.fold_in(key, layer)
-        for count in counts[1:]:
-            key = jax.random.fold_in(key, count)
-        return key
-
+    key = partial(_rounding_key, projection, counts)
     leaves = zip(_plans(sketches, projection), structure.flatten_up_to(numbers), strict=True)
     kept = [
         storage.zeros(dtype, plan.data_shape, plan.data_dtype)
         if leaf is None
-        else storage.store(dtype, leaf, rounding_key(plan))
+        else storage.store(dtype, leaf, None if dtype in ("float32", "float64") else key(plan))
         for plan, leaf in leaves
     ]
     return storage.transposed(dtype, kept, structure)
+
+
+def _rounding_key(
+    projection: Projection | None, counts: tuple[Any, ...], plan: LeafPlan
+) -> bits.Words:
+    seed = projection.seed if projection else 0
+    key = rounding.of_leaf((seed, seed >> 32), plan.path)
+    layer = keys.layer(plan.path)
+    for number in (*counts, *([] if layer is None else [layer])):
+        key = bits.fold(key, number)
+    return key

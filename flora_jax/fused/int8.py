@@ -5,7 +5,6 @@ a scale, in the dtype of the weight.
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -137,7 +136,7 @@ def requantized(leaf: Any, x: jax.Array, bits: Any) -> Any:
     axis = _axis(leaf)
     split = _split(x, leaf.scale, axis)
     largest = jnp.max(jnp.abs(split), axis + 1, keepdims=True)
-    scale = _rounded_up(largest / (LARGEST if bits is None else AIM), leaf.scale.dtype)
+    scale = rounding.up(largest / (LARGEST if bits is None else AIM), leaf.scale.dtype)
     if bits is not None:
         old = jnp.expand_dims(leaf.scale, axis + 1)
         of_old = old.astype(jnp.float32)
@@ -159,13 +158,3 @@ def _axis(leaf: Any) -> int:
 def _split(x: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
     count = scale.shape[axis]
     return x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
-
-
-def _rounded_up(x: jax.Array, dtype: Any) -> jax.Array:
-    """Casts positive float32 numbers to `dtype`, to one that is not smaller."""
-    if dtype == jnp.float32:
-        return jnp.nextafter(x, jnp.where(x > 0, jnp.inf, x))
-    near = x.astype(dtype)
-    return jnp.where(
-        near.astype(x.dtype) < x, jnp.nextafter(near, jnp.full_like(near, math.inf)), near
-    )

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core
 
-from flora_jax import rounding
-from flora_jax.chain.keys import fold_path
+from flora_jax import bits, rounding
 from flora_jax.fused.program import Node
 from flora_jax.paths import path_name
 from flora_jax.sharding import manual
@@ -27,8 +26,8 @@ def apply_updates(params: Any, updates: Any, key: Any) -> Any:
             return param
         if param.dtype != jnp.bfloat16:
             return optax.apply_updates(param, update)
-        words = jax.random.key_data(fold_path(key, path_name(path)))
-        return _ROUNDED.bind(param, update, words)
+        own = rounding.of_leaf(key, path_name(path))
+        return _ROUNDED.bind(param, update, jnp.stack(own))
 
     return jax.tree_util.tree_map_with_path(one, params, updates, is_leaf=lambda x: x is None)
 
@@ -39,17 +38,16 @@ def run(param: Any, update: Any, words: Any, axis: int | None = None, index: Any
     Args:
       param: A bfloat16 array.
       update: What is added.
-      words: The data of a key.
+      words: The two words of a key.
       axis: The axis of the layers, each of which has a key of its own; None where there is none.
       index: The layers that the arrays have; None for all.
     """
-    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    key = words[0], words[1]
     if own := sorted(
         manual.varying(param)
     ):  # parts of it, whose places in the whole are not known here
-        key = jax.random.fold_in(key, manual.index(own))
-    bits = rounding.random_bits(key, param.shape, axis, index)
-    return rounding.applied(param, update, bits)
+        key = bits.fold(key, manual.index(own))
+    return rounding.applied(param, update, bits.random(key, param.shape, axis, index))
 
 
 def runnable(node: Node) -> Node:

@@ -11,14 +11,14 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from flora_jax import bits
 from flora_jax.chain import project, recorder
-from flora_jax.chain.keys import fold_path
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import without_cycle
 from flora_jax.fused.int8 import is_int8, refuse_int8, requantized, value
 from flora_jax.fused.leaves import combine, partition, refuse_changing_modules, trained, without
 from flora_jax.fused.value_and_grad import value_and_grad
-from flora_jax.rounding import Rounding, applied, check, key_of, random_bits
+from flora_jax.rounding import Rounding, applied, check, key_of, of_leaf
 from flora_jax.sharding.partition import constrain, known
 from flora_jax.update.apply_gradients import apply_gradients
 from flora_jax.update.backward import Program, value_and_update
@@ -205,17 +205,16 @@ def _backward(of, tx, params, opt_state, batch, shardings, rounding) -> tuple[An
     key = key_of(opt_state) if rounding == "stochastic" else None
 
     def apply(leaf, param, update, index):
-        bits = None
+        random = None
         if key is not None:
-            own = fold_path(key, updates.names[leaf])
-            own = own if index is None else jax.random.fold_in(own, index)
-            bits = random_bits(own, update.shape)
+            own = of_leaf(key, updates.names[leaf])
+            random = bits.random(own if index is None else bits.fold(own, index), update.shape)
         if is_int8(param):
             x = value(param, jnp.float32) + update.astype(jnp.float32)
-            return requantized(param, x, bits)
-        if bits is None:
+            return requantized(param, x, random)
+        if random is None:
             return optax.apply_updates(param, update)
-        return applied(param, update, bits)
+        return applied(param, update, random)
 
     rest = iter(shardings)
     groups = [tuple(itertools.islice(rest, len(jax.tree.leaves(x)))) for x in program.leaves]

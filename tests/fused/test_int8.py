@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import flora_jax
-from flora_jax import rounding
+from flora_jax import bits
 from flora_jax.fused import int8
 from flora_jax.models import decoder
 from tests.helpers import assert_close, assert_tree_equal, normal
@@ -58,8 +58,8 @@ def test_rounding_without_bias():
     count = 4000
 
     def one(seed):
-        bits = rounding.random_bits(jax.random.key(seed), weight.shape)
-        return int8.value(int8.requantized(quantized, weight, bits))
+        random = bits.random((seed, 1), weight.shape)
+        return int8.value(int8.requantized(quantized, weight, random))
 
     mean = np.asarray(jax.vmap(one)(jnp.arange(count)).mean(0), np.float64)
     step = np.repeat(np.asarray(quantized.scale, np.float64), 16, axis=0)
@@ -172,8 +172,8 @@ def test_what_does_not_change_stays_as_it_is():
     start = now = flora_jax.to_int8({"w": weight}, block=32)["w"]
     change = jnp.zeros((64, 6)).at[3].set(2e-3)
     for seed in range(20):
-        bits = rounding.random_bits(jax.random.key(seed), weight.shape)
-        now = int8.requantized(now, int8.value(now, jnp.float32) + change, bits)
+        random = bits.random((seed, 1), weight.shape)
+        now = int8.requantized(now, int8.value(now, jnp.float32) + change, random)
     others = np.arange(64) != 3
     np.testing.assert_array_equal(now.scale, start.scale)
     np.testing.assert_array_equal(now.qvalue[others], start.qvalue[others])
@@ -187,8 +187,8 @@ def test_a_block_that_grows_or_shrinks_has_another_scale(factor):
     now = flora_jax.to_int8({"w": weight}, block=32)["w"]
     for seed in range(5):
         weight = weight * factor
-        bits = rounding.random_bits(jax.random.key(seed), weight.shape)
-        now = int8.requantized(now, weight, bits)
+        random = bits.random((seed, 1), weight.shape)
+        now = int8.requantized(now, weight, random)
         step = np.repeat(np.asarray(now.scale), 32, axis=0)
         assert np.all(np.abs(np.asarray(int8.value(now) - weight)) <= 1.001 * step)
         largest = np.abs(np.asarray(now.qvalue, np.int32)).reshape(2, 32, 6).max(1)
