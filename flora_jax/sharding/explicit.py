@@ -20,9 +20,9 @@ from flora_jax.sharding import partition
 
 def sharding_of(leaf: Any) -> NamedSharding | None:
     """Returns the sharding that an array's type has, or None where no axis of its mesh is explicit."""
-    found = getattr(leaf, "sharding", None)
-    if not isinstance(leaf, jax.ShapeDtypeStruct) and hasattr(leaf, "dtype"):
-        found = getattr(jax.typeof(leaf), "sharding", None)
+    # of a tracer the attribute is an error, whose message takes JAX longer than all else here
+    array = hasattr(leaf, "dtype") and not isinstance(leaf, jax.ShapeDtypeStruct)
+    found = getattr(jax.typeof(leaf) if array else leaf, "sharding", None)
     if isinstance(found, NamedSharding) and AxisType.Explicit in found.mesh.axis_types:
         return found
     return None

@@ -220,11 +220,11 @@ class Parameters:
 
             def taken(case):
                 chosen = {node.outs[0]: node.ins[1 + case] for node in same}
-                own = {
-                    out: dataclasses.replace(node, ins=[chosen.get(x, x) for x in node.ins])
-                    for out, node in maker.items()
-                    if out not in chosen
-                }
+                own = {}
+                for node in nodes:
+                    if any(isinstance(x, Var) and x in chosen for x in node.ins):
+                        node = dataclasses.replace(node, ins=[chosen.get(x, x) for x in node.ins])
+                    own |= {out: node for out in node.outs if out not in chosen}
                 ends = [chosen.get(goal, goal) if isinstance(goal, Var) else goal for goal in goals]
                 return [jnp.asarray(x) for x in self._evaluate(ends, known, own)]
 
