@@ -11,12 +11,13 @@ Source: the mixing function is the one that Chris Wellons found by search, `lowb
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from flora_jax.tracing import once
 
 Words = tuple[Any, Any]
 """A key: two uint32 arrays of the same shape, or two Python ints, which are folded with ints on the host."""
@@ -37,14 +38,13 @@ def fold(key: Words, number: Any) -> Words:
     if all(isinstance(word, int) for word in (first, second, number)):
         first = _on_host(first ^ number)
         return first, _on_host(second + first)
-    first = _mixed(_unsigned(first) ^ _unsigned(number))
-    return first, _mixed(_unsigned(second) + first)
+    return _fold(_unsigned(first), _unsigned(second), _unsigned(number))
 
 
 def at(key: Words, number: jax.Array) -> jax.Array:
     """Returns a uint32 for each number, an array of integers that broadcasts with the key."""
     first, second = key
-    return _mixed(_mixed(_unsigned(first) ^ _unsigned(number)) + _unsigned(second))
+    return _at(_unsigned(first), _unsigned(second), _unsigned(number))
 
 
 def random(
@@ -72,10 +72,22 @@ def random(
 
 
 def _unsigned(number: Any) -> Any:
-    return np.uint32(number & _MASK) if isinstance(number, int) else number.astype(jnp.uint32)
+    if isinstance(number, int):
+        return np.uint32(number & _MASK)
+    return number if number.dtype == jnp.uint32 else number.astype(jnp.uint32)
 
 
-@partial(jax.jit, inline=True)  # traced once for each shape
+@once
+def _fold(first: jax.Array, second: jax.Array, number: jax.Array) -> Words:
+    first = _mixed(first ^ number)
+    return first, _mixed(second + first)
+
+
+@once
+def _at(first: jax.Array, second: jax.Array, number: jax.Array) -> jax.Array:
+    return _mixed(_mixed(number ^ first) + second)
+
+
 def _mixed(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(_FACTORS[0])
     x = (x ^ (x >> 15)) * jnp.uint32(_FACTORS[1])

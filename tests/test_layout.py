@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (
     "paths",
     "dtypes",
+    "tracing",
     "bits",
     "rounding",
     "sharding",

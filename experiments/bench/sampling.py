@@ -1,4 +1,4 @@
-"""This command times the sampling of `A`, by distribution and PRNG, beside the contraction that it serves.
+"""This command times the sampling of `A`, by distribution, beside the contraction that it serves.
 
     python -m experiments.bench.sampling
 
@@ -38,19 +38,16 @@ def main(config: Config) -> None:
     gradient = jax.random.normal(jax.random.key(1), (config.size, config.width))
     matrix = jax.random.normal(jax.random.key(2), (config.size, config.rank))
     functions = {("contraction alone", ""): jax.jit(lambda cycle, g, a: g.T @ a)}
-    for prng in ("threefry2x32", "rbg"):
-        for distribution in distributions.DISTRIBUTIONS:
-            rule = projection.Projection(
-                config.rank, distribution=distribution, side="input", prng=prng
-            )
-            spec = leaf_plans(gradient, rule)[0].spec
-            assert spec is not None
-            functions[distribution, f"{prng}, sample"] = jax.jit(
-                lambda cycle, g, a, spec=spec: products.sample(spec, cycle)
-            )
-            functions[distribution, f"{prng}, sample and project"] = jax.jit(
-                lambda cycle, g, a, spec=spec: products.project(spec, cycle, g)
-            )
+    for distribution in distributions.DISTRIBUTIONS:
+        rule = projection.Projection(config.rank, distribution=distribution, side="input")
+        spec = leaf_plans(gradient, rule)[0].spec
+        assert spec is not None
+        functions[distribution, "sample"] = jax.jit(
+            lambda cycle, g, a, spec=spec: products.sample(spec, cycle)
+        )
+        functions[distribution, "sample and project"] = jax.jit(
+            lambda cycle, g, a, spec=spec: products.project(spec, cycle, g)
+        )
     times: dict[tuple[str, str], list[float]] = {name: [] for name in functions}
     for run in range(-1, config.runs):
         for name, function in functions.items():

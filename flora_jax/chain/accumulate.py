@@ -87,8 +87,8 @@ def accumulate(
         compressed.
       use_grad_mean: Whether `inner` receives the mean of the micro-steps' gradients rather than their
         sum.
-      accumulator_dtype: The dtype of the sum between micro-steps: `float32`, `float64`, or, with
-        stochastic rounding, `bfloat16`, `int8` or `int4`.
+      accumulator_dtype: The dtype of the sum between micro-steps: `float32`, `float64`, or, rounded at
+        random, `bfloat16`, `int8` or `int4`.
       decay: The decay `β`, at least 0 and below 1: `inner` receives `M ← β M + C` for each sketch `C`, the
         mean of the micro-steps. Uncompressed gradients have no momentum here.
       at_new_projection: What becomes of `M` when a new `A` is sampled, as in `momentum`.

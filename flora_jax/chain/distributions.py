@@ -36,6 +36,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32, Key
 
 from flora_jax import bits
+from flora_jax.tracing import once
 
 Distribution = Literal["gaussian", "rademacher", "orthonormal", "srht", "srtt"]
 DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
@@ -100,7 +101,7 @@ def columns(
     return _columns(distribution, key, rank, size, indices)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3), inline=True)  # traced once for each shape
+@functools.partial(once, static_argnums=(0, 2, 3))
 def _columns(distribution, key, rank, size, indices):
     return _RULES[distribution](bits.words(key), rank, size, indices)
 

@@ -97,7 +97,7 @@ def flora(
       use_grad_mean: Whether the optimizer receives the mean of the micro-steps' gradients rather than
         their sum.
       state_dtype: The dtype of the sketches between micro-steps: `float32`, `float64`, `bfloat16`,
-        `int8` or `int4`. The last three are rounded stochastically.
+        `int8` or `int4`. The last three are rounded at random, without bias.
       skip_nonfinite: Whether to leave out every micro-step whose gradients have a NaN or an infinity, as
         if it had not been taken.
       min_dim_size_to_factor: An argument of `optax.adafactor`, like all those below.

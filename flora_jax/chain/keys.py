@@ -25,8 +25,7 @@ def leaf_key(seed: int, path: str, cycle: ArrayLike, impl: str = "threefry2x32")
       seed: The seed of the `Projection`, any Python int that `jax.random.key` accepts.
       path: The name of the leaf, from `path_name`. 64 bits of its BLAKE2 hash are folded into the key.
       cycle: The number of the cycle, an int32 scalar, which may be traced.
-      impl: The name of the PRNG implementation. Only with `threefry2x32` do the values not depend on
-        `vmap` and on how arrays are sharded.
+      impl: The name of the PRNG implementation. With `unsafe_rbg` the key may depend on `vmap` and on how arrays are sharded.
 
     Returns:
       A scalar typed key.

@@ -57,6 +57,11 @@ class LeafPlan:
         return "float32" if self.spec else self.dtype
 
     @property
+    def rank_axis(self) -> int | None:
+        """The axis of what is accumulated that has the rank; None where it is no sketch."""
+        return self.spec.projected[0] if self.spec else None
+
+    @property
     def too_small(self) -> bool:
         """Whether the leaf is a matrix that is uncompressed because of its size, the rank and `min_dim`."""
         return self.reason.startswith("rank ") or "below min_dim" in self.reason

@@ -13,6 +13,8 @@ An iteration multiplies `X` by a polynomial `p` of `XᵀX`, which acts on the si
 and the sketch is multiplied once.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,6 +25,7 @@ from flora_jax.chain.leaf_operations import LeafOperation
 from flora_jax.chain.projection import as_int
 from flora_jax.chain.sketch import Sketch, Spec, is_sketch
 from flora_jax.chain.transformation import transformation
+from flora_jax.tracing import once
 
 POLYNOMIALS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -121,6 +124,7 @@ def _matrix(spec: Spec, keys: jax.Array, data: jax.Array, *, iterations: int) ->
 _orthogonalize = LeafOperation("flora_orthogonalize", _matrix, expands=False)
 
 
+@partial(once, static_argnums=1)
 def inverse_root(gram: jax.Array, iterations: int) -> jax.Array:
     """Returns a polynomial of a positive semidefinite matrix `Y` near `Y^(−1/2)`; zero for zero."""
     one = jnp.eye(gram.shape[0], dtype=gram.dtype)

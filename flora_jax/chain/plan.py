@@ -158,7 +158,9 @@ def plan(
         "Adam": tree_bytes(jax.eval_shape(optax.adam(1.0).init, params)),
         "GaLore": 8 + sum(galore_bytes(leaf) for leaf in leaves),
     }
-    sizes = tuple(storage.nbytes(dtype, leaf.data_shape, leaf.data_dtype) for leaf in leaves)
+    sizes = tuple(
+        storage.nbytes(dtype, leaf.data_shape, leaf.data_dtype, leaf.rank_axis) for leaf in leaves
+    )
     return Plan(tuple(leaves), sizes, state_bytes)
 
 

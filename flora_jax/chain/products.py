@@ -50,7 +50,6 @@ def sample(spec: Spec, cycle: ArrayLike) -> jax.Array:
     Returns:
       A float32 array of shape `(B, r, P)`.
     """
-    _check_prng(spec)
     indices = spec.positions(spec.projected)
 
     def sample_one(key):
@@ -303,7 +302,6 @@ def data_batch(spec: Spec) -> tuple[int, ...]:
 @dtypes.promoting()
 def matrix_keys(spec: Spec, cycle: ArrayLike) -> jax.Array:
     """Returns an array of typed keys, of shape `B`: one for each matrix of the leaf."""
-    _check_prng(spec)
     key = keys.leaf_key(spec.seed, spec.key_path, cycle, spec.impl)
     if spec.key_index is not None:
         key = jax.random.fold_in(key, spec.key_index)
@@ -318,11 +316,3 @@ def matrix_keys(spec: Spec, cycle: ArrayLike) -> jax.Array:
 
 def _scale(spec: Spec) -> float:
     return distributions.scale(spec.distribution, spec.rank, spec.size)
-
-
-def _check_prng(spec: Spec) -> None:
-    if spec.impl == "threefry2x32" and not getattr(jax.config, "jax_threefry_partitionable", True):
-        raise ValueError(
-            "jax_threefry_partitionable must be True, found False: projections would depend on "
-            "the layout over devices"
-        )

@@ -81,8 +81,8 @@ class Projection:
         `output_projection`, `classifier`).
       stacked: A function of the leaf's path that returns None, or the path and the index that this layer
         has where the model's layers are stacked. A layer sampled so has the same `A` as in the stack.
-      prng: The name of the PRNG implementation. With any other than `threefry2x32` (`rbg` is faster on
-        TPUs) the values of `A` may depend on how arrays are sharded.
+      prng: The name of the PRNG implementation of the keys. The entries of `A` are a hash of a key, which costs the same
+        with each; keys of `unsafe_rbg` may depend on how arrays are sharded.
       block: The largest number of entries of `A` that are in memory at a time, for each weight.
       partition_specs: A pytree of `PartitionSpec` (or a prefix of one, with None for replicated weights),
         or a function from the params to such a tree: how the weights are sharded inside

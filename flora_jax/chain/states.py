@@ -174,7 +174,10 @@ def zeros(
     plans = _plans(tree, projection)
     zeros = [
         storage.zeros(
-            dtype, (1,) if compressed_only and not plan.spec else plan.data_shape, plan.data_dtype
+            dtype,
+            (1,) if compressed_only and not plan.spec else plan.data_shape,
+            plan.data_dtype,
+            plan.rank_axis,
         )
         for plan, _ in zip(plans, leaves, strict=True)
     ]
@@ -187,7 +190,7 @@ def load(kept: Any, projection: Projection | None, sketches: Any, counts: tuple[
     key = partial(_rounding_key, projection, counts)
     plans, leaves = _plans(sketches, projection), storage.separated(kept, structure)
     numbers = [
-        storage.load(leaf, key(plan) if storage.is_quantized(leaf) else None)
+        storage.load(leaf, key(plan) if storage.is_quantized(leaf) else None, plan.rank_axis)
         for plan, leaf in zip(plans, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, numbers)
@@ -208,9 +211,11 @@ def store(
     key = partial(_rounding_key, projection, counts)
     leaves = zip(_plans(sketches, projection), structure.flatten_up_to(numbers), strict=True)
     kept = [
-        storage.zeros(dtype, plan.data_shape, plan.data_dtype)
+        storage.zeros(dtype, plan.data_shape, plan.data_dtype, plan.rank_axis)
         if leaf is None
-        else storage.store(dtype, leaf, None if dtype in ("float32", "float64") else key(plan))
+        else storage.store(
+            dtype, leaf, None if dtype in ("float32", "float64") else key(plan), plan.rank_axis
+        )
         for plan, leaf in leaves
     ]
     return storage.transposed(dtype, kept, structure)

@@ -1,9 +1,10 @@
 """Storage: the dtypes in which a state keeps its numbers between micro-steps.
 
 `float32` and `float64` keep the numbers as they are. `bfloat16`, `int8` and `int4` round at random, so
-that what is kept is an unbiased estimate of what was stored, and small additions are not lost. `int8` has one float32 scale
-for each 128 numbers along the last axis, `int4`, whose error is felt, one bfloat16 scale for each 32; both keep arrays of fewer than 4096
-numbers in float32. XLA packs two numbers in int4 into a byte. Complex numbers are kept as they are in every state.
+that what is kept is an unbiased estimate of what was stored, and small additions are not lost. Both have one scale
+for each 128 numbers along the last axis, `int4`, whose error is felt, one for each 32 along the axis of the rank, where that is not the last one:
+there a projection has made the numbers alike, and TPUs, whose registers have 128 numbers of the last axis, cut the others without a copy. Arrays of fewer than 4096
+numbers are kept in float32. XLA packs two numbers in int4 into a byte. Complex numbers are kept as they are in every state.
 
 Integers are rounded with subtractive dither: a random number below one step is added before the rounding, sampled again when the integers
 are loaded, and taken off. The error is then uniform within half a step and independent of the numbers; its variance is half
@@ -31,7 +32,7 @@ class Format(NamedTuple):
 
     Attributes:
       largest: The largest integer; the smallest is `-largest - 1`.
-      block: The number of integers along the last axis that share a scale.
+      block: The number of integers along the axis of the rank that share a scale.
       scales: The dtype of the scales.
     """
 
@@ -40,7 +41,9 @@ class Format(NamedTuple):
     scales: str
 
 
-INTEGERS = {"int8": Format(127, 128, "float32"), "int4": Format(7, 32, "bfloat16")}
+LAST = 128
+"""The number of integers along the last axis that share a scale."""
+INTEGERS = {"int8": Format(127, LAST, "float32"), "int4": Format(7, 32, "bfloat16")}
 MIN_SIZE = 4096
 
 
@@ -49,7 +52,7 @@ class Quantized(NamedTuple):
 
     Attributes:
       values: The int8 or int4 values, of the array's shape; float32 for an array of fewer than 4096 numbers.
-      scales: The scales, with the last axis divided by the size of a block and rounded up; of shape `(1,)` for
+      scales: The scales, with one axis divided by the size of a block and rounded up; of shape `(1,)` for
         an array of fewer than 4096 numbers.
     """
 
@@ -77,18 +80,24 @@ def unrounded(dtype: StateDtype, of: Any) -> Any:
     return jnp.promote_types(of, jnp.float64 if dtype == "float64" else jnp.float32)
 
 
-def nbytes(dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32") -> int:
+def nbytes(
+    dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32", rank_axis: int | None = None
+) -> int:
     """Returns the number of bytes that numbers of this shape, and of the dtype `of`, take in this dtype on a device."""
     if kept := unrounded(dtype, of):
         scale = dtypes.nbytes((1,), INTEGERS[dtype].scales) if dtype in INTEGERS else 0
         return dtypes.nbytes(shape, kept) + scale
     if dtype in INTEGERS:
         values = dtypes.nbytes(shape, dtype if _quantizes(shape) else "float32")
-        return values + dtypes.nbytes(_scales_shape(dtype, shape), INTEGERS[dtype].scales)
+        return values + dtypes.nbytes(
+            _scales_shape(dtype, shape, rank_axis), INTEGERS[dtype].scales
+        )
     return dtypes.nbytes(shape, dtype)
 
 
-def zeros(dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32") -> Any:
+def zeros(
+    dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32", rank_axis: int | None = None
+) -> Any:
     """Returns zeros of this shape, and of the dtype `of`, as they are kept in this dtype."""
     if kept := unrounded(dtype, of):
         array = jnp.zeros(shape, kept)
@@ -97,32 +106,40 @@ def zeros(dtype: StateDtype, shape: tuple[int, ...], of: Any = "float32") -> Any
         return jnp.zeros(shape, dtype)
     if not _quantizes(shape):
         return _without_scales(dtype, jnp.zeros(shape, jnp.float32))
-    scales = jnp.zeros(_scales_shape(dtype, shape), INTEGERS[dtype].scales)
+    scales = jnp.zeros(_scales_shape(dtype, shape, rank_axis), INTEGERS[dtype].scales)
     return Quantized(jnp.zeros(shape, dtype), scales)
 
 
 @dtypes.promoting()
-def load(kept: Any, key: Any) -> jax.Array:
-    """Returns the numbers in float32, or in float64 or a complex dtype if they are kept so; `key` is that of `store`."""
+def load(kept: Any, key: Any, rank_axis: int | None = None) -> jax.Array:
+    """Returns the numbers in float32, or in float64 or a complex dtype if they are kept so, given the rest that `store` was given."""
     if not is_quantized(kept):
         return kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
     if kept.values.dtype.name not in INTEGERS:
         return kept.values
-    block = INTEGERS[kept.values.dtype.name].block
-    scales = jnp.repeat(kept.scales.astype(jnp.float32), block, axis=-1)
-    scales = scales[..., : kept.values.shape[-1]]
-    return (kept.values.astype(jnp.float32) + _dither(key, kept.values.shape)) * scales
+    shape = kept.values.shape
+    axis, block = _blocks(kept.values.dtype.name, shape, rank_axis)
+    scales = jnp.repeat(kept.scales.astype(jnp.float32), block, axis=axis)
+    scales = jax.lax.slice_in_dim(scales, 0, shape[axis], axis=axis)
+    return (kept.values.astype(jnp.float32) + _dither(key, shape)) * scales
 
 
 @dtypes.promoting()
-def store(dtype: StateDtype, array: jax.Array, key: Any) -> Any:
-    """Returns the numbers as they are kept in this dtype; `key` is for the rounding, None where there is none."""
+def store(dtype: StateDtype, array: jax.Array, key: Any, rank_axis: int | None = None) -> Any:
+    """Returns the numbers as they are kept in this dtype.
+
+    Args:
+      dtype: The dtype of the state.
+      array: The numbers.
+      key: A key for the rounding; None where there is none.
+      rank_axis: The axis of a sketch's rank; None for what is no sketch.
+    """
     if kept := unrounded(dtype, array.dtype):
         array = array.astype(kept)
         return _without_scales(dtype, array) if dtype in INTEGERS else array
     if dtype in INTEGERS:
         if _quantizes(array.shape):
-            return _quantize(dtype, array, key)
+            return _quantize(dtype, array, key, rank_axis)
         return _without_scales(dtype, array.astype(jnp.float32))
     if dtype == "bfloat16":
         return rounding.to_bfloat16(array.astype(jnp.float32), bits.random(key, array.shape))
@@ -151,26 +168,46 @@ def _quantizes(shape: tuple[int, ...]) -> bool:
     return bool(shape) and math.prod(shape) >= MIN_SIZE
 
 
-def _scales_shape(dtype: StateDtype, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-1], -(-shape[-1] // INTEGERS[dtype].block)) if _quantizes(shape) else (1,)
+def _blocks(dtype: str, shape: tuple[int, ...], rank_axis: int | None) -> tuple[int, int]:
+    """Returns the axis that is cut into blocks, and the number of integers in a block."""
+    last = len(shape) - 1
+    along_rank = INTEGERS[dtype].block != LAST and rank_axis not in (None, last)
+    axis = rank_axis if along_rank and rank_axis is not None else last
+    return axis, min(INTEGERS[dtype].block if along_rank else LAST, max(1, shape[axis]))
+
+
+def _scales_shape(
+    dtype: StateDtype, shape: tuple[int, ...], rank_axis: int | None
+) -> tuple[int, ...]:
+    if not _quantizes(shape):
+        return (1,)
+    axis, block = _blocks(dtype, shape, rank_axis)
+    return (*shape[:axis], -(-shape[axis] // block), *shape[axis + 1 :])
 
 
 def _without_scales(dtype: StateDtype, array: jax.Array) -> Quantized:
     return Quantized(array, jnp.zeros((1,), INTEGERS[dtype].scales))
 
 
-def _quantize(dtype: StateDtype, array: jax.Array, key: bits.Words) -> Quantized:
-    largest, block, of_scales = INTEGERS[dtype]
-    *lead, last = array.shape
+def _quantize(
+    dtype: StateDtype, array: jax.Array, key: bits.Words, rank_axis: int | None
+) -> Quantized:
+    largest, _, of_scales = INTEGERS[dtype]
+    axis, block = _blocks(dtype, array.shape, rank_axis)
+    length, ahead, behind = array.shape[axis], array.shape[:axis], array.shape[axis + 1 :]
     array = array.astype(jnp.float32)
-    blocks = jnp.pad(array, [(0, 0)] * len(lead) + [(0, -last % block)])
-    blocks = blocks.reshape(*lead, -1, block)
-    scales = jnp.max(jnp.abs(blocks), axis=-1) / (largest + 0.5)  # the dither's mean is half a step
+    blocks = jnp.pad(array, [(0, -length % block if i == axis else 0) for i in range(array.ndim)])
+    blocks = blocks.reshape(*ahead, -1, block, *behind)
+    scales = jnp.max(jnp.abs(blocks), axis + 1) / (
+        largest + 0.5
+    )  # the dither's mean is half a step
     # XLA's maximum may drop a NaN, and a block that has one must not load as finite numbers
-    scales = jnp.where(jnp.all(jnp.isfinite(blocks), axis=-1), scales, jnp.nan)
+    scales = jnp.where(jnp.all(jnp.isfinite(blocks), axis + 1), scales, jnp.nan)
     scales = rounding.up(scales, of_scales)
-    steps = blocks / jnp.where(scales > 0, scales.astype(jnp.float32), 1.0)[..., None]
-    steps = steps.reshape(*lead, -1)[..., :last]
+    steps = blocks / jnp.expand_dims(
+        jnp.where(scales > 0, scales.astype(jnp.float32), 1.0), axis + 1
+    )
+    steps = jax.lax.slice_in_dim(steps.reshape(*ahead, -1, *behind), 0, length, axis=axis)
     values = jnp.round(steps - _dither(key, array.shape))
     values = jnp.clip(values, -largest - 1, largest)
     return Quantized(values.astype(dtype), scales)

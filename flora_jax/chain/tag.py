@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax import dtypes
+from flora_jax.tracing import once
 
 DIGITS = 8
 BASE = 16
@@ -22,6 +23,7 @@ LARGEST = 2.0**-30
 
 
 @dtypes.promoting()
+@once
 def encode(cycle: Any) -> jax.Array:
     """Returns the tag of a cycle: its eight hexadecimal digits and a one, times `UNIT`; float32 `(9,)`."""
     cycle = jnp.asarray(cycle, jnp.int32)
@@ -30,6 +32,7 @@ def encode(cycle: Any) -> jax.Array:
 
 
 @dtypes.promoting()
+@once
 def decode(tag: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the cycle of a tag, int32, and whether the tag is one still.
 

@@ -11,14 +11,14 @@ KEY = (3, 4)
 SHAPE = (33, 200)  # 6600 numbers; the last axis is no multiple of the block
 
 
-def kept_many(dtype, array, samples):
+def kept_many(dtype, array, samples, rank_axis=0):
     """What is loaded after rounding under many keys, in float64."""
-    load = jax.jit(jax.vmap(lambda i: kept(dtype, array, bits.fold(KEY, i))))
+    load = jax.jit(jax.vmap(lambda i: kept(dtype, array, bits.fold(KEY, i), rank_axis)))
     return np.asarray(load(jnp.arange(samples)), np.float64)
 
 
-def kept(dtype, array, key=KEY):
-    return storage.load(storage.store(dtype, array, key), key)
+def kept(dtype, array, key=KEY, rank_axis=0):
+    return storage.load(storage.store(dtype, array, key, rank_axis), key, rank_axis)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
@@ -34,30 +34,36 @@ def test_rounding_is_unbiased(dtype):
     assert (error <= 6 * step / 2 / np.sqrt(samples) + 1e-6).all()
 
 
-def steps(dtype, exact):
+def steps(dtype, exact, rank_axis=0):
     """The distance of integers: a block's largest number over the largest integer and a half, to bfloat16 in int4."""
-    block = 128 if dtype == "int8" else 32
-    padded = np.pad(np.abs(exact), ((0, 0), (0, -200 % block))).reshape(33, -1, block)
-    found = padded.max(-1) / (127.5 if dtype == "int8" else 7.5)
-    if dtype == "int4":
-        found = np.asarray(jnp.asarray(found * (1 + 2.0**-8), jnp.bfloat16), np.float64)
-    return np.repeat(found, block, axis=1)[:, :200]
+    rows, columns = exact.shape
+    if dtype == "int4" and rank_axis == 0:
+        padded = np.pad(np.abs(exact), ((0, -rows % 32), (0, 0))).reshape(-1, 32, columns)
+        return in_bfloat16(np.repeat(padded.max(1) / 7.5, 32, axis=0)[:rows])
+    padded = np.pad(np.abs(exact), ((0, 0), (0, -columns % 128))).reshape(rows, -1, 128)
+    found = np.repeat(padded.max(-1) / (127.5 if dtype == "int8" else 7.5), 128, axis=1)
+    return found[:, :columns] if dtype == "int8" else in_bfloat16(found[:, :columns])
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_the_error_is_uniform_whatever_the_number(dtype):
+def in_bfloat16(positive):
+    """The least number of eight significant bits that is not smaller."""
+    fraction, exponent = np.frexp(positive)
+    return np.ldexp(np.ceil(fraction * 256) / 256, exponent)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank_axis"), [("int8", 0), ("int4", 0), ("int4", None), ("int4", 1)]
+)
+def test_the_error_is_uniform_whatever_the_number(dtype, rank_axis):
     """Its variance is a twelfth of a step's square for each number, within six standard errors, and it is within half a step.
 
     (The square of a uniform number has a standard deviation of 1 / √180.) Stochastic rounding has f (1 − f), a sixth in the mean.
     """
     exact = normal(0, SHAPE).astype(np.float64)
-    scales = np.asarray(
-        storage.store(dtype, jnp.asarray(exact, jnp.float32), KEY).scales, np.float64
-    )
-    step = np.repeat(scales, 128 if dtype == "int8" else 32, axis=1)[:, :200]
-    assert (step <= steps(dtype, exact) * (1 + 1e-6)).all()
+    step = steps(dtype, exact, rank_axis)
     samples = 2000
-    error = (kept_many(dtype, jnp.asarray(exact, jnp.float32), samples) - exact) / step
+    array = jnp.asarray(exact, jnp.float32)
+    error = (kept_many(dtype, array, samples, rank_axis) - exact) / step
     assert np.abs(error).max() <= 0.5 + 1e-4
     bound = 6 / np.sqrt(180 * samples)
     np.testing.assert_allclose(np.mean(error**2, 0), 1 / 12, atol=bound)
@@ -68,28 +74,40 @@ def test_the_error_is_uniform_whatever_the_number(dtype):
 def test_blocks_of_zeros_stay_zeros(dtype):
     """As those of an embedding's rows whose tokens were not there."""
     array = jnp.asarray(normal(0, SHAPE)).at[5].set(0.0)
-    np.testing.assert_array_equal(kept(dtype, array)[5], 0.0)
+    np.testing.assert_array_equal(kept(dtype, array, rank_axis=None)[5], 0.0)
+    np.testing.assert_array_equal(kept(dtype, array, rank_axis=1)[5], 0.0)
 
 
 def test_another_key_adds_noise_but_no_bias():
     """A state that another manual mesh reads: a sixth of a step's square from rounding, a twelfth from what is added."""
     exact = normal(0, SHAPE).astype(np.float64)
-    stored = storage.store("int4", jnp.asarray(exact, jnp.float32), KEY)
-    step = np.repeat(np.asarray(stored.scales, np.float64), 32, axis=1)[:, :200]
-    error = (np.asarray(storage.load(stored, bits.fold(KEY, 1)), np.float64) - exact) / step
+    stored = storage.store("int4", jnp.asarray(exact, jnp.float32), KEY, 0)
+    loaded = np.asarray(storage.load(stored, bits.fold(KEY, 1), 0), np.float64)
+    error = (loaded - exact) / steps("int4", exact)
     assert abs(np.mean(error)) <= 6 * np.sqrt(1 / 4 / error.size)
     assert np.mean(error**2) == pytest.approx(1 / 4, abs=6 * np.sqrt(1 / 8 / error.size))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("shape", [SHAPE, (4096,), (7,), (), (2, 3, 1000)])
-def test_bytes_are_the_real_ones(dtype, shape):
+@pytest.mark.parametrize(
+    ("shape", "rank_axis"),
+    [
+        (SHAPE, None),
+        (SHAPE, 0),
+        (SHAPE, 1),
+        ((4096,), None),
+        ((7,), None),
+        ((), None),
+        ((2, 3, 1000), 1),
+    ],
+)
+def test_bytes_are_the_real_ones(dtype, shape, rank_axis):
     with jax.enable_x64(True):
-        zeros = storage.zeros(dtype, shape)
-        stored = storage.store(dtype, jnp.ones(shape, jnp.float64), KEY)
+        zeros = storage.zeros(dtype, shape, rank_axis=rank_axis)
+        stored = storage.store(dtype, jnp.ones(shape, jnp.float64), KEY, rank_axis)
     for tree in (zeros, stored):
         real = sum(map(bytes_on_device, jax.tree.leaves(tree)))
-        assert storage.nbytes(dtype, shape) == real
+        assert storage.nbytes(dtype, shape, rank_axis=rank_axis) == real
 
 
 def test_float32_is_exact():
