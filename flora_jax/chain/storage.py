@@ -2,7 +2,7 @@
 
 `float32` and `float64` keep the numbers as they are. `bfloat16`, `int8` and `int4` round at random, so
 that what is kept is an unbiased estimate of what was stored, and small additions are not lost. Both have one scale
-for each 128 numbers along the last axis, `int4`, whose error is felt, one for each 32 along the axis of the rank, where that is not the last one:
+for each 128 numbers along the last axis, `int4`, whose error is felt, one for each 64 along the axis of the rank, where that is not the last one:
 there a projection has made the numbers alike, and TPUs, whose registers have 128 numbers of the last axis, cut the others without a copy. Arrays of fewer than 4096
 numbers are kept in float32. XLA packs two numbers in int4 into a byte. Complex numbers are kept as they are in every state.
 
@@ -43,7 +43,7 @@ class Format(NamedTuple):
 
 LAST = 128
 """The number of integers along the last axis that share a scale."""
-INTEGERS = {"int8": Format(127, LAST, "float32"), "int4": Format(7, 32, "bfloat16")}
+INTEGERS = {"int8": Format(127, LAST, "float32"), "int4": Format(7, 64, "bfloat16")}
 MIN_SIZE = 4096
 
 

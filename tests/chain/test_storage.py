@@ -38,8 +38,8 @@ def steps(dtype, exact, rank_axis=0):
     """The distance of integers: a block's largest number over the largest integer and a half, to bfloat16 in int4."""
     rows, columns = exact.shape
     if dtype == "int4" and rank_axis == 0:
-        padded = np.pad(np.abs(exact), ((0, -rows % 32), (0, 0))).reshape(-1, 32, columns)
-        return in_bfloat16(np.repeat(padded.max(1) / 7.5, 32, axis=0)[:rows])
+        padded = np.pad(np.abs(exact), ((0, -rows % 64), (0, 0))).reshape(-1, 64, columns)
+        return in_bfloat16(np.repeat(padded.max(1) / 7.5, 64, axis=0)[:rows])
     padded = np.pad(np.abs(exact), ((0, 0), (0, -columns % 128))).reshape(rows, -1, 128)
     found = np.repeat(padded.max(-1) / (127.5 if dtype == "int8" else 7.5), 128, axis=1)
     return found[:, :columns] if dtype == "int8" else in_bfloat16(found[:, :columns])

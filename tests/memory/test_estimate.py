@@ -121,8 +121,8 @@ INT8 = {"weights": "int8"}
 # GiB by the compiler: LLaMA-7B by `python -m experiments.bench.memory --only Accumulated`, others by `flora-jax plan --measure yes`
 UPDATED_INSIDE = [
     ("LLaMA-7B", BACKWARD, 512, 2048, NARROW | WHOLE, 15.41),
-    ("LLaMA-7B", BACKWARD, 2048, 2048, {**NARROW, "state_dtype": "int4"} | WHOLE, 15.66),
-    ("LLaMA-7B", BACKWARD, 1024, 2048, {**NARROW, "state_dtype": "int4"} | WHOLE, 14.91),
+    ("LLaMA-7B", BACKWARD, 2048, 2048, {**NARROW, "state_dtype": "int4"} | WHOLE, 15.64),
+    ("LLaMA-7B", BACKWARD, 1024, 2048, {**NARROW, "state_dtype": "int4"} | WHOLE, 14.94),
     ("LLaMA-7B", BACKWARD, 512, 2048, NARROW, 14.64),
     ("LLaMA-7B", BACKWARD, 256, 2048, NARROW, 14.23),
     ("LLaMA-7B", BACKWARD, 512, 2048, NARROW | INT8, 8.74),
