@@ -59,7 +59,7 @@ class LeafPlan:
     @property
     def rank_axis(self) -> int | None:
         """The axis of what is accumulated that has the rank; None where it is no sketch."""
-        return self.spec.projected[0] if self.spec else None
+        return int(self.spec.projected[0]) if self.spec else None
 
     @property
     def too_small(self) -> bool:

@@ -103,7 +103,7 @@ def test_the_law_of_the_noise():
 
 @pytest.mark.newest  # XLA of jaxlib 0.8 holds three layers of noise more
 def test_no_second_copy_of_a_weight():
-    """Temporaries of the compiled gradient under noise: a block, not a weight, more than without."""
+    """Temporaries of the compiled gradient under noise, in small blocks or in one: no weight more than without."""
     params = {"w": jax.ShapeDtypeStruct((4, 256, 256), jnp.float32)}
     adapter = lora(rule(4))
     own = jax.eval_shape(lambda: adapter.init(KEY, {"w": jnp.zeros((4, 256, 256))}))
@@ -122,7 +122,7 @@ def test_no_second_copy_of_a_weight():
 
     matrix = 4 * 256 * 256
     assert temporaries(2**12) - temporaries(0) < matrix
-    assert temporaries(2**22) - temporaries(0) >= matrix  # a layer's noise at a time
+    assert temporaries(2**22) - temporaries(0) < matrix  # a hash is computed where it is used
 
 
 def test_growing():
