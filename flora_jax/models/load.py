@@ -122,6 +122,8 @@ def _parts(
             wrong.append(
                 f"weight {name!r} in {source} must have shape {expected}, found {known[name].shape}"
             )
+        elif known[name].kind not in FLOATS:  # of a name that others may leave out
+            wrong.append(f"weight {name!r} in {source} must be floats, found {known[name].kind}")
         else:
             parts[piece.path].append((piece, known[name]))
         if len(wrong) > _SHOWN:
