@@ -219,7 +219,7 @@ class Parameters:
             same = [node for node in choices if node.ins[0] is which]
 
             def taken(case):
-                chosen = {node.outs[0]: node.ins[1 + case] for node in same}
+                chosen: dict[Any, Any] = {node.outs[0]: node.ins[1 + case] for node in same}
                 own = {}
                 for node in nodes:
                     if any(isinstance(x, Var) and x in chosen for x in node.ins):
