@@ -71,6 +71,11 @@ def random(
     return at(key, number)
 
 
+def uniform(random: jax.Array) -> jax.Array:
+    """Returns the upper 24 bits of uint32 numbers as float32 numbers of at least 0 and below 1."""
+    return (random >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
 def _unsigned(number: Any) -> Any:
     if isinstance(number, int):
         return np.uint32(number & _MASK)

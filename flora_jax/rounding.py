@@ -86,8 +86,7 @@ def to_integers(x: jax.Array, bits: jax.Array) -> jax.Array:
       x: A float32 array, of numbers below 2²³ in size.
       bits: Random uint32 numbers, of which the upper 24 bits are used.
     """
-    uniform = (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
-    return jnp.floor(x + uniform)
+    return jnp.floor(x + random.uniform(bits))
 
 
 def applied(param: Any, update: Any, bits: Any) -> jax.Array:

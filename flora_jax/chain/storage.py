@@ -215,4 +215,4 @@ def _quantize(
 
 def _dither(key: bits.Words, shape: tuple[int, ...]) -> jax.Array:
     """Returns random numbers between 0 and 1, in float32, that are taken off before rounding and added after it."""
-    return (bits.random(key, shape) >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+    return bits.uniform(bits.random(key, shape))
