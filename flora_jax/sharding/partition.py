@@ -97,12 +97,16 @@ def known(leaf: Any) -> NamedSharding | None:
     """Returns the sharding of an array or of a shape, for use in sharding constraints.
 
     It is None for a tracer, for an array on one device, and where the sharding is part of the array's
-    type.
+    type. Equal layouts give equal shardings, so that a function that is compiled for one is not compiled again for
+    another way to write it: `PartitionSpec()` and `PartitionSpec(None, None)` are the same.
     """
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or AxisType.Explicit in sharding.mesh.axis_types:
         return None
-    return sharding
+    axes = list(sharding.spec)
+    while axes and axes[-1] in (None, ()):
+        axes.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes), memory_kind=sharding.memory_kind)
 
 
 def constrain(array: Any, sharding: NamedSharding | None) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import flora_jax
 from tests.helpers import assert_close, assert_tree_close, make_params, normal
@@ -228,6 +228,47 @@ def test_every_process_lowers_the_same_program():
         for i in range(3)
     }
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("update", ["after", "backward"])
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_run_is_traced_once_however_its_shardings_are_written(count, update):
+    """A step gives state `P(None, None)` that began as `P()`; to plan a step it is lowered for shapes with either."""
+    mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
+    traces = []
+
+    def loss(params, x, y):
+        traces.append(1)
+        return linen_loss(params, x, y)
+
+    projection = PROJECTION if update == "after" else None
+    tx = flora() if projection else optax.sgd(0.1, momentum=0.9)
+    step = flora_jax.make_train_step(loss, tx, projection, update=update)
+
+    def placed(tree, full):
+        places = [NamedSharding(mesh, PartitionSpec(*[None] * x.ndim * full)) for x in tree]
+        return [jax.device_put(*pair) for pair in zip(tree, places, strict=True)]
+
+    def put(tree, full):
+        leaves, structure = jax.tree.flatten(tree)
+        return jax.tree.unflatten(structure, placed(leaves, full))
+
+    params = linen_params()
+    state = step.init(params, INPUTS, TARGETS)
+    batch = put((INPUTS, TARGETS), False)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        put((params, state), False),
+    )
+    traces.clear()
+    with jax.set_mesh(mesh):
+        step.lower(*shapes, *batch)
+        begun = len(traces)
+        params, state = put(params, True), put(state, False)
+        for _ in range(3):
+            params, state, _ = step(params, state, *batch)
+    assert begun > 0
+    assert len(traces) == begun
 
 
 @pytest.mark.parametrize("name", ["cocob", "madgrad", "twice"])
