@@ -242,6 +242,28 @@ def test_state_bytes():
         assert 0 <= counts[key] - expected <= 80
 
 
+def test_int4_at_eight_times_the_rank_has_no_more_bytes():
+    sizes = {}
+    for key in ("flora", "flora-int4"):
+        tx, _ = in_jax.build(key, SIZE, 0.0, 10)
+        sizes[key] = tree_bytes(jax.eval_shape(tx.init, in_jax.outline(SIZE)[1]))
+    assert 0.3 * sizes["flora"] < sizes["flora-int4"] < sizes["flora"]
+
+
+def test_weights_in_int8(tmp_path):
+    """The matrices inside the layers are in int8, the run learns, and its loss is that of the weights they stand for."""
+    in_jax.save(tmp_path / "weights", SIZE)
+    run = in_jax.Run("exact-int8", SIZE, tmp_path / "weights", optimizer_steps=10)
+    corpus = text.load()
+    run.reset(0.03, tmp_path / "weights")
+    numbers = [x for x in jax.tree.leaves(run.params) if x.dtype == jnp.int8]
+    assert sum(x.size for x in numbers) == 3 * 128 * 512 + 4 * 128 * 128
+    first = run.evaluate(SIZE.windows(corpus, 0))
+    losses = [run.step(SIZE.windows(corpus, 0)) for _ in range(10)]
+    assert losses[0] == pytest.approx(first, rel=1e-3)
+    assert run.evaluate(SIZE.windows(corpus, 0)) < losses[0] - 0.1
+
+
 def test_flops_of_a_gradient():
     """A fused gradient has for each weight and token two of the three products, and thin ones."""
     tokens = SIZE.batch * SIZE.length

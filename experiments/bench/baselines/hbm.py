@@ -14,7 +14,7 @@ from typing import Any
 import flora_jax
 from experiments.bench import memory
 from experiments.bench.baselines import in_jax
-from experiments.bench.baselines.methods import INSIDE, Size
+from experiments.bench.baselines.methods import INSIDE, INT8, Size
 from experiments.bench.baselines.methods import METHODS as ALL
 from flora_jax.update.ordinary_step import ordinary_step
 
@@ -36,7 +36,7 @@ def _flora(key: str, loss: Callable):
     size = Size(rank=RANK, accumulation=memory.STEPS)
     tx, projection = in_jax.build(key, size, 1e-3, in_jax.LONG)
     if key in INSIDE:
-        return memory.backward(tx)(loss)
+        return memory.backward(tx, key in INT8)(loss)
     assert projection is not None
     if key == "flora-paper":
         return memory.of_params(tx), ordinary_step(loss, tx).lower
@@ -61,7 +61,7 @@ def gib(config: Config, key: str) -> float | None:
     """Gives the GiB of HBM at the worst moment, or None where a v5p chip, which has 95 GiB, does not hold the step."""
     given = memory.Config(model=config.model, length=config.length)
     for chip in ("v5e", "v5p"):
-        if program := memory.measure(given, METHODS[key], chip):
+        if program := memory.measure(given, METHODS[key], chip, key in INT8):
             return program.gib
     return None
 

@@ -13,8 +13,8 @@ from optax import contrib
 import flora_jax
 from experiments import optimizers
 from experiments.bench import setting
-from experiments.bench.baselines.methods import EXACT, INSIDE, PROJECTION_GAP, Size
-from flora_jax.chain import products
+from experiments.bench.baselines.methods import EXACT, INSIDE, INT8, PROJECTION_GAP, Size
+from flora_jax.chain import products, storage
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory.compiled import compiled_bytes
@@ -25,6 +25,8 @@ from flora_jax.models.save import save as save_checkpoint
 
 ADAFACTOR = 0.015
 """Peak learning rate of what is no matrix, where the grid is of that of the matrices."""
+STATES: dict[str, storage.StateDtype] = {"flora-int8": "int8", "flora-int4": "int4"}
+"""What sketches are kept in, where it is not float32. A rank that is eight times as large takes the same bytes in int4."""
 LONG = 10**6
 """Number of optimizer steps of a schedule that does not end within a measurement."""
 
@@ -70,22 +72,22 @@ def build(
     """Gives the transformation of a method, and Flora's projection or None."""
     if key in EXACT:
         rate = optimizers.cosine(peak, optimizer_steps * size.accumulation)
-        if key == "exact":
+        if key != "exact-muon":
             return optax.adafactor(rate), None
         others = optimizers.cosine(ADAFACTOR, optimizer_steps * size.accumulation)
         return flora_jax.sketched_muon(rate, adafactor_learning_rate=others), None
     rate = optimizers.cosine(peak, optimizer_steps)
-    if key in ("flora", "flora-int8", "flora-larger"):
+    if key in ("flora", "flora-int8", "flora-int4", "flora-larger"):
         return optimizers.build(
             "flora",
             rate,
             accumulation=size.accumulation,
-            rank=size.rank,
+            rank=8 * size.rank if key == "flora-int4" else size.rank,
             matrices=optimizers.cosine(optimizers.MATRICES, optimizer_steps),
             embedding="whole",  # as all others have them
             head="whole",
             side="larger" if key == "flora-larger" else "input",
-            state_dtype="int8" if key == "flora-int8" else "float32",
+            state_dtype=STATES.get(key, "float32"),
         )
     if key == "flora-paper":
         return optimizers.build(
@@ -113,9 +115,15 @@ def init_of(key: str, size: Size, model: decoder.Decoder) -> Any:
     tx, _ = build(key, size, 0.0, LONG)
     if key not in INSIDE:
         return tx.init
-    step = flora_jax.make_train_step(partial(decoder.loss, model), tx, update="backward")
+    step = inside(key, partial(decoder.loss, model), tx)
     windows = jax.ShapeDtypeStruct((size.batch, size.length + 1), jnp.int32)
     return lambda params: step.init(params, windows)
+
+
+def inside(key: str, loss: Any, tx: optax.GradientTransformation) -> Any:
+    """Gives the step that updates each weight inside the backward pass; weights in int8 are rounded at random."""
+    rounding = "stochastic" if key in INT8 else "nearest"
+    return flora_jax.make_train_step(loss, tx, update="backward", rounding=rounding)
 
 
 def save(folder: Path, size: Size, seed: int = 0) -> None:
@@ -144,7 +152,7 @@ def step_of(key: str, size: Size, model: decoder.Decoder, optimizer_steps: int =
     def step(params, state, windows, peak):
         tx, projection = build(key, size, peak, optimizer_steps)
         if key in INSIDE:
-            return flora_jax.make_train_step(loss, tx, update="backward")(params, state, windows)
+            return inside(key, loss, tx)(params, state, windows)
         if projection is None or key == "flora-paper":
             value, grads = jax.value_and_grad(loss)(params, windows)
             updates, state = tx.update(grads, state, params)
@@ -165,7 +173,8 @@ class Run:
         _, self.projection = build(key, size, 0.0, optimizer_steps)
         self._init = jax.jit(init_of(key, size, model))
         self._step = step_of(key, size, model, optimizer_steps)
-        self._loss = jax.jit(partial(decoder.loss, model))
+        loss = partial(decoder.loss, model)
+        self._loss = jax.jit(lambda params, windows: loss(flora_jax.from_int8(params), windows))
         self._sample = jax.jit(self._projections)
         self._compiled: Any = None
         self.reset(1e-3, folder)
@@ -174,6 +183,8 @@ class Run:
         """Begins anew from the weights in `folder`, with this peak learning rate."""
         self.params = jax.tree.map(jnp.array, load(folder))
         self.state = self._init(self.params)
+        if self.key in INT8:
+            self.params = flora_jax.to_int8(self.params)
         self.rate = jnp.float32(rate)
 
     def compiled(self, windows: np.ndarray) -> Any:

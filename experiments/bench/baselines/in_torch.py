@@ -3,12 +3,15 @@
 LLaMA is the one of `transformers`, from the checkpoint that JAX's processes read. GaLore and APOLLO act on
 the matrices inside the layers, as in their examples, and Adam on the rest; they keep uncompressed gradients
 between micro-steps, since they have nothing else to accumulate in. flora-opt's accelerator compresses
-each matrix, embeddings too, and steps inside the backward pass.
+each matrix, embeddings too, and steps inside the backward pass. Q-GaLore, and APOLLO on int8 weights, keep the matrices inside the
+layers in int8.
 """
 
 import importlib
 import json
+import sys
 import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,34 @@ def groups(model: Any, rank: int, **others: Any) -> list[dict[str, Any]]:
         {"params": [p for name, p in named.items() if name not in inner]},
         {"params": [named[name] for name in sorted(inner)], **low},
     ]
+
+
+def as_of_2024(kind: type) -> type:
+    """Gives an optimizer that was written for bitsandbytes of 2024 to a newer one, which has kernels for CPUs.
+
+    Since then two arguments have gone from the constructor and two came into the updates, before others.
+    """
+    functional = importlib.import_module("bitsandbytes.functional")
+
+    def of_32bit(name, g, p, state1, beta1, eps, step, lr, *others, **named):
+        names = ("state2", "beta2", "weight_decay", "gnorm_scale", "unorm_vec")
+        named |= dict(zip(names, others, strict=False))
+        functional.optimizer_update_32bit(name, g, p, state1, beta1, eps, step, lr, **named)
+
+    def of_8bit(name, g, p, state1, state2, beta1, beta2, *others, **named):
+        first = (name, g, p, state1, state2, beta1, beta2, 0.0, 0.0)
+        functional.optimizer_update_8bit_blockwise(*first, *others, **named)
+
+    sys.modules[kind.__module__].F = types.SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer_update_32bit=of_32bit, optimizer_update_8bit_blockwise=of_8bit
+    )
+
+    class Now(kind):
+        def get_config(self, *place: Any) -> dict[str, Any]:
+            now = {"percentile_clipping": 100, "block_wise": True}
+            return super().get_config(*place) | now | {"max_unorm": 0.0, "skip_zeros": False}
+
+    return Now
 
 
 class Run:
@@ -90,6 +121,32 @@ class Run:
         low = groups(self.model, self.size.rank, scale=1.0, proj="random", scale_type="channel")
         return apollo.APOLLOAdamW(low, lr=self.rate)
 
+    def _torch_q_galore(self, transformers: Any) -> Any:
+        galore = importlib.import_module("q_galore_torch")
+        # the projection in int4, and the rule for its renewal, as in its scripts
+        low = groups(
+            self._int8(),
+            self.size.rank,
+            **{"scale": 1.0, "quant": True, "quant_group_size": 256, "quant_n_bit": 4},
+            **{"cos_threshold": 0.4, "gamma_proj": 2, "queue_size": 5},
+        )
+        return as_of_2024(galore.QGaLoreAdamW8bit)(low, lr=self.rate, weight_decay=0.0)
+
+    def _torch_q_apollo(self, transformers: Any) -> Any:
+        apollo = importlib.import_module("apollo_torch")
+        own = {"scale": 1.0, "proj": "random", "scale_type": "channel"}
+        low = groups(self._int8(), self.size.rank, **own)
+        return as_of_2024(apollo.QAPOLLOAdamW)(low, lr=self.rate, weight_decay=0.0)
+
+    def _int8(self) -> Any:
+        """Gives the model with the weights of its layers in int8."""
+        from experiments.bench.baselines import int8_linear
+
+        int8_linear.quantize(self.model)
+        self.torch.manual_seed(0)  # of the rounding
+        self.torch.cuda.synchronize = lambda *_: None  # both wait for a GPU, which is not here
+        return self.model
+
     def _loss(self, windows: np.ndarray) -> Any:
         tokens = self.torch.from_numpy(np.asarray(windows, np.int64))
         logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits
@@ -120,7 +177,9 @@ class Run:
 
     def state_bytes(self) -> int:
         """Counts the bytes of what is kept beside the params: optimizer state, gradients, flora-opt's sketches."""
-        kept = [self.optimizer.state, [p.grad for p in self.model.parameters()]]
+        kept: list[Any] = [self.optimizer.state]
+        for p in self.model.parameters():
+            kept += [p.grad, getattr(p, "float_grad", None)]
         if self.accelerator is not None:
             kept.append(self.accelerator.packs)
         return self._bytes(kept)
@@ -131,7 +190,9 @@ class Run:
         This is the sum of params and state at the start of the cycle, and of the largest excess of what was allocated
         over what was freed.
         """
-        held = self.state_bytes() + self._bytes(list(self.model.parameters()))
+        params: list[Any] = list(self.model.parameters())
+        params += [getattr(p, name, None) for p in params for name in ("scales", "zeros")]
+        held = self.state_bytes() + self._bytes(params)
         profiler = self.torch.profiler
         with profiler.profile(
             activities=[profiler.ProfilerActivity.CPU], profile_memory=True

@@ -41,10 +41,12 @@ METHODS = {
     BASE: Method("MultiSteps + Adafactor (optax)", "jax", 0.03),
     OURS: Method("Flora, fused, advised", "jax", 0.06, ours=True),
     "flora-int8": Method("Flora, advised, int8, backward pass", "jax", 0.06, ours=True),
+    "flora-int4": Method("Flora, fused, advised, int4, 8 times the rank", "jax", 0.06, ours=True),
     "flora-larger": Method("Flora, fused, advised, larger side", "jax", 0.06, ours=True),
     "flora-paper": Method("Flora, the paper's, ordinary gradients", "jax", 0.03, ours=True),
     "exact": Method("Exact gradients, Adafactor", "jax", 0.03, ours=True),
     "exact-muon": Method("Exact gradients, orthogonalized, no state", "jax", 0.02, ours=True),
+    "exact-int8": Method("Exact gradients, Adafactor, int8 weights", "jax", 0.03, ours=True),
     "galore": Method("MultiSteps + GaLore (optax.contrib)", "jax", 0.01),
     "muon": Method("MultiSteps + Muon (optax.contrib)", "jax", 0.01),
     "torch": Method("torch: accumulated gradients + Adafactor", "torch", 0.03, TORCH),
@@ -57,11 +59,22 @@ METHODS = {
     "torch-apollo": Method(
         "torch: apollo-torch", "torch", 0.01, (*TORCH, "apollo-torch", "bitsandbytes")
     ),
+    "torch-q-galore": Method(
+        "torch: q-galore-torch, int8 weights",
+        "torch",
+        0.01,
+        (*TORCH, "q-galore-torch", "bitsandbytes"),
+    ),
+    "torch-q-apollo": Method(
+        "torch: apollo-torch, int8 weights", "torch", 0.01, (*TORCH, "apollo-torch", "bitsandbytes")
+    ),
 }
-EXACT = ("exact", "exact-muon")
+EXACT = ("exact", "exact-muon", "exact-int8")
 """Those that accumulate nothing."""
 INSIDE = ("flora-int8", *EXACT)
 """Those that update each weight inside the backward pass."""
+INT8 = ("exact-int8",)
+"""Those of JAX that keep the weights of the layers in int8."""
 PROJECTION_GAP = 200
 """Number of optimizer steps between two subspaces of GaLore and APOLLO, which is their own default."""
 
