@@ -79,8 +79,13 @@ def newer_python() -> str | None:
 
 
 def run(interpreter: Path, *arguments: str) -> int:
-    """Runs an environment's Python with these arguments, in the checkout."""
-    return subprocess.run([str(interpreter), *arguments], cwd=ROOT).returncode
+    """Runs an environment's Python with these arguments, in the checkout.
+
+    Compiled bytecode is kept whatever `PYTHONDONTWRITEBYTECODE` says, as images of containers often do: the environment is
+    our own, and each of the many processes of the tests would compile all of JAX again.
+    """
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run([str(interpreter), *arguments], cwd=ROOT, env=variables).returncode
 
 
 def _version(interpreter: str) -> tuple[int, ...] | None:

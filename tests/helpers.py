@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from flora_jax.chain import products
 from flora_jax.chain.sketch import Spec
@@ -157,3 +158,10 @@ def run(tx, params, gradients, state=None):
     for gradient in gradients:
         params, state = step(gradient, state, params)
     return params, state
+
+
+def often(values, *kept):
+    """Gives parameters of a test: those named every time, the others with `--long` alone."""
+    values = list(values)
+    assert set(kept) <= set(values), f"{kept} are none of {values}"
+    return [v if v in kept else pytest.param(v, marks=pytest.mark.long) for v in values]

@@ -23,7 +23,7 @@ from flora_jax.adapters import (
 )
 from flora_jax.adapters.quantized import quantize
 from tests.adapters.test_low_rank import rule
-from tests.helpers import assert_tree_close, normal
+from tests.helpers import assert_tree_close, normal, often
 
 NAMES = ("query", "key", "value", "out")
 PARAMS = {
@@ -69,7 +69,10 @@ def methods():
 
 @pytest.mark.parametrize(
     "name",
-    ["lora", "lora-pro", "flat-lora", "sora", "deep-lora", "lorta", "run-lora", "quantised"],
+    often(
+        ["lora", "lora-pro", "flat-lora", "sora", "deep-lora", "lorta", "run-lora", "quantised"],
+        *("lora", "flat-lora", "quantised"),
+    ),
 )
 def test_sharded_step(name):
     """Two steps on a mesh of 4 x 2 are those of one device; no use of a weight is without a rule."""

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flora_jax
-from tests.helpers import make_gradients, normal
+from tests.helpers import make_gradients, normal, often
 
 RULE = flora_jax.Projection(4, min_dim=8, resample_every=2)
 DECOMPRESS = optax.chain(flora_jax.decompress(), optax.sgd(0.1))
@@ -125,7 +125,14 @@ def test_map_params_finds_what_belongs_to_a_parameter(name):
     assert set(found) in (set(), set(jax.tree.leaves(names)))
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "name",
+    often(
+        TRANSFORMATIONS,
+        *("paper", "advised", "official", "momentum", "advised in int4", "skip_nonfinite"),
+        *("schedule", "project, orthogonalize", "momentum alone"),
+    ),
+)
 def test_state_stays_where_it_lies(name):
     tx, mesh = TRANSFORMATIONS[name], Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     specs = {
@@ -162,7 +169,7 @@ def passes(tx, own) -> bool:
 
 
 @EVERY
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", often(["float32", "bfloat16"], "bfloat16"))
 def test_promotions_that_are_refused_are_not_needed(name, dtype):
     own = jax.tree.map(lambda x: x.astype(dtype), params())
     rank, kind = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")

@@ -178,7 +178,7 @@ def test_zero_rows_of_a_table_stay_zero():
     assert (estimate[::2] == 0).all() and (np.abs(estimate[1::2]).max(axis=1) > 0).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=4),
     st.integers(1, 6),

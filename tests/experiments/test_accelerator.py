@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 from experiments.bench import accelerator
+from tests.helpers import often
 
 TOY = accelerator.Config(
     shapes=("LLaMA-test",), batch=1, length=16, micro_batches=2, rounds=1, part=8
 )
 
 
-@pytest.mark.parametrize("method", accelerator.TITLES)
+@pytest.mark.parametrize("method", often(accelerator.TITLES, "exact", "flora"))
 def test_each_method_is_timed(method):
     found = accelerator.one(TOY, method, "LLaMA-test")
     assert math.isfinite(found["tokens_per_second"]) and found["tokens_per_second"] > 0

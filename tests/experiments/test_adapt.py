@@ -17,6 +17,7 @@ from experiments.paper import start
 from experiments.paper.problem import Sizes
 from experiments.paper.sizes import SIZES
 from flora_jax.chain.plan import tree_bytes
+from tests.helpers import often
 
 SMALL = dict(
     model=decoder.Shape(width=64, layers=1, heads=2),
@@ -64,7 +65,10 @@ def small_task(config):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"full", "flora", "lora", "xgb-lora"}))
+@pytest.mark.parametrize(
+    "name",
+    often(sorted(set(METHODS) - {"full", "flora", "lora", "xgb-lora"}), "lora-pro", "lorta"),
+)
 def test_a_step_of_each_other_method(name):
     """It lowers the loss of the batch that it saw."""
     config = Config(**SMALL)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import optimizers, quality
+from tests.helpers import often
 
 
 def test_table_takes_the_best_rate_of_each_row():
@@ -31,7 +32,7 @@ def test_every_row_has_a_name_of_its_own(study):
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("method", get_args(optimizers.Method))
+@pytest.mark.parametrize("method", often(get_args(optimizers.Method), "flora", "multisteps"))
 def test_every_method_trains(method):
     """Against the same run at no learning rate, trained beside it."""
     config = quality.Config(width=128, layers=1, optimizer_steps=12, batch=2, length=16)
@@ -40,6 +41,7 @@ def test_every_method_trains(method):
     assert trained < still - 0.1
 
 
+@pytest.mark.long
 def test_runs_at_once_are_those_one_after_the_other():
     config = quality.Config(width=128, layers=1, optimizer_steps=12, batch=2, length=16)
     run = quality.train(config, quality.Setting(part=8))

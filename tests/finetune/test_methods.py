@@ -12,6 +12,7 @@ from flora_jax.chain import storage
 from flora_jax.finetune import methods, muon
 from flora_jax.finetune.settings import ADAPTERS, EXACT, METHODS, UNRANKED, Settings
 from flora_jax.models import decoder, families
+from tests.helpers import often
 
 SHAPE = decoder.Shape(64, 64, 96, 2, 4, 4, jnp.float32)
 MODEL = families.module(SHAPE)
@@ -47,7 +48,7 @@ def start(given, dtype=jnp.float32):
     return method, params, frozen, state
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", often(METHODS, "flora", "exact", "lora", "xgb-lora", "muon"))
 def test_each_method_learns(name):
     given = settings(name)
     method, params, frozen, state = start(given)
@@ -95,7 +96,12 @@ def test_micro_batches_are_as_one_batch():
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ADAPTERS])
+@pytest.mark.parametrize(
+    "name",
+    often(
+        [name for name in METHODS if name not in ADAPTERS], "flora", "exact", "adafactor", "muon"
+    ),
+)
 def test_weight_decay_is_that_of_matrices_times_the_rate(name):
     """Beside the same step without it; the first step has a third of the peak rate of 0.02, or of 0.003 for Adam."""
     after = {}

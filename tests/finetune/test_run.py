@@ -17,6 +17,7 @@ from flora_jax.finetune.settings import Settings
 from flora_jax.finetune.stopping import Stopped
 from flora_jax.models.load import load
 from tests.finetune.checkpoint import PAIRS, make_checkpoint, write
+from tests.helpers import often
 
 QUIET = Console(quiet=True)
 
@@ -100,7 +101,9 @@ def stopping_at(step):
     return told_to_stop
 
 
-@pytest.mark.parametrize("method", ["flora", "flora in int4", "exact", "lora"])
+@pytest.mark.parametrize(
+    "method", often(["flora", "flora in int4", "exact", "lora"], "flora in int4", "exact", "lora")
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(method, model, data, tmp_path, monkeypatch):
     own = {"rank": None, "micro_batches": None} if method == "exact" else {}
     if method == "flora in int4":
@@ -119,7 +122,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, model, data, tmp_path, m
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("method", ["flora", "exact", "lora"])
+@pytest.mark.parametrize("method", often(["flora", "exact", "lora"], "flora"))
 def test_bfloat16_is_trained_and_kept(method, model, data, tmp_path):
     own = {"rank": None, "micro_batches": None} if method == "exact" else {}
     given = settings(model, data, tmp_path / "mine", method=method, dtype="bfloat16", **own)

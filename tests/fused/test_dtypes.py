@@ -11,7 +11,7 @@ from jax import lax
 import flora_jax
 from flora_jax import adapters, dtypes
 from flora_jax.chain.sketch import is_sketch
-from tests.helpers import Naive, assert_close, matrix_of_a, normal
+from tests.helpers import Naive, assert_close, matrix_of_a, normal, often
 
 ACTIVATIONS = (
     "bool",
@@ -77,7 +77,7 @@ def squares(y):
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 @pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", often(WEIGHTS, "float8_e4m3fn", "bfloat16", "float32"))
 def test_sketches(weight, side, use):
     with jax.enable_x64(True):
         params = {x: numbers(1, SHAPE, weight) for x in ACTIVATIONS}

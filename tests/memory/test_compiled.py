@@ -12,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory import compiled, estimate, methods, outline
 from flora_jax.models import config
+from tests.helpers import often
 
 FUSED, ORDINARY, BACKWARD, LORA, GALORE, EXACT, MUON, ADAM, MULTISTEPS = estimate.METHODS
 CONFIG = {
@@ -73,7 +74,7 @@ def _size(method, name, chips, changes):
     return found
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", often(CONFIGS, "llama"))
 @pytest.mark.parametrize("method", compiled.MEASURED)
 def test_parameters_and_state_are_in_it(method, name):
     given = setting(entries=CONFIGS[name])
@@ -109,7 +110,10 @@ def test_accumulators_are_in_it(method):
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [(FUSED, "llama"), (LORA, "llama"), (MULTISTEPS, "llama"), (EXACT, "llama"), (FUSED, "t5")],
+    [
+        *((method, "llama") for method in (FUSED, LORA, MULTISTEPS, EXACT)),
+        pytest.param(FUSED, "t5", marks=pytest.mark.long),
+    ],
 )
 def test_chips_divide_it(method, name):
     one, four = (size(method, name, chips) for chips in (1, 4))
