@@ -41,7 +41,9 @@ METHODS = {
     BASE: Method("MultiSteps + Adafactor (optax)", "jax", 0.03),
     OURS: Method("Flora, fused, advised", "jax", 0.06, ours=True),
     "flora-int8": Method("Flora, advised, int8, backward pass", "jax", 0.06, ours=True),
-    "flora-int4": Method("Flora, fused, advised, int4, 8 times the rank", "jax", 0.06, ours=True),
+    "flora-int4": Method(
+        "Flora, advised, int4, 8 times the rank, backward pass", "jax", 0.06, ours=True
+    ),
     "flora-larger": Method("Flora, fused, advised, larger side", "jax", 0.06, ours=True),
     "flora-paper": Method("Flora, the paper's, ordinary gradients", "jax", 0.03, ours=True),
     "exact": Method("Exact gradients, Adafactor", "jax", 0.03, ours=True),
@@ -71,7 +73,7 @@ METHODS = {
 }
 EXACT = ("exact", "exact-muon", "exact-int8")
 """Those that accumulate nothing."""
-INSIDE = ("flora-int8", *EXACT)
+INSIDE = ("flora-int8", "flora-int4", *EXACT)
 """Those that update each weight inside the backward pass."""
 INT8 = ("exact-int8",)
 """Those of JAX that keep the weights of the layers in int8."""
