@@ -107,6 +107,7 @@ def test_sharded_step(name):
     assert float(expected[1][1]) != float(expected[1][0])
 
 
+@pytest.mark.long
 def test_sharded_boosting():
     """Rounds on the mesh: the same params in the end."""
     run = boosting(loss, xgb_lora(1, rule(1)), optax.sgd(1.0), steps=2)

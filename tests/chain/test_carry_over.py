@@ -17,8 +17,8 @@ def flora(**others):
     "others",
     [
         {},
-        {"momentum": 0.9},
-        {"preset": "advised"},
+        pytest.param({"momentum": 0.9}, marks=pytest.mark.long),
+        pytest.param({"preset": "advised"}, marks=pytest.mark.long),
         {"preset": "advised", "nesterov": True, "state_dtype": "int8"},
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 import flora_jax
 from flora_jax.chain import storage
-from tests.helpers import Naive, assert_tree_close, make_gradients, matrix_of_a, normal, run
+from tests.helpers import Naive, assert_tree_close, make_gradients, matrix_of_a, normal, often, run
 
 INPUTS = jnp.asarray(normal(0, (64, 32)))
 TARGETS = jnp.tanh(INPUTS @ normal(1, (32, 24)) / 6)
@@ -73,7 +73,7 @@ def test_any_optimizer_after_decompress(name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("momentum", often([None, 0.9], 0.9))
 def test_any_state(dtype, momentum, monkeypatch):
     monkeypatch.setattr(storage, "MIN_SIZE", 1)
     rate = optax.cosine_decay_schedule(0.1, STEPS)

@@ -14,7 +14,7 @@ TOY = accelerator.Config(
 )
 
 
-@pytest.mark.parametrize("method", often(accelerator.TITLES, "exact", "flora"))
+@pytest.mark.parametrize("method", often(accelerator.TITLES, "flora"))
 def test_each_method_is_timed(method):
     found = accelerator.one(TOY, method, "LLaMA-test")
     assert math.isfinite(found["tokens_per_second"]) and found["tokens_per_second"] > 0
@@ -67,6 +67,7 @@ def test_of_an_unknown_chip_there_is_no_peak():
     assert accelerator.peak("cpu") is None
 
 
+@pytest.mark.long
 def test_in_turn(tmp_path):
     """Ratios are those of the seconds, the first of MultiSteps one."""
     config = replace(

@@ -98,9 +98,7 @@ def test_micro_batches_are_as_one_batch():
 
 @pytest.mark.parametrize(
     "name",
-    often(
-        [name for name in METHODS if name not in ADAPTERS], "flora", "exact", "adafactor", "muon"
-    ),
+    often([name for name in METHODS if name not in ADAPTERS], "flora", "exact", "adafactor"),
 )
 def test_weight_decay_is_that_of_matrices_times_the_rate(name):
     """Beside the same step without it; the first step has a third of the peak rate of 0.02, or of 0.003 for Adam."""

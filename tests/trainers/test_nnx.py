@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flora_jax
 from flora_jax.trainers import nnx as flora_nnx
 from flora_jax.trainers.axis_names import METADATA
-from tests.helpers import normal
+from tests.helpers import normal, often
 
 X = jnp.asarray(normal(0, (8, 32)))
 PROJECTION = flora_jax.Projection(8, min_dim=8, resample_every=2)
@@ -93,7 +93,7 @@ def test_all_other_state_is_as_after_nnx_value_and_grad():
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", often([True, False], True))
 def test_the_step_is_the_steps_made_by_hand(fused):
     ours, theirs = Module(nnx.Rngs(0)), Module(nnx.Rngs(0))
     own = flora_nnx.Optimizer(ours, flora())
@@ -155,7 +155,7 @@ def mesh_of(shape, names):
     return Mesh(np.array(jax.devices()[:count]).reshape(shape), names, axis_types=kinds)
 
 
-@pytest.mark.parametrize("tx", ["flora", "momentum", "adafactor"])
+@pytest.mark.parametrize("tx", often(["flora", "momentum", "adafactor"], "flora", "adafactor"))
 def test_a_trainer_that_lays_out_state_by_its_metadata(tx):
     """As MaxText and Tunix do: shardings from the names of each variable; then the steps are those of one device."""
     make = {

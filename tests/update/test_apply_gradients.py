@@ -94,7 +94,15 @@ TRANSFORMATIONS = {
 
 
 @pytest.mark.parametrize("slice_above", often([1, 2**30], 1))
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize(
+    "name",
+    often(
+        TRANSFORMATIONS,
+        *("adafactor", "adamw", "muon", "schedule", "clipped_by_global_norm", "momentum"),
+        *("skip_nonfinite", "advised", "advised, Nesterov, skip_nonfinite", "advised, int4"),
+        *("schedule_of_steps", "inject_hyperparams", "multi_transform", "masked", "multisteps"),
+    ),
+)
 def test_params_and_state_are_those_of_the_chain(name, slice_above):
     tx = TRANSFORMATIONS[name]
 

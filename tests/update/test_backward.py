@@ -66,7 +66,13 @@ def of_llama(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"remat": False}, {"scan": False}, {"scan": False, "remat": False}, {"tied": True}],
+    [
+        {},
+        {"remat": False},
+        {"scan": False},
+        pytest.param({"scan": False, "remat": False}, marks=pytest.mark.long),
+        {"tied": True},
+    ],
     ids=str,
 )
 def test_llama(changes):

@@ -98,6 +98,7 @@ def test_flora_is_the_chain_with_ordinary_gradients():
     np.testing.assert_allclose(figures["losses"], losses, atol=2e-5)
 
 
+@pytest.mark.long
 def test_lora_trains_its_factors_and_what_it_does_not_patch():
     given, method = make(), Method("lora", 3)
     trial, found, raw, figures = trained(given, method)
@@ -182,6 +183,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_equal(tmp_path):
     assert_tree_equal(ends[1], ends[0])
 
 
+@pytest.mark.long
 def test_galore_is_what_optax_has_over_accumulation():
     shape = decoder.Shape(20, 8, 12, 1, 2, 2, jnp.float32, remat=False, scan=False)
     model = decoder.Decoder(shape)
