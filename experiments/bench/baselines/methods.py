@@ -62,13 +62,13 @@ METHODS = {
         "torch: apollo-torch", "torch", 0.01, (*TORCH, "apollo-torch", "bitsandbytes")
     ),
     "torch-q-galore": Method(
-        "torch: q-galore-torch, int8 weights",
+        "torch, int8 weights: q-galore-torch",
         "torch",
         0.01,
         (*TORCH, "q-galore-torch", "bitsandbytes"),
     ),
     "torch-q-apollo": Method(
-        "torch: apollo-torch, int8 weights", "torch", 0.01, (*TORCH, "apollo-torch", "bitsandbytes")
+        "torch, int8 weights: apollo-torch", "torch", 0.01, (*TORCH, "apollo-torch", "bitsandbytes")
     ),
 }
 EXACT = ("exact", "exact-muon", "exact-int8")
