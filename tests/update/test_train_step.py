@@ -245,13 +245,11 @@ def test_a_run_is_traced_once_however_its_shardings_are_written(count, update):
     tx = flora() if projection else optax.sgd(0.1, momentum=0.9)
     step = flora_jax.make_train_step(loss, tx, projection, update=update)
 
-    def placed(tree, full):
-        places = [NamedSharding(mesh, PartitionSpec(*[None] * x.ndim * full)) for x in tree]
-        return [jax.device_put(*pair) for pair in zip(tree, places, strict=True)]
-
     def put(tree, full):
-        leaves, structure = jax.tree.flatten(tree)
-        return jax.tree.unflatten(structure, placed(leaves, full))
+        def place(x):
+            return NamedSharding(mesh, PartitionSpec(*[None] * x.ndim * full))
+
+        return jax.tree.map(lambda x: jax.device_put(x, place(x)), tree)
 
     params = linen_params()
     state = step.init(params, INPUTS, TARGETS)

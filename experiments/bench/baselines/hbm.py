@@ -36,7 +36,8 @@ def _flora(key: str, loss: Callable):
     size = Size(rank=RANK, accumulation=memory.STEPS)
     tx, projection = in_jax.build(key, size, 1e-3, in_jax.LONG)
     if key in INSIDE:
-        return memory.backward(tx, key in INT8)(loss)
+        inside = in_jax.inside(key, loss, tx)
+        return inside.init, inside.lower
     assert projection is not None
     if key == "flora-paper":
         return memory.of_params(tx), ordinary_step(loss, tx).lower
