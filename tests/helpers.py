@@ -164,4 +164,10 @@ def often(values, *kept):
     """Gives parameters of a test: those named every time, the others with `--long` alone."""
     values = list(values)
     assert all(one in values for one in kept), f"{kept} are none of {values}"
-    return [v if v in kept else pytest.param(v, marks=pytest.mark.long) for v in values]
+    long = pytest.mark.long
+    return [
+        one
+        if one in kept
+        else pytest.param(*(one if isinstance(one, tuple) else [one]), marks=long)
+        for one in values
+    ]

@@ -71,7 +71,7 @@ def methods():
     "name",
     often(
         ["lora", "lora-pro", "flat-lora", "sora", "deep-lora", "lorta", "run-lora", "quantised"],
-        *("lora", "flat-lora", "quantised"),
+        *("lora", "quantised"),
     ),
 )
 def test_sharded_step(name):

@@ -15,7 +15,7 @@ from tests.helpers import normal
 LENGTHS = st.integers(1, 70)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(total=LENGTHS, most=LENGTHS)
 def test_every_index_is_fresh_once_and_no_block_is_too_large(total, most):
     sizes = []
@@ -29,7 +29,7 @@ def test_every_index_is_fresh_once_and_no_block_is_too_large(total, most):
     assert max(sizes) <= most or most >= total
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(total=LENGTHS, most=LENGTHS, axis=st.sampled_from([0, 1]))
 def test_what_is_taken_is_what_the_indices_say_and_is_put_there(total, most, axis):
     shape = (total, 3) if axis == 0 else (3, total)

@@ -32,7 +32,7 @@ def test_every_row_has_a_name_of_its_own(study):
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("method", often(get_args(optimizers.Method), "flora", "multisteps"))
+@pytest.mark.parametrize("method", often(get_args(optimizers.Method), "flora"))
 def test_every_method_trains(method):
     """Against the same run at no learning rate, trained beside it."""
     config = quality.Config(width=128, layers=1, optimizer_steps=12, batch=2, length=16)

@@ -155,7 +155,7 @@ def mesh_of(shape, names):
     return Mesh(np.array(jax.devices()[:count]).reshape(shape), names, axis_types=kinds)
 
 
-@pytest.mark.parametrize("tx", often(["flora", "momentum", "adafactor"], "flora", "adafactor"))
+@pytest.mark.parametrize("tx", often(["flora", "momentum", "adafactor"], "flora"))
 def test_a_trainer_that_lays_out_state_by_its_metadata(tx):
     """As MaxText and Tunix do: shardings from the names of each variable; then the steps are those of one device."""
     make = {

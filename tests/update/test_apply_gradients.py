@@ -98,9 +98,8 @@ TRANSFORMATIONS = {
     "name",
     often(
         TRANSFORMATIONS,
-        *("adafactor", "adamw", "muon", "schedule", "clipped_by_global_norm", "momentum"),
-        *("skip_nonfinite", "advised", "advised, Nesterov, skip_nonfinite", "advised, int4"),
-        *("schedule_of_steps", "inject_hyperparams", "multi_transform", "masked", "multisteps"),
+        *("adafactor", "muon", "clipped_by_global_norm", "momentum", "inject_hyperparams"),
+        *("advised, Nesterov, skip_nonfinite", "advised, int4", "multi_transform", "multisteps"),
     ),
 )
 def test_params_and_state_are_those_of_the_chain(name, slice_above):
