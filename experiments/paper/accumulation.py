@@ -28,6 +28,7 @@ TABLE = Table(
                 Method("flora", rank, "advised", uncompressed_embeddings=True, state_dtype="int4")
                 for rank in (32, 64, 128)
             ),
+            Method("flora", 128, "advised", uncompressed_embeddings=True, state_dtype="int8"),
         ),
         "full": (
             Method("uncompressed"),
