@@ -28,7 +28,7 @@ TABLE = Table(
                 Method("flora", rank, "advised", uncompressed_embeddings=True, state_dtype="int4")
                 for rank in (32, 64, 128)
             ),
-            Method("flora", 128, "advised", uncompressed_embeddings=True, state_dtype="int8"),
+            Method("flora", 512, uncompressed_embeddings=True, state_dtype="int4"),
         ),
         "full": (
             Method("uncompressed"),

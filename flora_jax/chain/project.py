@@ -146,7 +146,7 @@ def _warn_of_nothing(plans: Sequence[LeafPlan]) -> None:
     if matrix is not None:
         warnings.warn(
             f"nothing is compressed, neither {matrix.path!r} ({matrix.reason}) nor any other leaf: the state "
-            "is as large as without flora; take a smaller rank or min_dim",
+            "has as many numbers as without flora; take a smaller rank or min_dim",
             UserWarning,
             stacklevel=2,
         )
