@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from flora_jax import bits
 from flora_jax.chain import products
 from flora_jax.chain.sketch import Spec
 
@@ -158,6 +159,10 @@ def run(tx, params, gradients, state=None):
     for gradient in gradients:
         params, state = step(gradient, state, params)
     return params, state
+
+
+def bits_of(seed, shape, **settings):
+    return bits.random(bits.words(jax.random.key(seed)), shape, **settings)
 
 
 def often(values, *kept):

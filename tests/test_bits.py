@@ -8,12 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora_jax import bits
+from tests.helpers import bits_of
 
 WORDS = st.integers(0, 2**32 - 1)
-
-
-def bits_of(seed, shape, **settings):
-    return bits.random(bits.words(jax.random.key(seed)), shape, **settings)
 
 
 def test_bits_of_all_kinds_are_independent():

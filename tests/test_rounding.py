@@ -10,14 +10,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flora_jax
-from flora_jax import bits, rounding
-from tests.helpers import assert_tree_equal, normal
+from flora_jax import rounding
+from tests.helpers import assert_tree_equal, bits_of, normal
 
 COUNT = 2**16
-
-
-def bits_of(seed, shape, **settings):
-    return bits.random(bits.words(jax.random.key(seed)), shape, **settings)
 
 
 @pytest.mark.parametrize("value", [1.0, -3.7, 1e-3, -1e-30, 2.5e38])
