@@ -471,44 +471,6 @@ def test_sharded_params(layout):
     del state
 
 
-@pytest.mark.parametrize(
-    "specs",
-    [
-        {"first": P(None, "model", None), "second": P(), "head": P()},
-        {"first": P(None, None, "model"), "second": P(None, "model"), "head": P("model")},
-    ],
-    ids=["input", "output"],
-)
-def test_a_mesh_with_explicit_axes(specs):
-    """Batches over one axis and weights over the other: one step is that of the whole arrays, and the types stay."""
-    mesh = jax.make_mesh((2, 2), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
-    shapes = {"first": (3, 16, 8), "second": (3, 8, 16), "head": (16, 4)}
-    params = {name: normal(i, shape) / 4 for i, (name, shape) in enumerate(shapes.items())}
-    x = normal(3, (8, 16))
-
-    def loss(params, x, rows=None):
-        def layer(x, weights):
-            first, second = weights
-            hidden = jnp.tanh(jnp.einsum("bi,io->bo", x, first, out_sharding=rows))
-            return x + jnp.einsum("bi,io->bo", hidden, second, out_sharding=rows), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(layer), x, (params["first"], params["second"]))
-        return jnp.mean(jnp.einsum("bi,io->bo", x, params["head"], out_sharding=rows) ** 2)
-
-    gradients = jax.grad(loss)(params, x)
-    expected = {name: params[name] - 0.1 * gradients[name] for name in params}
-    with jax.set_mesh(mesh):
-        own = {name: jax.device_put(np.asarray(params[name]), specs[name]) for name in params}
-        batch = jax.device_put(np.asarray(x), P("data"))
-        types = jax.tree.map(jax.typeof, own)
-        step = flora_jax.make_train_step(
-            lambda params, x: loss(params, x, P("data")), optax.sgd(0.1), update="backward"
-        )
-        found, _, _ = step(own, step.init(own, batch), batch)
-    assert_tree_close(found, expected, 1e-5)
-    assert jax.tree.map(jax.typeof, found) == types
-
-
 def test_without_a_projection_after_the_backward_pass():
     """Ordinary gradients, updated leaf by leaf."""
     loss, params = of_llama()
