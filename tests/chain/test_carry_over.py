@@ -4,7 +4,7 @@ import optax
 import pytest
 
 import flora_jax
-from tests.helpers import assert_tree_equal, make_gradients, make_params, normal, run
+from tests.helpers import assert_tree_equal, make_gradients, make_params, normal, often, run
 
 RULE = flora_jax.Projection(5, min_dim=16, resample_every=8)
 
@@ -13,14 +13,11 @@ def flora(**others):
     return flora_jax.flora(0.1, projection=RULE, accumulation_steps=4, **others)
 
 
+NESTEROV = {"preset": "advised", "nesterov": True, "state_dtype": "int8"}
+
+
 @pytest.mark.parametrize(
-    "others",
-    [
-        {},
-        pytest.param({"momentum": 0.9}, marks=pytest.mark.long),
-        pytest.param({"preset": "advised"}, marks=pytest.mark.long),
-        {"preset": "advised", "nesterov": True, "state_dtype": "int8"},
-    ],
+    "others", often([{}, {"momentum": 0.9}, {"preset": "advised"}, NESTEROV], {}, NESTEROV)
 )
 def test_a_param_is_added_in_the_middle_of_a_cycle(others):
     """What was there goes on to the last bit; what is new starts from nothing."""

@@ -63,11 +63,15 @@ TRANSFORMATIONS = {
     "skip_nonfinite alone": flora_jax.skip_nonfinite(optax.sgd(0.1)),
 }
 EVERY = pytest.mark.parametrize("name", TRANSFORMATIONS)
-OFTEN = (
-    *("paper", "advised", "official", "momentum", "advised in int4", "skip_nonfinite"),
-    *("schedule", "project, orthogonalize", "momentum alone"),
+TELLING = pytest.mark.parametrize(
+    "name",
+    often(
+        TRANSFORMATIONS,
+        *("paper", "advised", "official", "momentum", "advised in int4", "skip_nonfinite"),
+        *("schedule", "project, orthogonalize", "momentum alone"),
+    ),
 )
-"""Those that every run of the tests compiles."""
+"""What every run of the tests compiles, and the others with `--long`."""
 
 
 def params():
@@ -82,7 +86,7 @@ def kinds(tree):
     return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", often(TRANSFORMATIONS, *OFTEN))
+@TELLING
 def test_state_stays_of_its_kind_and_nothing_compiles_twice(name):
     tx, own = TRANSFORMATIONS[name], params()
     state = jax.jit(tx.init)(own)
@@ -130,10 +134,7 @@ def test_map_params_finds_what_belongs_to_a_parameter(name):
     assert set(found) in (set(), set(jax.tree.leaves(names)))
 
 
-@pytest.mark.parametrize(
-    "name",
-    often(TRANSFORMATIONS, *OFTEN),
-)
+@TELLING
 def test_state_stays_where_it_lies(name):
     tx, mesh = TRANSFORMATIONS[name], Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     specs = {

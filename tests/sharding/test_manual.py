@@ -130,8 +130,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", often(OTHERS, "momentum", "advised, accumulation"))
 def test_training_is_that_of_one_device(name):
-    side, others = OTHERS[name]
     """Five micro-steps over cycles of two; the state is created, and stays, sharded as the weights are."""
+    side, others = OTHERS[name]
     projection = flora_jax.Projection(
         8, min_dim=16, side=side, resample_every=2, partition_specs=SPECS
     )
