@@ -6,7 +6,8 @@
     python -m experiments.bench.accelerator --in-turn --shapes LLaMA-60M --batch 2 --length 128 --micro-batches 4
 
 LLaMA in bfloat16, layers under `scan` with remat, from the smallest shape to the largest that a method holds. Each method runs in a
-process of its own, so that its peak is its own, and one that runs out of memory takes nothing else with it. Methods that accumulate do so over
+process of its own, so that its peak is its own, and one that runs out of memory takes nothing else with it. With `--ahead 8` all steps are compiled
+before anything is timed, eight at once: on a machine that is paid by the minute that is most of the time. Methods that accumulate do so over
 `micro_batches` micro-batches, and a time is that of them all with their optimizer step; the others take as many optimizer steps on the same tokens.
 FLOPs are those of uncompressed training, six for each weight that is not an embedding and each token, and twelve
 for each layer, each token and each pair of a channel and a token that attention looks at: sketches and LoRA take fewer, so that
@@ -17,11 +18,13 @@ the other, so that what else the machine does meets them all alike: then times a
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -111,13 +114,15 @@ class Config:
     rounds: int = 2
     """Number of timed optimizer steps, after one that compiles."""
     minutes: float = 10
-    """Time after which no further row is begun."""
+    """Time after which no further row is begun, without that of compiling ahead."""
+    ahead: int = 0
+    """Number of steps that are compiled at once before anything is timed; 0 to compile each when its turn comes."""
     in_turn: bool = False
     """Time all methods in turn in one process, as ratios to `multisteps`; no peaks."""
     out: Path = Path("runs/accelerator")
     """Folder of the table, its JSON and the plot."""
-    row: bool = False
-    """Time the one method here, and print its figures as JSON, one line for each shape; the command calls itself so."""
+    row: Literal["no", "compile", "time"] = "no"
+    """Compile or time the one method here, and print its figures as JSON, one line for each shape; the command calls itself so."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ def one(config: Config, method: str, name: str) -> dict[str, Any]:
     step = build(config, method, model, windows)
     start = time.perf_counter()
     carry = jax.block_until_ready(step.init(weights(model)))
-    total = compiled_bytes(step.lower(carry, windows).compile())
+    compiled, traced, took_to_compile = _compiled(step, carry, windows)
     ready, seconds = 0.0, []
     for _ in range(config.rounds + 1):
         begun = time.perf_counter()
@@ -267,10 +272,32 @@ def one(config: Config, method: str, name: str) -> dict[str, Any]:
         "device": device.device_kind,
         "tokens_per_second": tokens / took,
         "peak_bytes": used,
-        "compiled_bytes": total,
+        "compiled_bytes": compiled_bytes(compiled),
         "share_of_peak": share,
+        "trace_seconds": traced,
+        "compile_seconds": took_to_compile,
         "seconds_until_timed": ready,
     }
+
+
+def _compiled(step: Step, carry: Any, windows: Any) -> tuple[Any, float, float]:
+    """Gives the compiled step, the seconds that tracing it took, and those of compiling it."""
+    begun = time.perf_counter()
+    lowered = step.lower(carry, windows)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    return compiled, traced - begun, time.perf_counter() - traced
+
+
+def compile_one(config: Config, method: str, name: str) -> dict[str, Any]:
+    """Compiles the step of a method at a shape from descriptions of its arguments, for the cache, and gives the seconds."""
+    shape = SHAPES[name]
+    model = families.module(shape)
+    windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
+    step = build(config, method, model, windows)
+    carry = jax.eval_shape(step.init, families.outline(model))
+    _, traced, took = _compiled(step, carry, windows)
+    return {"method": method, "shape": name, "trace_seconds": traced, "compile_seconds": took}
 
 
 def in_turn(config: Config, name: str) -> dict[str, float]:
@@ -295,26 +322,54 @@ def _in_turn(step: Step, _: None, carry: Any, windows: Any) -> tuple[None, Any, 
 
 def rows(config: Config) -> Iterator[dict[str, Any]]:
     """Gives the figures of each method at each shape as they come, each method from a process of its own."""
-    end = time.monotonic() + 60 * config.minutes
     with tempfile.TemporaryDirectory() as folder:
         variables = {
-            **os.environ,
             "JAX_COMPILATION_CACHE_DIR": folder,  # the step is compiled once more to be looked at
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+            **os.environ,
         }
+        before = _ahead(config, variables)
+        end = time.monotonic() + 60 * config.minutes
         for method in config.methods:
             left = end - time.monotonic()
             if left <= 0:
                 yield {"method": method, "error": "not begun: the time was over"}
                 continue
-            yield from _child(config, method, variables, left)
+            for row in _child(config, "time", method, config.shapes, variables, left):
+                yield row | before.get((method, row.get("shape")), {})
+
+
+def _ahead(
+    config: Config, variables: dict[str, str]
+) -> dict[tuple[str, str | None], dict[str, float]]:
+    """Compiles all steps into the cache, if the config says so, and gives the seconds of each; one that fails says why when it is timed."""
+    if not config.ahead:
+        return {}
+    variables = variables | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # they share the device
+    pairs = [(method, name) for name in reversed(config.shapes) for method in config.methods]
+
+    def compiled(pair: tuple[str, str]) -> list[dict[str, Any]]:
+        method, name = pair
+        return list(_child(config, "compile", method, (name,), variables, config.minutes * 60))
+
+    begun = time.monotonic()
+    with ThreadPoolExecutor(config.ahead) as pool:
+        found = [row for some in pool.map(compiled, pairs) for row in some if "error" not in row]
+    print(f"Compiled {len(found)} of {len(pairs)} in {time.monotonic() - begun:.0f} s", flush=True)
+    names = "trace_seconds", "compile_seconds"
+    return {(row["method"], row["shape"]): {name: row[name] for name in names} for row in found}
 
 
 def _child(
-    config: Config, method: str, variables: dict[str, str], seconds: float
+    config: Config,
+    what: str,
+    method: str,
+    shapes: Sequence[str],
+    variables: dict[str, str],
+    seconds: float,
 ) -> Iterator[dict[str, Any]]:
-    command = [sys.executable, "-m", "experiments.bench.accelerator", "--row"]
-    command += ["--methods", method, "--shapes", *config.shapes]
+    command = [sys.executable, "-m", "experiments.bench.accelerator", "--row", what]
+    command += ["--methods", method, "--shapes", *shapes]
     for name in ("part", "batch", "length", "micro_batches", "rounds"):
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     command += ["--minutes", str(seconds / 60)]
@@ -328,12 +383,15 @@ def _child(
                 yield json.loads(line)
         if process.wait():
             said.seek(0)
-            last = [line for line in said.read().splitlines() if line.strip()][-1:]
-            yield {"method": method, "error": "".join(last) or f"exit status {process.returncode}"}
+            lines = [line for line in said.read().splitlines() if line.strip()]
+            named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+            last = (named or lines or [f"exit status {process.returncode}"])[-1]
+            yield {"method": method, "error": last}
 
 
 def run_row(config: Config) -> None:
     """Prints the figures of the one method, shape by shape, until one does not fit or the time is over."""
+    figures = {"compile": compile_one, "time": one}[config.row]
     end = time.monotonic() + 60 * config.minutes
     (method,) = config.methods
     for name in config.shapes:
@@ -341,7 +399,7 @@ def run_row(config: Config) -> None:
             print(json.dumps({"method": method, "shape": name, "error": "the time was over"}))
             return
         try:
-            found = one(config, method, name)
+            found = figures(config, method, name)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -397,7 +455,7 @@ def plot(found: list[dict[str, Any]], folder: Path) -> None:
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    if config.row:
+    if config.row != "no":
         run_row(config)
         return []
     if config.in_turn:

@@ -41,7 +41,8 @@ def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
         variable_broadcast="params",
         split_rngs={"params": False},
     )
-    return scan(head, None, (parts(x), parts(targets)))[1]
+    found = scan(head, None, (parts(x), parts(targets)))[1]
+    return jnp.moveaxis(found, 0, 1).reshape(targets.shape)
 
 
 def mean_loss(losses: jax.Array, weights: jax.Array | None) -> jax.Array:
