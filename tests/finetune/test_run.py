@@ -75,6 +75,19 @@ def test_a_run_learns_and_leaves_a_checkpoint(model, data, tmp_path):
     assert report["after"] == pytest.approx(naive_loss(given, out), rel=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_texts_at_the_length_by_default(rows, model, tmp_path):
+    """Every token has a loss, and a sequence has more of them than logits exist at a time."""
+    words = [pair["prompt"] + pair["completion"] for pair in PAIRS]
+    texts = [{"text": " ".join(words[i:] + words[:i])} for i in range(4)]
+    data = write(tmp_path / "texts.jsonl", texts)
+    given = Settings(str(model), (str(data),), out=tmp_path / "mine", batch=rows, steps=1)
+    given = replace(given, micro_batches=1, held_out=0.25, samples=0)
+    assert run.finetune(given, QUIET)["after"] == pytest.approx(
+        naive_loss(given, given.out), rel=1e-4
+    )
+
+
 def naive_loss(given, folder):
     """The mean loss of the validation side, one document at a time, from logits."""
     found, params = load(folder)
@@ -84,7 +97,7 @@ def naive_loss(given, folder):
     total, count = 0.0, 0
     for first, last in zip(held.offsets[:-1], held.offsets[1:], strict=True):
         tokens, counts = held.tokens[first:last], held.counts[first:last]
-        padded = np.zeros((1, 64), np.int32)
+        padded = np.zeros((1, given.length), np.int32)
         padded[0, : len(tokens)] = tokens
         odds = jax.nn.log_softmax(apply(jnp.asarray(padded))[0])
         for i in np.flatnonzero(counts[1:]):
