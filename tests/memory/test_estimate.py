@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import flora_jax
+from experiments.bench import accelerator
 from flora_jax.memory import estimate, outline, report
 from flora_jax.memory.estimate import GIB, METHODS, PARTS, Setting
 from flora_jax.models import config
@@ -147,6 +148,26 @@ def test_updates_inside_the_backward_pass_within_a_tenth(model, method, rank, le
         pytest.importorskip("qwix")
     setting = Setting(rank, length, model=outline.named(model), moments="params", **given)
     assert estimate.estimate(setting, method).total / GIB == pytest.approx(gib, rel=0.1)
+
+
+# model, method, rank, settings, GiB in use on an H200, 4 x 2048 tokens; `python -m experiments.bench.accelerator`
+ON_A_GPU = [
+    ("LLaMA-1B", FUSED, 256, {"state_dtype": "bfloat16"}, 4.85),
+    ("LLaMA-1B", BACKWARD, 512, {"state_dtype": "int4"}, 4.37),
+    ("LLaMA-1B", EXACT, 256, {}, 4.15),
+    ("LLaMA-1B", MULTISTEPS, 256, {}, 11.41),
+    ("LLaMA-7B", FUSED, 512, {"state_dtype": "bfloat16"}, 20.35),
+    ("LLaMA-7B", BACKWARD, 1024, {"state_dtype": "int4"}, 17.32),
+    ("LLaMA-7B", EXACT, 512, {}, 16.48),
+    ("LLaMA-7B", MULTISTEPS, 512, {}, 53.60),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "rank", "given", "gib"), ON_A_GPU)
+def test_what_a_gpu_had_in_use_within_a_fortieth(model, method, rank, given, gib):
+    shape = accelerator.SHAPES[model]
+    setting = Setting(rank, 2048, 4, model=outline.outline(shape), **ADVISED, **given)
+    assert estimate.estimate(setting, method).total / GIB == pytest.approx(gib, rel=0.025)
 
 
 # model, method, length, batch, MiB, float32; rank 128, one chip; `flora-jax plan --measure yes --dtype float32`
