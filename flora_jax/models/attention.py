@@ -14,6 +14,27 @@ FUSED = (jnp.bfloat16, jnp.float16)
 """The dtypes for which GPUs have attention as one kernel."""
 
 
+def chunks(length: int) -> tuple[int, int]:
+    """Returns how many chunks a sequence has, of at most `CHUNK` tokens, and the tokens of each; the last may be padded."""
+    count = max(1, -(-length // CHUNK))
+    return count, -(-length // count)
+
+
+def split(array: jax.Array, count: int, size: int) -> jax.Array:
+    """Returns `(B, T, ...)` as `(count, B, size, ...)`, with zeros after the last token."""
+    missing = count * size - array.shape[1]
+    if missing:
+        array = jnp.pad(array, ((0, 0), (0, missing), *((0, 0),) * (array.ndim - 2)))
+    return jnp.moveaxis(array.reshape(array.shape[0], count, size, *array.shape[2:]), 1, 0)
+
+
+def join(parts: jax.Array, length: int) -> jax.Array:
+    """Returns `(B, length, ...)` of what `split` made."""
+    together = jnp.moveaxis(parts, 0, 1)
+    whole = together.reshape(parts.shape[1], -1, *parts.shape[3:])
+    return whole if whole.shape[1] == length else whole[:, :length]
+
+
 class Sight(NamedTuple):
     """Says what queries may attend to; never to a later token.
 
@@ -31,12 +52,15 @@ class Sight(NamedTuple):
         """Returns whether all earlier tokens may be attended to."""
         return self.first is None and self.valid is None and self.segments is None
 
-    def seen(self, start: Any, count: int, length: int, window: Any) -> jax.Array:
+    def seen(
+        self, start: Any, count: int, length: int, window: Any, own: jax.Array | None
+    ) -> jax.Array:
         """Returns bools `(B or 1, 1, count, L)`: what `count` queries from `start` on attend to.
 
         Args:
           start: The index of the first of them in `T`.
-          count: How many there are.
+          count: How many there are, of which some may be padding after `T`.
+          own: Their documents, `(B, count)`, where there are segments.
           length: `L`.
           window: How many tokens back a query reaches, itself among them; None for all.
         """
@@ -48,8 +72,7 @@ class Sight(NamedTuple):
         seen = seen[None]
         if self.valid is not None:
             seen = seen & self.valid[:, None]
-        if self.segments is not None:
-            own = jax.lax.dynamic_slice_in_dim(self.segments, start, count, 1)
+        if self.segments is not None and own is not None:
             seen = seen & (own[:, :, None] == self.segments[:, None])
         return seen[:, None]
 
@@ -69,7 +92,7 @@ def attention(
 ) -> jax.Array:
     """Attends, `(B, T, heads, head_dim)`, to `k` and `v` `(B, L, key heads, head_dim)`.
 
-    The scores of `CHUNK` queries exist at a time, where `CHUNK` divides `T`; on a GPU, where all earlier tokens or a
+    The scores of at most `CHUNK` queries exist at a time; on a GPU, where all earlier tokens or a
     window of them are attended to and the dtype is a narrow one, none do.
 
     Args:
@@ -87,19 +110,19 @@ def attention(
         return jax.nn.dot_product_attention(
             q, k, v, scale=scale, is_causal=True, local_window_size=reach, implementation="cudnn"
         )
-    count = length // CHUNK
-    if count < 2 or length % CHUNK:
+    count, size = chunks(length)
+    if count == 1:
         if sight.everything() and window is None and cap is None:
             return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
-        return _attend(q, k, v, sight.seen(0, length, slots, window), scale, cap)
+        return _attend(q, k, v, sight.seen(0, length, slots, window, sight.segments), scale, cap)
 
     @jax.checkpoint
-    def some(i, q):
-        return _attend(q, k, v, sight.seen(i * CHUNK, CHUNK, slots, window), scale, cap)
+    def some(i, q, own):
+        return _attend(q, k, v, sight.seen(i * size, size, slots, window, own), scale, cap)
 
-    queries = jnp.moveaxis(q.reshape(q.shape[0], count, CHUNK, *q.shape[2:]), 1, 0)
-    results = jax.lax.map(lambda pair: some(*pair), (jnp.arange(count), queries))
-    return jnp.moveaxis(results, 0, 1).reshape(q.shape)
+    own = None if sight.segments is None else split(sight.segments, count, size)
+    queries = jnp.arange(count), split(q, count, size), own
+    return join(jax.lax.map(lambda each: some(*each), queries), length)
 
 
 def _has_kernel(q: jax.Array, sight: Sight, window: Any, cap: float | None) -> bool:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax.models.attention import CHUNK
+from flora_jax.models.attention import chunks, join, split
 
 
 def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns the cross-entropy of `head(x)` for each token, `(B, T)`, over `CHUNK` tokens of each sequence at a time.
+    """Returns the cross-entropy of `head(x)` for each token, `(B, T)`, over a chunk of tokens of each sequence at a time.
 
     Chunks are taken of each sequence, so that a batch that is sharded over devices stays so.
 
@@ -23,13 +23,7 @@ def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
       x: The last states, `(B, T, D)`.
       targets: The tokens that come next, `(B, T)`.
     """
-    count = max(1, x.shape[1] // CHUNK)
-    if x.shape[1] % count:
-        count = 1
-
-    def parts(array):
-        chunks = array.reshape(array.shape[0], count, -1, *array.shape[2:])
-        return jnp.moveaxis(chunks, 1, 0)
+    count, size = chunks(x.shape[1])
 
     def some(head, _, chunk):
         x, targets = chunk
@@ -41,8 +35,8 @@ def losses(head: Any, x: jax.Array, targets: jax.Array) -> jax.Array:
         variable_broadcast="params",
         split_rngs={"params": False},
     )
-    found = scan(head, None, (parts(x), parts(targets)))[1]
-    return jnp.moveaxis(found, 0, 1).reshape(targets.shape)
+    parts = split(x, count, size), split(targets, count, size)
+    return join(scan(head, None, parts)[1], x.shape[1])
 
 
 def mean_loss(losses: jax.Array, weights: jax.Array | None) -> jax.Array:

@@ -1,9 +1,12 @@
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.models.attention import Sight, attention
+from flora_jax.models.attention import CHUNK, Sight, attention
 
 
 @pytest.mark.parametrize("length", [7, 512, 1024, 1030, 1536])
@@ -15,7 +18,7 @@ def test_attention_in_chunks_is_attention(length):
     np.testing.assert_allclose(attention(q, k, v), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("length", [7, 512, 1024])
+@pytest.mark.parametrize("length", [7, 1024, 1030])
 @pytest.mark.parametrize("cap", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 3, "array"])
 def test_documents_windows_and_caps(length, cap, window):
@@ -44,6 +47,24 @@ def test_documents_windows_and_caps(length, cap, window):
     looked = expected != 0
     assert looked.sum() == 2 * 7 * 4 * 6
     np.testing.assert_allclose(found[looked], expected[looked], atol=2e-6)
+
+
+def sizes(function, *arguments):
+    """The numbers in each float32 array of a function's jaxpr."""
+    shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(function)(*arguments)))
+    return [math.prod(map(int, shape.split(","))) for shape in shapes]
+
+
+@pytest.mark.parametrize("length", [1024, 1030, 1600])
+def test_no_more_than_a_chunk_of_scores_exists(length):
+    x = jax.ShapeDtypeStruct((1, length, 3, 4), jnp.float32)
+    segments = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def total(x, segments):
+        return attention(x, x, x, Sight(segments=segments)).sum()
+
+    most = max(sizes(jax.grad(total), x, segments))
+    assert 3 * length * 300 < most <= 3 * length * CHUNK
 
 
 @pytest.mark.parametrize("described", [False, True])

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from flora_jax.models import decoder, families, gpt2
+from flora_jax.models.attention import CHUNK
 from flora_jax.models.loss import losses
+from tests.models.test_attention import sizes
 
 DECODER = decoder.Shape(vocabulary=40, width=16, hidden=24, layers=1, heads=2, key_heads=1)
 SHAPES = {
@@ -57,3 +59,19 @@ def test_weighted_losses_of_long_sequences(name, rows):
     each = cross_entropy(jax.jit(model.apply)(variables, tokens), targets)
     expected = each[np.asarray(weights)].mean()
     assert abs(float(found) / expected - 1) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1024, 1030, 1600])
+def test_no_more_than_a_chunk_of_logits_exists(length):
+    """Of a vocabulary that is larger than all else."""
+    x = jnp.zeros((1, length, 5))
+    targets = jnp.zeros((1, length), jnp.int32)
+
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return losses(nn.Dense(1000), x, targets).sum()
+
+    params = {"params": {"Dense_0": {"kernel": jnp.zeros((5, 1000)), "bias": jnp.zeros(1000)}}}
+    most = max(sizes(jax.grad(Wide().apply), params, x))
+    assert 1000 * 300 < most <= 1000 * CHUNK
