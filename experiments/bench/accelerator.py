@@ -227,16 +227,14 @@ def weights(model: Any) -> Any:
 def flops(shape: decoder.Shape, tokens: int, length: int) -> float:
     """Gives the FLOPs of uncompressed training on so many tokens."""
     outline = jax.tree_util.tree_leaves_with_path(families.outline(families.module(shape)))
-    names = ((jax.tree_util.keystr(path), leaf) for path, leaf in outline)
-    matrices = sum(leaf.size for name, leaf in names if "embed" not in name.lower())
+    matrices = sum(x.size for path, x in outline if "embed" not in jax.tree_util.keystr(path))
     return tokens * (6.0 * matrices + 12.0 * shape.layers * shape.width * length)
 
 
 def peak(kind: str) -> float | None:
     """Gives the peak FLOPs of a chip a second; None of one that is not known."""
-    found = next((value for part, value in PEAKS.items() if part in kind), None)
-    if found is None and kind.startswith("TPU v5"):
-        found = PEAKS["v5p"]
+    other = PEAKS["v5p"] if kind.startswith("TPU v5") else None
+    found = next((value for part, value in PEAKS.items() if part in kind), other)
     return None if found is None else found * 1e12
 
 
@@ -251,7 +249,7 @@ def one(config: Config, method: str, name: str) -> dict[str, Any]:
     step = build(config, method, model, windows)
     start = time.perf_counter()
     carry = jax.block_until_ready(step.init(weights(model)))
-    compiled, traced, took_to_compile = _compiled(step, carry, windows)
+    compiled, times = _compiled(step, carry, windows)
     ready, seconds = 0.0, []
     for _ in range(config.rounds + 1):
         begun = time.perf_counter()
@@ -274,30 +272,27 @@ def one(config: Config, method: str, name: str) -> dict[str, Any]:
         "peak_bytes": used,
         "compiled_bytes": compiled_bytes(compiled),
         "share_of_peak": share,
-        "trace_seconds": traced,
-        "compile_seconds": took_to_compile,
         "seconds_until_timed": ready,
-    }
+    } | times
 
 
-def _compiled(step: Step, carry: Any, windows: Any) -> tuple[Any, float, float]:
-    """Gives the compiled step, the seconds that tracing it took, and those of compiling it."""
+def _compiled(step: Step, carry: Any, windows: Any) -> tuple[Any, dict[str, float]]:
+    """Gives the compiled step, and the seconds that tracing and compiling it took."""
     begun = time.perf_counter()
     lowered = step.lower(carry, windows)
     traced = time.perf_counter()
     compiled = lowered.compile()
-    return compiled, traced - begun, time.perf_counter() - traced
+    seconds = time.perf_counter() - traced
+    return compiled, {"trace_seconds": traced - begun, "compile_seconds": seconds}
 
 
 def compile_one(config: Config, method: str, name: str) -> dict[str, Any]:
     """Compiles the step of a method at a shape from descriptions of its arguments, for the cache, and gives the seconds."""
-    shape = SHAPES[name]
-    model = families.module(shape)
+    model = families.module(SHAPES[name])
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
     step = build(config, method, model, windows)
     carry = jax.eval_shape(step.init, families.outline(model))
-    _, traced, took = _compiled(step, carry, windows)
-    return {"method": method, "shape": name, "trace_seconds": traced, "compile_seconds": took}
+    return {"method": method, "shape": name} | _compiled(step, carry, windows)[1]
 
 
 def in_turn(config: Config, name: str) -> dict[str, float]:
@@ -339,9 +334,7 @@ def rows(config: Config) -> Iterator[dict[str, Any]]:
                 yield row | before.get((method, row.get("shape")), {})
 
 
-def _ahead(
-    config: Config, variables: dict[str, str]
-) -> dict[tuple[str, str | None], dict[str, float]]:
+def _ahead(config: Config, variables: dict[str, str]) -> dict[Any, dict[str, float]]:
     """Compiles all steps into the cache, if the config says so, and gives the seconds of each; one that fails says why when it is timed."""
     if not config.ahead:
         return {}
@@ -349,15 +342,12 @@ def _ahead(
     pairs = [(method, name) for name in reversed(config.shapes) for method in config.methods]
 
     def compiled(pair: tuple[str, str]) -> list[dict[str, Any]]:
-        method, name = pair
-        return list(_child(config, "compile", method, (name,), variables, config.minutes * 60))
+        return list(_child(config, "compile", pair[0], pair[1:], variables, config.minutes * 60))
 
-    begun = time.monotonic()
     with ThreadPoolExecutor(config.ahead) as pool:
         found = [row for some in pool.map(compiled, pairs) for row in some if "error" not in row]
-    print(f"Compiled {len(found)} of {len(pairs)} in {time.monotonic() - begun:.0f} s", flush=True)
-    names = "trace_seconds", "compile_seconds"
-    return {(row["method"], row["shape"]): {name: row[name] for name in names} for row in found}
+    print(f"Compiled {len(found)} of {len(pairs)} steps.", flush=True)
+    return {(row.pop("method"), row.pop("shape")): row for row in found}
 
 
 def _child(
@@ -385,8 +375,10 @@ def _child(
             said.seek(0)
             lines = [line for line in said.read().splitlines() if line.strip()]
             named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-            last = (named or lines or [f"exit status {process.returncode}"])[-1]
-            yield {"method": method, "error": last}
+            yield {
+                "method": method,
+                "error": [f"exit status {process.returncode}", *lines, *named][-1],
+            }
 
 
 def run_row(config: Config) -> None:

@@ -23,14 +23,15 @@ def test_each_method_is_timed(method):
 
 
 def test_the_command_writes_a_table_and_a_picture(tmp_path, monkeypatch):
-    """One method in a process of its own, and one that fails there, which is said and does not end the command."""
+    """One method in a process of its own, compiled ahead, and one that fails there, which is said and does not end the command."""
     monkeypatch.setitem(accelerator.TITLES, "none", "no such method")
-    config = replace(TOY, methods=("none", "lora"), micro_batches=1, out=tmp_path)
+    config = replace(TOY, methods=("none", "lora"), micro_batches=1, ahead=2, out=tmp_path)
     accelerator.main(config)
     rows = json.loads((tmp_path / "accelerator.json").read_text())["rows"]
     failed, good = rows
     assert failed["method"] == "none" and failed["error"]
     assert good["method"] == "lora" and good["tokens_per_second"] > 0
+    assert good["compile_seconds"] > 0 and good["compile_seconds"] != good["seconds_until_timed"]
     assert (tmp_path / "accelerator.png").stat().st_size > 1000
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import flora_jax
 from flora_jax.chain.sketch import is_sketch
 from flora_jax.models import attention, decoder, gpt2, t5
-from flora_jax.models import loss as chunked
 from tests.helpers import Naive, assert_close, matrix_of_a, normal, often
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 13)), jnp.int32)
@@ -63,7 +62,6 @@ def test_llama(scan, remat, side):
 
 
 def test_llama_in_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK", 4)
     monkeypatch.setattr(attention, "CHUNK", 4)
     model = decoder.Decoder(decoder.Shape(48, 32, 56, 2, 4, 2, jnp.float32))
     compare(lambda p: decoder.loss(model, p, TOKENS), init(model, TOKENS))
