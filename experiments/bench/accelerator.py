@@ -227,14 +227,16 @@ def weights(model: Any) -> Any:
 def flops(shape: decoder.Shape, tokens: int, length: int) -> float:
     """Gives the FLOPs of uncompressed training on so many tokens."""
     outline = jax.tree_util.tree_leaves_with_path(families.outline(families.module(shape)))
-    matrices = sum(x.size for path, x in outline if "embed" not in jax.tree_util.keystr(path))
+    names = ((jax.tree_util.keystr(path), leaf) for path, leaf in outline)
+    matrices = sum(leaf.size for name, leaf in names if "embed" not in name.lower())
     return tokens * (6.0 * matrices + 12.0 * shape.layers * shape.width * length)
 
 
 def peak(kind: str) -> float | None:
     """Gives the peak FLOPs of a chip a second; None of one that is not known."""
-    other = PEAKS["v5p"] if kind.startswith("TPU v5") else None
-    found = next((value for part, value in PEAKS.items() if part in kind), other)
+    found = next((value for part, value in PEAKS.items() if part in kind), None)
+    if found is None and kind.startswith("TPU v5"):
+        found = PEAKS["v5p"]
     return None if found is None else found * 1e12
 
 
@@ -375,10 +377,8 @@ def _child(
             said.seek(0)
             lines = [line for line in said.read().splitlines() if line.strip()]
             named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-            yield {
-                "method": method,
-                "error": [f"exit status {process.returncode}", *lines, *named][-1],
-            }
+            last = (named or lines or [f"exit status {process.returncode}"])[-1]
+            yield {"method": method, "error": last}
 
 
 def run_row(config: Config) -> None:

@@ -60,9 +60,9 @@ class Sight(NamedTuple):
         Args:
           start: The index of the first of them in `T`.
           count: How many there are, of which some may be padding after `T`.
-          own: Their documents, `(B, count)`, where there are segments.
           length: `L`.
           window: How many tokens back a query reaches, itself among them; None for all.
+          own: Their documents, `(B, count)`, where there are segments.
         """
         slots = start + jnp.arange(count) + (0 if self.first is None else self.first)
         distance = slots[:, None] - jnp.arange(length)
