@@ -197,7 +197,9 @@ def test_a_hostile_template(template, said):
     with pytest.raises(ValueError, match="f, line 3: the chat template ") as caught:
         chat(template).render(CHAT, where="f, line 3")
     assert said in str(caught.value)
-    assert time.monotonic() - start < 20
+    assert (
+        time.monotonic() - start < 120
+    )  # without the limits it would end in years, or take all memory
 
 
 def test_what_chat_templates_have_no_use_for():
