@@ -4,12 +4,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from jax.extend import core
 
 from flora_jax.fused.interpreter import apply
 
 JITS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 """Calls that mean nothing but their bodies."""
+REMATS = {"checkpoint": "jaxpr", "remat2": "jaxpr"}
+"""Parts that are computed again; they are their bodies, once nothing is differentiated any more."""
 CALLS = {
     **JITS,
     "custom_jvp_call": "call_jaxpr",
@@ -62,6 +66,18 @@ class Node:
         return list(result) if self.eqn.primitive.multiple_results else [result]
 
 
+class Held(Node):
+    """The inputs of a part that is computed again, which XLA must not take for what was computed before."""
+
+    @staticmethod
+    def of(eqn: Any, ins: Sequence[Atom]) -> "Held":
+        avals = [atom.aval if isinstance(atom, Var) else jax.typeof(atom.value) for atom in ins]
+        return Held(eqn, list(ins), list(map(Var, avals)))
+
+    def run(self, values: Sequence[Any]) -> list[Any]:
+        return list(jax.lax.optimization_barrier(list(values)))
+
+
 def flatten(
     jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], calls: Mapping[str, str] = CALLS
 ) -> tuple[list[Node], list[Atom]]:
@@ -77,6 +93,12 @@ def flatten(
         ins = [read(atom) for atom in eqn.invars]
         if eqn.primitive.name in calls:
             body = eqn.params[calls[eqn.primitive.name]]
+            if eqn.primitive.name in REMATS:
+                body = core.ClosedJaxpr(body, ())
+                if eqn.params["differentiated"] and np.any(eqn.params["prevent_cse"]):
+                    held = Held.of(eqn, ins)
+                    nodes.append(held)
+                    ins = [*held.outs]
             inner, outs = flatten(body.jaxpr, body.consts, ins, calls)
             nodes += inner
         else:

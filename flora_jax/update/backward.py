@@ -130,6 +130,8 @@ class _Walk:
         self.state: dict[int, Any] = {}
         self.cotangents: dict[Var, Any] = {}
         self.pulls: dict[Node, Any] = {}
+        # on more devices a gradient is summed while the next one is computed
+        self.alone = all(one is None or one.mesh.size == 1 for one in shardings)
         self.shardings = [
             (one, without_axis(one, program.stacks[i].axis) if i in program.stacks else one)
             for i, one in enumerate(shardings)
@@ -245,6 +247,7 @@ class _Walk:
             updates,
             self._one,
             ready,
+            self.alone,
         )
         self.new.update(params)
         self.state.update(states)
@@ -271,17 +274,26 @@ class _Walk:
             return
         stack = updates.stacks[leaf]
 
-        axes = {place: updates.axes[place] for place in state}
+        axes = [{leaf: stack.axis}, {place: updates.axes[place] for place in state}]
 
-        def compute(i, arrays, rest):
-            given = {place: take(x, axes[place], i) for place, x in arrays[1].items()}
-            layer = take(arrays[0], stack.axis, i)
-            own = jnp.zeros_like(outline(layer)) if grad is None else take(grad, stack.axis, i)
-            return self._one(leaf, own, layer, given, i), rest
+        def compute(now, rest):
+            layer = now.take(0, leaf)
+            own = (
+                jnp.zeros_like(outline(layer))
+                if grad is None
+                else take(grad, stack.axis, now.index)
+            )
+            given = {place: now.take(1, place) for place in state}
+            new, given = self._one(leaf, own, layer, given, now.index)
+            now.put(0, leaf, new)
+            for place, part in given.items():
+                now.put(1, place, part)
+            return rest
 
-        (self.new[leaf], new), _ = replace_each(
-            stack.length, lambda t: t, (param, state), (stack.axis, axes), compute, ()
+        (own, new), _ = replace_each(
+            stack.length, lambda t: t, [{leaf: param}, state], axes, compute, ()
         )
+        self.new |= own
         self.state.update(new)
 
 

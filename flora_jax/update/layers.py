@@ -16,6 +16,34 @@ def take(leaf: Any, axis: int, i: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False), leaf)
 
 
+class Round:
+    """One round of `replace_each`: one index of each array, to be taken and replaced.
+
+    Attributes:
+      index: The index.
+      arrays: The arrays, dicts in a list.
+      parts: What replaces this index of each, where it is written later.
+      early: Whether an index is written as soon as `put` is called.
+    """
+
+    def __init__(self, arrays: Any, axes: Any, index: Any, early: bool):
+        self.arrays, self.axes = [dict(group) for group in arrays], axes
+        self.parts: list[dict[Any, Any]] = [{} for _ in self.arrays]
+        self.index, self.early = index, early
+
+    def take(self, group: int, name: Any) -> Any:
+        """Returns this index of an array."""
+        return take(self.arrays[group][name], self.axes[group][name], self.index)
+
+    def put(self, group: int, name: Any, part: Any) -> None:
+        """Replaces this index of an array."""
+        if self.early:
+            array, axis = self.arrays[group][name], self.axes[group][name]
+            self.arrays[group][name] = put(array, part, axis, self.index)
+        else:
+            self.parts[group][name] = part
+
+
 def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: Callable, rest: Any):
     """Replaces the indices of arrays one after the other, in place.
 
@@ -26,9 +54,9 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
     Args:
       count: The number of indices.
       order: The function from the number of a round to the index.
-      arrays: A pytree of arrays, or of `qwix.QArray`s.
-      axes: The axis of each, in such a tree.
-      compute: The function `(index, arrays, rest) -> (parts, rest)` that gives the new index of each array.
+      arrays: A list of dicts, of arrays or of `qwix.QArray`s.
+      axes: The axis of each, in such a list.
+      compute: The function `(round, rest) -> rest` that puts the new index of each array into the `Round`.
       rest: What else goes from one round to the next.
 
     Returns:
@@ -41,8 +69,9 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
     def at_once(arrays, rest):
         def body(t, loop):
             arrays, rest = loop
-            parts, rest = compute(order(t), arrays, rest)
-            return jax.tree.map(_as_it_came, write(arrays, parts, order(t))), rest
+            now = Round(arrays, axes, order(t), early=True)
+            rest = compute(now, rest)
+            return jax.tree.map(_as_it_came, now.arrays), rest
 
         return jax.lax.fori_loop(0, count, body, (arrays, rest))
 
@@ -50,7 +79,9 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
         def body(t, loop):
             arrays, parts, rest = loop
             arrays = write(arrays, parts, order(jnp.maximum(t - 1, 0)))
-            return arrays, *compute(order(t), arrays, rest)
+            now = Round(arrays, axes, order(t), early=False)
+            rest = compute(now, rest)
+            return arrays, now.parts, rest
 
         first = jax.tree.map(lambda axis, x: take(x, axis, order(0)), axes, arrays)
         arrays, parts, rest = jax.lax.fori_loop(0, count, body, (arrays, first, rest))

@@ -11,7 +11,8 @@ import numpy as np
 from jax import dtypes
 
 from flora_jax.fused.interpreter import is_inexact
-from flora_jax.fused.program import JITS, Atom, Const, Values, Var, flatten, needed
+from flora_jax.fused.program import JITS, Atom, Values, Var, flatten, needed
+from flora_jax.update.schedule import Schedule, run
 
 
 def zeros_for(value: Any) -> Any:
@@ -122,23 +123,45 @@ class Layer:
     def forward(self, given: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Returns the outputs of the body, and what is to be kept."""
         values = self._values(dict(zip(self.inputs, given, strict=True)))
-        run(values, [*self.outs, *self.kept])
+        compute(values, [*self.outs, *self.kept])
         return [values(out) for out in self.outs], [values(x) for x in self.kept]
 
-    def pull(self, given: Sequence[Any], kept: Sequence[Any]) -> Callable[[list[Any]], list[Any]]:
-        """Returns the function from cotangents of the wanted outputs to those of the active inputs.
+    def pull(
+        self,
+        given: Sequence[Any],
+        kept: Sequence[Any],
+        cotangents: Sequence[Any],
+        weights: int,
+        complete: Callable[[dict[int, Any], list[Any]], list[Any]],
+    ) -> list[Any]:
+        """Computes the cotangents of the active inputs, each weight's as early as can be.
 
         Args:
           given: The inputs, where they are there in the backward pass; None in the place of others.
           kept: What was kept.
+          cotangents: Those of the wanted outputs.
+          weights: The number of weights, which are the first inputs.
+          complete: What is done with the cotangents of weights, as in `Schedule.run`.
+
+        Returns:
+          The cotangents of the other active inputs.
         """
+        args, structure = jax.tree.flatten((list(given), list(kept), list(cotangents)))
+        schedule = Schedule(
+            lambda *args: self._pull(*jax.tree.unflatten(structure, args)),
+            args,
+            weights,
+            len(cotangents),
+        )
+        return schedule.run(args, complete)
+
+    def _pull(self, given: Sequence[Any], kept: Sequence[Any], cotangents: list[Any]) -> list[Any]:
         known = {var: x for var, x in zip(self.inputs, given, strict=True) if x is not None}
         values = self._values({**known, **dict(zip(self.kept, kept, strict=True))})
-        run(values, self.residuals)
+        compute(values, self.residuals)
         computed = map(values, self.residuals)
         leaves = [next(computed) if fixed is None else fixed for fixed in self.fixed]
-        pull = jax.tree.unflatten(self.structure, leaves)
-        return lambda cotangents: list(pull(cotangents))
+        return list(jax.tree.unflatten(self.structure, leaves)(cotangents))
 
     def _values(self, known: dict[Var, Any]) -> Values:
         values = Values([], known)
@@ -146,13 +169,10 @@ class Layer:
         return values
 
 
-def run(values: Values, goals: Sequence[Atom]) -> None:
-    """Computes variables, each operation under the context that it was traced in."""
+def compute(values: Values, goals: Sequence[Atom]) -> None:
+    """Computes variables."""
     for node in needed(values.maker, goals, values.known):
-        given = [atom.value if isinstance(atom, Const) else values.known[atom] for atom in node.ins]
-        with node.eqn.ctx.manager:  # it says which axes of a mesh are explicit there
-            outs = node.run(given)
-        values.known.update(zip(node.outs, outs, strict=True))
+        run(node, values.known)
 
 
 def _filled(given: Sequence[Any], active: Sequence[bool], moving: Sequence[Any]) -> list[Any]:

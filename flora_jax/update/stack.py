@@ -13,7 +13,7 @@ from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import Node, Var
 from flora_jax.fused.rules.control_flow import scan_counts
 from flora_jax.update import pull
-from flora_jax.update.layers import replace_each, take
+from flora_jax.update.layers import Round, replace_each, take
 from flora_jax.update.parameters import Parameters
 
 
@@ -45,6 +45,8 @@ class Use:
         return layer
 
 
+OWN, STATES, LATE, XS = range(4)
+"""The arrays whose layers a backward pass replaces: parameters, their state, gradients that are not complete, cotangents."""
 CHAIN = {"convert_element_type", "transpose", "copy", "sharding_constraint"}
 """Operations on a stack that can be done to each layer."""
 
@@ -147,6 +149,7 @@ class Scan:
         updates: Parameters,
         update: Callable[..., tuple[Any, dict[int, Any]]],
         ready: Sequence[int],
+        in_order: bool,
     ) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any], dict[int, Any]]:
         """Goes back through the layers.
 
@@ -158,6 +161,7 @@ class Scan:
           updates: What says where the layers lie in the state.
           update: The function `(leaf, gradient, layer, state, index)` that gives the new layer and state.
           ready: The parameters that have no use before this one, so that they are updated here.
+          in_order: Whether a layer's backward pass waits, on a TPU, until each weight is written whose gradient is complete.
 
         Returns:
           The new parameters in `ready`, the new leaves of the state, the gradients of the other parameters, and the
@@ -185,28 +189,51 @@ class Scan:
         leaves = [use.leaf for use in self.raw]
         late = [leaf for leaf in leaves if leaf not in ready]
         of_leaf = {use.leaf: use.axis for use in self.raw}
-        arrays: Any = (
+        arrays: Any = [
             {leaf: params[leaf] for leaf in ready},
             dict(states),
             {leaf: jnp.zeros_like(outline(params[leaf])) for leaf in late},
             {place: jnp.zeros_like(given[place]) for place in of_xs},
-        )
-        axes = (
+        ]
+        axes: list[dict[int, int]] = [
             {leaf: of_leaf[leaf] for leaf in ready},
             {place: updates.axes[place] for place in states},
             {leaf: of_leaf[leaf] for leaf in late},
             dict.fromkeys(of_xs, 0),
-        )
+        ]
         shapes: dict[int, Any] = {place: self.layer.outs[place] for place, _ in of_ys}
 
         def order(t):
             return t if self.reverse else self.length - 1 - t
 
-        def compute(i, arrays, loop):
+        def replace(now: Round, place: int, grad: Any) -> list[tuple[int, int]]:
+            use, i = self.raw[place], now.index
+            leaf = use.leaf
+            if leaf in more:
+                grad = grad + take(more[leaf], use.axis, i)
+            if leaf in late:
+                now.put(LATE, leaf, grad)
+                return [(LATE, leaf)]
+            if (
+                now.early and in_order
+            ):  # the layer is read anew, not kept since the backward pass used it
+                grad, now.index = jax.lax.optimization_barrier((grad, i))
+            mine = {own: now.take(STATES, own) for own in updates.owned[leaf]}
+            new, mine = update(leaf, grad, now.take(OWN, leaf), mine, i)
+            now.put(OWN, leaf, new)
+            for own, part in mine.items():
+                now.put(STATES, own, part)
+            return [(OWN, leaf), *((STATES, own) for own in mine)]
+
+        def compute(now: Round, loop):
             of_carry, sums = loop
-            own, states, _, _ = arrays
-            layers = [take(own.get(leaf, params[leaf]), of_leaf[leaf], i) for leaf in leaves]
-            inputs: list[Any] = list(map(as_array, layers))
+            i = now.index
+            inputs: list[Any] = [
+                as_array(
+                    now.take(OWN, leaf) if leaf in ready else take(params[leaf], of_leaf[leaf], i)
+                )
+                for leaf in leaves
+            ]
             for place in self.here:
                 if place < self.consts:
                     inputs.append(given[place])
@@ -214,35 +241,33 @@ class Scan:
                     inputs.append(None)
                 else:
                     inputs.append(take(given[place], 0, i))
-            back = self.layer.pull(inputs, [take(x, 0, i) for x in self.kept])
             ys = [
                 jnp.zeros(shapes[place].aval.shape, shapes[place].aval.dtype)
                 if cotangent is None
                 else take(cotangent, 0, i)
                 for place, cotangent in of_ys
             ]
-            found = back([*of_carry, *ys])
-            rest = dict(zip(moving, found[len(layers) :], strict=True))
-            new, of_states, grads = {}, {}, {}
-            for use, layer, grad in zip(self.raw, layers, found, strict=False):
-                leaf = use.leaf
-                if leaf in more:
-                    grad = grad + take(more[leaf], use.axis, i)
-                if leaf in late:
-                    grads[leaf] = grad
-                    continue
-                mine = {
-                    place: take(states[place], updates.axes[place], i)
-                    for place in updates.owned[leaf]
-                }
-                new[leaf], mine = update(leaf, grad, layer, mine, i)
-                of_states |= mine
+
+            def complete(grads: Mapping[int, Any], onward: list[Any]) -> list[Any]:
+                """Replaces the layers of these weights; on a TPU the walk goes on when that is done."""
+                touched = [
+                    name for place, grad in grads.items() for name in replace(now, place, grad)
+                ]
+                if not (now.early and in_order):
+                    return onward
+                written = [now.arrays[group][name] for group, name in touched]
+                onward, written = jax.lax.optimization_barrier((onward, written))
+                for (group, name), array in zip(touched, written, strict=True):
+                    now.arrays[group][name] = array
+                return onward
+
+            kept = [take(x, 0, i) for x in self.kept]
+            found = self.layer.pull(inputs, kept, [*of_carry, *ys], len(leaves), complete)
+            rest = dict(zip(moving, found, strict=True))
+            for place in of_xs:
+                now.put(XS, place, rest[place])
             of_carry = [rest[place] for place in carried]
-            sums = [a + rest[place] for a, place in zip(sums, of_consts, strict=True)]
-            return (new, of_states, grads, {place: rest[place] for place in of_xs}), (
-                of_carry,
-                sums,
-            )
+            return of_carry, [a + rest[place] for a, place in zip(sums, of_consts, strict=True)]
 
         with self.node.eqn.ctx.manager:
             arrays, (ends, sums) = replace_each(
