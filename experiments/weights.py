@@ -26,7 +26,6 @@ from experiments import decoder, optimizers, text
 from experiments.paper import files
 from flora_jax.rounding import Rounding
 
-BLOCK = 64
 KINDS: dict[str, tuple[Any, bool, Rounding]] = {
     "float32": (jnp.float32, False, "nearest"),
     "bfloat16": (jnp.bfloat16, False, "nearest"),
@@ -34,7 +33,7 @@ KINDS: dict[str, tuple[Any, bool, Rounding]] = {
     "int8": (jnp.bfloat16, True, "nearest"),
     "int8, stochastic": (jnp.bfloat16, True, "stochastic"),
 }
-"""The dtype of the weights, whether those of the layers are in int8 (in blocks of `BLOCK`), and the rounding."""
+"""The dtype of the weights, whether those of the layers are in int8 (in blocks of `Config.block`), and the rounding."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class Config:
     """Width of the model."""
     layers: int = 3
     """Number of layers."""
+    block: int = 64
+    """Number of weights in int8 that share a scale."""
     rates: tuple[float, ...] = (0.0005, 0.002, 0.008, 0.015, 0.03)
     """Learning rates, all of which every row has on the first seed; the others have the best one and the smallest."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -70,7 +71,7 @@ def train(config: Config, params: Any, corpus: text.Corpus, kind: str, rate: flo
     dtype, quantized, rounding = KINDS[kind]
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     if quantized:
-        params = flora_jax.to_int8(params, block=BLOCK)
+        params = flora_jax.to_int8(params, block=config.block)
     model = decoder.model(decoder.Shape(width=config.width, layers=config.layers))
 
     def loss(params, windows):  # only storage differs

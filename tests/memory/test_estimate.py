@@ -27,9 +27,9 @@ COMPILED = [
     ("LLaMA-7B", LORA, 128, 2048, 1, 1, 16.03),
     ("LLaMA-7B", ORDINARY, 128, 2048, 1, 1, 31.19),
     ("LLaMA-7B", MULTISTEPS, 128, 2048, 1, 1, 51.48),
-    ("LLaMA-7B", EXACT, 128, 2048, 1, 1, 13.86),
-    ("LLaMA-7B", EXACT, 128, 4096, 1, 1, 14.73),
-    ("LLaMA-7B", MUON, 128, 2048, 1, 1, 14.20),
+    ("LLaMA-7B", EXACT, 128, 2048, 1, 1, 13.44),
+    ("LLaMA-7B", EXACT, 128, 4096, 1, 1, 14.37),
+    ("LLaMA-7B", MUON, 128, 2048, 1, 1, 13.66),
     ("LLaMA-7B", EXACT, 128, 2048, 4, 4, 4.27),
     ("LLaMA-7B", MUON, 128, 2048, 4, 4, 4.69),
     ("LLaMA-7B", EXACT, 128, 2048, 16, 16, 2.08),
@@ -121,7 +121,7 @@ WHOLE = {"embedding": "whole", "head": "whole"}
 INT8 = {"weights": "int8"}
 # GiB by the compiler: LLaMA-7B by `python -m experiments.bench.memory --only Accumulated`, others by `flora-jax plan --measure yes`
 UPDATED_INSIDE = [
-    ("LLaMA-7B", BACKWARD, 512, 2048, NARROW | WHOLE, 15.41),
+    ("LLaMA-7B", BACKWARD, 512, 2048, NARROW | WHOLE, 15.24),
     ("LLaMA-7B", BACKWARD, 2048, 2048, {**NARROW, "state_dtype": "int4"} | WHOLE, 15.64),
     ("LLaMA-7B", BACKWARD, 1024, 2048, {**NARROW, "state_dtype": "int4"} | WHOLE, 14.94),
     ("LLaMA-7B", BACKWARD, 512, 2048, NARROW, 14.64),
