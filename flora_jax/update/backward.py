@@ -19,7 +19,7 @@ from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import JITS, Atom, Const, Node, Var, flatten
 from flora_jax.sharding.partition import constrain, without_axis
 from flora_jax.update import pull
-from flora_jax.update.layers import replace_each, take
+from flora_jax.update.layers import OWN, replace_each, take
 from flora_jax.update.parameters import Parameters, Stack
 from flora_jax.update.stack import CHAIN, Scan, Use, uses_of
 
@@ -277,17 +277,11 @@ class _Walk:
         axes = [{leaf: stack.axis}, {place: updates.axes[place] for place in state}]
 
         def compute(now, rest):
-            layer = now.take(0, leaf)
-            own = (
-                jnp.zeros_like(outline(layer))
-                if grad is None
-                else take(grad, stack.axis, now.index)
-            )
-            given = {place: now.take(1, place) for place in state}
-            new, given = self._one(leaf, own, layer, given, now.index)
-            now.put(0, leaf, new)
-            for place, part in given.items():
-                now.put(1, place, part)
+            if grad is None:
+                own = jnp.zeros_like(outline(now.take(OWN, leaf)))
+            else:
+                own = take(grad, stack.axis, now.index)
+            now.update(leaf, own, state, self._one, now.index)
             return rest
 
         (own, new), _ = replace_each(

@@ -1,12 +1,14 @@
 """Layers: one index after the other along an axis of arrays, and of weights in int8, taken and replaced in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+OWN, STATES = range(2)
+"""The first arrays of a `Round`: parameters, and the leaves of the optimizer's state that are theirs."""
 LANES, SUBLANES = 128, 8
 """The sides of a tile of a TPU's memory."""
 
@@ -42,6 +44,17 @@ class Round:
             self.arrays[group][name] = put(array, part, axis, self.index)
         else:
             self.parts[group][name] = part
+
+    def update(
+        self, leaf: int, grad: Any, owned: Iterable[int], update: Callable, index: Any
+    ) -> list[tuple[int, int]]:
+        """Replaces this index of a parameter, and of the leaves of the state that it owns; returns where they lie."""
+        states = {place: self.take(STATES, place) for place in owned}
+        new, states = update(leaf, grad, self.take(OWN, leaf), states, index)
+        self.put(OWN, leaf, new)
+        for place, part in states.items():
+            self.put(STATES, place, part)
+        return [(OWN, leaf), *((STATES, place) for place in states)]
 
 
 def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: Callable, rest: Any):

@@ -13,7 +13,7 @@ from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import Node, Var
 from flora_jax.fused.rules.control_flow import scan_counts
 from flora_jax.update import pull
-from flora_jax.update.layers import Round, replace_each, take
+from flora_jax.update.layers import OWN, Round, replace_each, take
 from flora_jax.update.parameters import Parameters
 
 
@@ -45,8 +45,8 @@ class Use:
         return layer
 
 
-OWN, STATES, LATE, XS = range(4)
-"""The arrays whose layers a backward pass replaces: parameters, their state, gradients that are not complete, cotangents."""
+LATE, XS = 2, 3
+"""What a backward pass replaces beside parameters and state: gradients that are not complete, and cotangents."""
 CHAIN = {"convert_element_type", "transpose", "copy", "sharding_constraint"}
 """Operations on a stack that can be done to each layer."""
 
@@ -214,16 +214,10 @@ class Scan:
             if leaf in late:
                 now.put(LATE, leaf, grad)
                 return [(LATE, leaf)]
-            if (
-                now.early and in_order
-            ):  # the layer is read anew, not kept since the backward pass used it
+            if now.early and in_order:
+                # the layer is read anew, not kept since the backward pass used it
                 grad, now.index = jax.lax.optimization_barrier((grad, i))
-            mine = {own: now.take(STATES, own) for own in updates.owned[leaf]}
-            new, mine = update(leaf, grad, now.take(OWN, leaf), mine, i)
-            now.put(OWN, leaf, new)
-            for own, part in mine.items():
-                now.put(STATES, own, part)
-            return [(OWN, leaf), *((STATES, own) for own in mine)]
+            return now.update(leaf, grad, updates.owned[leaf], update, i)
 
         def compute(now: Round, loop):
             of_carry, sums = loop

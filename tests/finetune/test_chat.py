@@ -197,9 +197,8 @@ def test_a_hostile_template(template, said):
     with pytest.raises(ValueError, match="f, line 3: the chat template ") as caught:
         chat(template).render(CHAT, where="f, line 3")
     assert said in str(caught.value)
-    assert (
-        time.monotonic() - start < 120
-    )  # without the limits it would end in years, or take all memory
+    # without the limits it would end in years, or take all memory
+    assert time.monotonic() - start < 120
 
 
 def test_what_chat_templates_have_no_use_for():
