@@ -20,8 +20,8 @@ from flora_jax.chain.plan import tree_bytes
 from flora_jax.memory import estimate, outline, report
 from tests.__main__ import TRAINERS
 from tests.memory.test_estimate import COMPILED
+from tests.pages import ROOT, execute
 
-ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = [f"flora_jax.trainers.{name}" for name in TRAINERS]
 """Modules and pages of trainers that are not installed here; `tests/trainers` runs them."""
 MODULES = sorted(
@@ -37,18 +37,6 @@ PAGES = sorted(
     if "```python" in path.read_text()
     and not (path.parent.name == "trainers" and path.stem in TRAINERS)
 )
-
-
-def blocks(file: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", file.read_text(encoding="utf-8"), re.M | re.S)
-
-
-def execute(file: Path) -> dict:
-    """Runs a file's blocks one after the other, in one namespace; errors name the file."""
-    names: dict = {}
-    for i, block in enumerate(blocks(file)):
-        exec(compile(block, f"{file.name}, block {i}", "exec"), names)
-    return names
 
 
 @pytest.mark.parametrize("name", MODULES)

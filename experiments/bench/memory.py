@@ -256,11 +256,11 @@ def measure(config: Config, build, chip: str, int8: bool = False) -> topology.Pr
     if adapter := WITH_LORA.get(build):
         params = (params, jax.eval_shape(partial(adapter.init, jax.random.key(0)), params))
     windows = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.int32)
-    state = jax.eval_shape(init, params, windows)
-    if int8:
-        params = jax.eval_shape(flora_jax.to_int8, params)
     over = NamedSharding(mesh, PartitionSpec("data") if batched else PartitionSpec())
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):  # for the model's own constraints, which `init` traces too
+        state = jax.eval_shape(init, params, windows)
+        if int8:
+            params = jax.eval_shape(flora_jax.to_int8, params)
         lowered = lower(sharded(params), sharded(state), topology.placed(windows, over))
     return topology.compile_(lowered, config.text is not None)
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from flora_jax.fused.int8 import as_array, is_int8, outline
 from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import JITS, Atom, Const, Node, Var, flatten
+from flora_jax.sharding import explicit
 from flora_jax.sharding.partition import constrain, without_axis
 from flora_jax.update import pull
-from flora_jax.update.layers import OWN, replace_each, take
+from flora_jax.update.layers import OWN, STATES, replace_each, take
 from flora_jax.update.parameters import Parameters, Stack
 from flora_jax.update.stack import CHAIN, Scan, Use, uses_of
 
@@ -103,6 +104,7 @@ def value_and_update(
     updates: Parameters,
     apply: Callable[..., Any],
     shardings: Sequence[Any],
+    of_state: Sequence[Any],
 ) -> tuple[Any, Any, Any]:
     """Runs the program back and forth.
 
@@ -111,11 +113,12 @@ def value_and_update(
       updates: The optimizer.
       apply: The function `(leaf, param, update, index)` that gives the new parameter.
       shardings: The `NamedSharding` of each parameter, or None where it is not known.
+      of_state: That of each leaf of the optimizer's state.
 
     Returns:
       The new params, the new state, and what the function returned.
     """
-    walk = _Walk(program, updates, apply, shardings)
+    walk = _Walk(program, updates, apply, shardings, of_state)
     outs = walk.forward()
     walk.backward()
     params = jax.tree.unflatten(program.structure, [walk.new[i] for i in range(len(walk.params))])
@@ -123,15 +126,20 @@ def value_and_update(
 
 
 class _Walk:
-    def __init__(self, program, updates, apply, shardings):
+    def __init__(self, program, updates, apply, shardings, of_state):
         self.program, self.updates, self.apply = program, updates, apply
         self.params: list[Any] = program.leaves
         self.new: dict[int, Any] = {}
         self.state: dict[int, Any] = {}
         self.cotangents: dict[Var, Any] = {}
         self.pulls: dict[Node, Any] = {}
+        firsts = (jax.tree.leaves(leaf)[0] for leaf in program.leaves)
+        self.homes = [
+            [one or explicit.sharding_of(x) for one, x in zip(known, arrays, strict=True)]
+            for known, arrays in ((shardings, firsts), (of_state, updates.given))
+        ]
         # on more devices a gradient is summed while the next one is computed
-        self.alone = all(one is None or one.mesh.size == 1 for one in shardings)
+        self.alone = all(one is None or one.mesh.size == 1 for home in self.homes for one in home)
         self.shardings = [
             (one, without_axis(one, program.stacks[i].axis) if i in program.stacks else one)
             for i, one in enumerate(shardings)
@@ -248,6 +256,7 @@ class _Walk:
             self._one,
             ready,
             self.alone,
+            self._shape,
         )
         self.new.update(params)
         self.state.update(states)
@@ -285,10 +294,20 @@ class _Walk:
             return rest
 
         (own, new), _ = replace_each(
-            stack.length, lambda t: t, [{leaf: param}, state], axes, compute, ()
+            stack.length, lambda t: t, [{leaf: param}, state], axes, compute, (), self._shape
         )
         self.new |= own
         self.state.update(new)
+
+    def _shape(self, group: int, name: int, array: Any) -> tuple[int, ...] | None:
+        """Returns the shape of what one device has of an array that is replaced layer by layer; None if that is not known."""
+        if self.alone:
+            return array.shape
+        home = self.homes[group][name] if group in (OWN, STATES) else None
+        try:
+            return home and home.shard_shape(array.shape)
+        except ValueError:  # the scales of a weight in int8 may be sharded in another way
+            return None
 
 
 def _axis(chain: Sequence[Node]) -> int:

@@ -57,7 +57,15 @@ class Round:
         return [(OWN, leaf), *((STATES, place) for place in states)]
 
 
-def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: Callable, rest: Any):
+def replace_each(
+    count: int,
+    order: Callable,
+    arrays: Any,
+    axes: Any,
+    compute: Callable,
+    rest: Any,
+    shape_of: Callable[[int, Any, Any], Any],
+):
     """Replaces the indices of arrays one after the other, in place.
 
     XLA copies an array that is written in a loop while it may yet be read, except for TPUs, where it looks at the
@@ -71,6 +79,7 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
       axes: The axis of each, in such a list.
       compute: The function `(round, rest) -> rest` that puts the new index of each array into the `Round`.
       rest: What else goes from one round to the next.
+      shape_of: The function `(group, name, array)` to the shape of what one device has of it, None where that is not known.
 
     Returns:
       The arrays and the rest.
@@ -79,12 +88,18 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
     def write(arrays, parts, i):
         return jax.tree.map(lambda axis, x, part: put(x, part, axis, i), axes, arrays, parts)
 
+    def kept(i, group):
+        def one(name):
+            return lambda array: _as_it_came(array, shape_of(i, name, array))
+
+        return {name: jax.tree.map(one(name), x) for name, x in group.items()}
+
     def at_once(arrays, rest):
         def body(t, loop):
             arrays, rest = loop
             now = Round(arrays, axes, order(t), early=True)
             rest = compute(now, rest)
-            return jax.tree.map(_as_it_came, now.arrays), rest
+            return [kept(i, group) for i, group in enumerate(now.arrays)], rest
 
         return jax.lax.fori_loop(0, count, body, (arrays, rest))
 
@@ -103,13 +118,15 @@ def replace_each(count: int, order: Callable, arrays: Any, axes: Any, compute: C
     return jax.lax.platform_dependent(arrays, rest, tpu=at_once, default=later)
 
 
-def _as_it_came(array: Any) -> Any:
+def _as_it_came(array: Any, shape: Any) -> Any:
     """Keeps an array in the layout that a TPU's params have; XLA may else take another for the loop, and copy the stack twice.
 
     That is row by row where neither of the last two axes is padded to the tiles of 8 x 128 so, else column by column where
-    neither is so. Where both are padded, XLA chooses.
+    neither is so. Where both are padded, XLA chooses, as it does for an array of unknown `shape` on each device.
     """
-    *_, rows, columns = (1, 1, *array.shape)
+    if shape is None:
+        return array
+    *_, rows, columns = (1, 1, *shape)
     axes = tuple(range(array.ndim))
     if columns % LANES == 0 and rows % SUBLANES == 0:
         order = axes

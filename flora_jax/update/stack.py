@@ -150,6 +150,7 @@ class Scan:
         update: Callable[..., tuple[Any, dict[int, Any]]],
         ready: Sequence[int],
         in_order: bool,
+        shape_of: Callable[[int, Any, Any], Any],
     ) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any], dict[int, Any]]:
         """Goes back through the layers.
 
@@ -162,6 +163,7 @@ class Scan:
           update: The function `(leaf, gradient, layer, state, index)` that gives the new layer and state.
           ready: The parameters that have no use before this one, so that they are updated here.
           in_order: Whether a layer's backward pass waits, on a TPU, until each weight is written whose gradient is complete.
+          shape_of: As in `replace_each`.
 
         Returns:
           The new parameters in `ready`, the new leaves of the state, the gradients of the other parameters, and the
@@ -271,6 +273,7 @@ class Scan:
                 axes,
                 compute,
                 (ends, [jnp.zeros_like(given[place]) for place in of_consts]),
+                shape_of,
             )
         own, new_states, grads, inputs = arrays
         back = dict(zip([*of_consts, *carried], [*sums, *ends], strict=True)) | inputs

@@ -121,7 +121,7 @@ def make_train_step(
         of_params, of_state = shardings
         if update == "backward":
             params, opt_state, value = _backward(
-                of, tx, params, opt_state, batch, of_params, rounding
+                of, tx, params, opt_state, batch, shardings, rounding
             )
             return _put(params, of_params), _put(opt_state, of_state), value
         if projection is None:
@@ -216,9 +216,11 @@ def _backward(of, tx, params, opt_state, batch, shardings, rounding) -> tuple[An
             return optax.apply_updates(param, update)
         return applied(param, update, random)
 
-    rest = iter(shardings)
+    of_params, of_state = shardings
+    rest = iter(of_params)
     groups = [tuple(itertools.islice(rest, len(jax.tree.leaves(x)))) for x in program.leaves]
-    return value_and_update(program, updates, apply, [first for first, *_ in groups])
+    firsts = [first for first, *_ in groups]
+    return value_and_update(program, updates, apply, firsts, of_state)
 
 
 def _mean(grad_fn: Callable, params: Any, batch: Any, count: int, has_aux: bool) -> Any:

@@ -16,7 +16,7 @@ from flora_jax.chain.plan import tree_bytes
 from flora_jax.chain.sketch import without_cycle
 from flora_jax.trainers import signatures
 from flora_jax.trainers.easydel import Trainer
-from tests.test_examples import ROOT, execute
+from tests.pages import ROOT, execute
 
 
 @pytest.fixture(scope="module")

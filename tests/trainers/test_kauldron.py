@@ -15,7 +15,7 @@ import flora_jax
 from flora_jax.chain.plan import tree_bytes
 from flora_jax.trainers import signatures
 from flora_jax.trainers.kauldron import TrainStep
-from tests.test_examples import ROOT, execute
+from tests.pages import ROOT, execute
 
 NAMES = {"trainer", "fused", "scheduled", "sharded", "resumed"}
 

@@ -55,10 +55,11 @@ def run(*more):
     return losses(), nnx.as_pure(params), nnx.as_pure(state["optimizer"]["opt_state"])
 
 
-def assert_close(found, expected, rtol=2e-3):
+def assert_close(found, expected, rtol=5e-4):
+    """Each leaf as a whole: Adafactor divides by square roots, which single entries of tiny gradients feel."""
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
-        np.testing.assert_allclose(one, other, atol=rtol * np.abs(other).max())
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        assert np.linalg.norm(one - other) <= rtol * np.linalg.norm(other)
 
 
 def assert_equal(found, expected):

@@ -99,3 +99,22 @@ def test_it_waits_on_one_device_alone(tpu):
     cotangents = [line for line in lines if re.search(r"tensor<2x\d+x32xf32>", line)]
     assert kinds - 1 <= len(cotangents) <= kinds + 1
     assert len(barriers(2)) == 1
+
+
+@pytest.mark.parametrize("devices, kept", [(1, True), (2, True), (4, False)])
+def test_the_layout_is_that_of_what_a_device_has(tpu, devices, kept):
+    """256 columns are whole tiles of 128 on one device and on two, and on four a device has half a tile's."""
+    mesh = jax.make_mesh((devices,), ("x",), (jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "x"))
+    stack = jax.device_put(jnp.zeros((LAYERS, 40, 256)), sharding)
+    params = {"stack": stack}
+
+    def loss(params):
+        def layer(h, w):
+            return h + jnp.tanh(h @ w) @ w.T, None
+
+        return jnp.mean(jax.lax.scan(layer, jnp.ones((5, 40)), params["stack"])[0])
+
+    step = flora_jax.make_train_step(loss, optax.sgd(0.1), update="backward")
+    text = step.lower(params, step.init(params)).as_text()
+    assert ("@LayoutConstraint" in text) == kept
