@@ -1,9 +1,11 @@
-"""This command compares what weights are kept in, float32, bfloat16 or int8, under exact gradients in the backward pass.
+"""This command compares what weights are kept in, float32, bfloat16 or int8, under exact gradients or accumulated sketches.
 
     python -m experiments.weights --out runs/weights
     python -m experiments.weights --start trained --rates 0.0005 0.002 0.008 0.03 --out runs/weights
+    python -m experiments.weights --method sketches --steps 300 --rates 0.03 0.06 0.12 --out runs/weights
 
-Every step is an optimizer step of Adafactor (`flora_jax.make_train_step(..., update="backward")`). Sums, products and
+With exact gradients each step is one of Adafactor (`flora_jax.make_train_step(..., update="backward")`); with sketches it is an
+orthogonalized one of several micro-batches, accumulated in int8, with gradients fused. Sums, products and
 the state are in float32 in all rows; only what is written back to the weights differs. From random weights the text is the
 standard library's; from trained ones a model that has learned it goes on with the source of JAX (Apache-2.0). Each run
 appends a line to `results.jsonl`; the same command goes on where it stopped.
@@ -44,12 +46,18 @@ class Config:
     """The folder of the results."""
     start: Literal["random", "trained"] = "random"
     """What the weights are at the beginning."""
+    method: Literal["exact", "sketches"] = "exact"
+    """What the optimizer is given."""
+    part: int = 8
+    """The width of the model divided by the rank of sketches."""
+    micro_batches: int = 4
+    """Number of micro-batches in an optimizer step, of sketches."""
     steps: int = 1200
-    """Number of steps."""
+    """Number of optimizer steps."""
     warm: int = 1500
     """Number of steps that trained weights have behind them."""
     batch: int = 4
-    """Number of windows in a step."""
+    """Number of windows in a micro-batch."""
     length: int = 64
     """Number of bytes in a window."""
     width: int = 256
@@ -77,12 +85,32 @@ def train(config: Config, params: Any, corpus: text.Corpus, kind: str, rate: flo
     def loss(params, windows):  # only storage differs
         return decoder.loss(model, jax.tree.map(lambda x: x.astype(jnp.float32), params), windows)
 
-    tx = optax.adafactor(optimizers.cosine(rate, config.steps))
-    step = flora_jax.make_train_step(loss, tx, update="backward", rounding=rounding)
+    schedule, count = optimizers.cosine(rate, config.steps), 1
+    if config.method == "exact":
+        tx = optax.adafactor(schedule)
+        step = flora_jax.make_train_step(loss, tx, update="backward", rounding=rounding)
+    else:
+        count = config.micro_batches
+        projection = flora_jax.Projection(
+            config.width // config.part,
+            distribution="srtt",
+            side="input",
+            embedding="whole",
+            head="whole",
+            resample_every=64 * count,
+        )
+        tx = flora_jax.flora(
+            schedule,
+            projection=projection,
+            accumulation_steps=count,
+            preset="advised",
+            state_dtype="int8",
+        )
+        step = flora_jax.make_train_step(loss, tx, projection, rounding=rounding)
     draw = partial(text.batch, corpus.train, seed, size=config.batch, length=config.length)
     state = step.init(params, draw(0))
     begin = time.perf_counter()
-    for i in range(config.steps):
+    for i in range(config.steps * count):
         params, state, _ = step(params, state, draw(i))
     params = jax.block_until_ready(flora_jax.from_int8(params))
     return params, time.perf_counter() - begin
@@ -113,7 +141,7 @@ def started(config: Config, seed: int) -> tuple[Any, text.Corpus]:
         leaves = [jnp.asarray(x.reshape(y.shape)) for x, y in zip(parts, leaves, strict=True)]
         params = jax.tree.unflatten(structure, leaves)
     else:
-        before = replace(config, steps=config.warm)
+        before = replace(config, steps=config.warm, method="exact")
         params, _ = train(before, params, corpus, "float32", 0.015, seed + 100)
         with files.atomic_file(path) as part, part.open("wb") as file:
             np.save(file, np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)]))

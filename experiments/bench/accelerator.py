@@ -43,7 +43,7 @@ from rich.console import Console
 
 import flora_jax
 from experiments import report
-from experiments.bench import interleaved, records
+from experiments.bench import chips, interleaved, records
 from flora_jax.adapters import lora
 from flora_jax.finetune.muon import muon
 from flora_jax.memory.compiled import compiled_bytes
@@ -61,29 +61,12 @@ SHAPES = {
     "LLaMA-7B": decoder.SHAPES["LLaMA-7B"],
     "LLaMA-13B": decoder.SHAPES["LLaMA-13B"],
 }
-PEAKS = {
-    "B200": 2250,
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "A10": 125,
-    "L4": 121,
-    "5090": 210,
-    "4090": 165,
-    "3090": 71,
-    "v7x": 2307,
-    "TPU7x": 2307,
-    "v6 lite": 918,
-    "v5p": 459,
-    "v5 lite": 197,
-    "v4": 275,
-}
-"""TFLOP/s of a chip by a part of the name that JAX has for it; of a TPU v5 without more it is that of v5p."""
 Method = Literal[
-    "flora", "accumulated", "paper", "exact", "stateless", "multisteps", "muon", "lora"
+    "flora", "int8", "accumulated", "paper", "exact", "stateless", "multisteps", "muon", "lora"
 ]
 TITLES: dict[str, str] = {
     "flora": "Flora, orthogonalized (advised), fused",
+    "int8": "Flora, orthogonalized (advised), fused, weights in int8",
     "accumulated": "Flora, orthogonalized, twice the rank in int4, in the backward mode",
     "paper": "Flora, the paper's, fused",
     "exact": "exact gradients, Adafactor",
@@ -145,7 +128,7 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
     loss, rank = families.loss(model), max(1, model.shape.width // config.part)
     count = config.micro_batches
     tx: Any
-    if method in ("flora", "accumulated", "paper"):
+    if method in ("flora", "int8", "accumulated", "paper"):
         advised = method != "paper"
         rank = 2 * rank if method == "accumulated" else rank
         projection = flora_jax.Projection(
@@ -162,9 +145,12 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
             state_dtype="int4" if method == "accumulated" else "bfloat16",
         )
         step: Any = flora_jax.make_train_step(loss, tx, projection)
+        if method == "int8":
+            step = flora_jax.make_train_step(loss, tx, projection, rounding="stochastic")
+            return _of_params(step.init, step, flora_jax.to_int8)
         if method == "accumulated":
             step = flora_jax.make_train_step(loss, tx, update="backward")
-            return _of_params(lambda params: step.init(params, windows), step)
+        return _of_params(lambda params: step.init(params, windows), step)
     elif method in ("exact", "stateless"):
         if method == "exact":
             tx = optax.adafactor(optax.constant_schedule(RATE))
@@ -182,12 +168,16 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
     return _of_params(tx.init, step)
 
 
-def _of_params(init: Callable[[Any], Any], step: Any) -> Step:
+def _of_params(init: Callable, step: Any, prepared: Callable = lambda params: params) -> Step:
     def run(carry: Any, windows: Any) -> Any:
         return step(*carry, windows)[:2]
 
+    def start(params: Any) -> Any:
+        params = prepared(params)
+        return params, jax.jit(init)(params)
+
     return Step(
-        lambda params: (params, jax.jit(init)(params)),
+        start,
         run,
         lambda carry, windows: step.lower(*carry, windows),
     )
@@ -232,14 +222,6 @@ def flops(shape: decoder.Shape, tokens: int, length: int) -> float:
     return tokens * (6.0 * matrices + 12.0 * shape.layers * shape.width * length)
 
 
-def peak(kind: str) -> float | None:
-    """Gives the peak FLOPs of a chip a second; None of one that is not known."""
-    found = next((value for part, value in PEAKS.items() if part in kind), None)
-    if found is None and kind.startswith("TPU v5"):
-        found = PEAKS["v5p"]
-    return None if found is None else found * 1e12
-
-
 def one(config: Config, method: str, name: str) -> dict[str, Any]:
     """Gives the figures of a method at a shape, on the device of this process."""
     shape = SHAPES[name]
@@ -263,7 +245,7 @@ def one(config: Config, method: str, name: str) -> dict[str, Any]:
     device = jax.devices()[0]
     tokens = config.batch * config.length * config.micro_batches
     took = median(seconds[1:])
-    most = peak(device.device_kind)
+    most = chips.peak(device.device_kind)
     used = (device.memory_stats() or {}).get("peak_bytes_in_use")
     share = flops(shape, tokens, config.length) / took / most if most else None
     return {

@@ -93,6 +93,18 @@ def backward(tx: optax.GradientTransformation, int8: bool = False):
     return build
 
 
+def advised(rank: int, embeddings: bool) -> Projection:
+    """Returns the projection of the advised preset; `embeddings` says whether embedding and head are compressed too."""
+    return Projection(
+        rank,
+        distribution="srtt",
+        side="input",
+        embedding="output" if embeddings else "whole",
+        head="input" if embeddings else "whole",
+        resample_every=64 * STEPS,
+    )
+
+
 def accumulated(rank: int, dtype: Any, embeddings: bool = True):
     """Builds the transformation that accumulates orthogonalized sketches of every matrix in this dtype.
 
@@ -101,17 +113,27 @@ def accumulated(rank: int, dtype: Any, embeddings: bool = True):
       dtype: The dtype of all accumulators.
       embeddings: Whether embedding and head are compressed too.
     """
-    projection = Projection(
-        rank,
-        distribution="srtt",
-        side="input",
-        embedding="output" if embeddings else "whole",
-        head="input" if embeddings else "whole",
-        resample_every=64 * STEPS,
-    )
     return flora_jax.flora(
-        1e-3, projection=projection, accumulation_steps=STEPS, preset="advised", state_dtype=dtype
+        1e-3,
+        projection=advised(rank, embeddings),
+        accumulation_steps=STEPS,
+        preset="advised",
+        state_dtype=dtype,
     )
+
+
+def fused(rank: int, dtype: Any, int8: bool = False):
+    """Builds the step of `accumulated` in which all sketches of a micro-batch are there before they are added."""
+
+    def build(loss: Callable):
+        tx = accumulated(rank, dtype, embeddings=False)
+        rounding = "stochastic" if int8 else "nearest"
+        step = flora_jax.make_train_step(
+            loss, tx, advised(rank, embeddings=False), rounding=rounding
+        )
+        return of_params(tx), step.lower
+
+    return build
 
 
 def ordinary(tx: optax.GradientTransformation):
@@ -209,6 +231,11 @@ METHODS = {
             accumulated(rank, "int8", False)
         )
         for rank in (256, 128)
+    },
+    **{
+        f"Fused, rank {rank} in int8, embeddings whole{weights}": fused(rank, "int8", bool(weights))
+        for rank in (512, 256)
+        for weights in ("", ", int8 weights")
     },
     "Accumulated, rank 256 in int8": backward(accumulated(256, "int8")),
     "Accumulated, rank 128 in int8": backward(accumulated(128, "int8")),

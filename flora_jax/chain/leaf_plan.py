@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flora_jax.chain.projection import DimensionNumbers, Projection, as_int
 from flora_jax.chain.sketch import Spec, is_sketch
 from flora_jax.paths import path_name
+from flora_jax.qarray import is_int8
 from flora_jax.sharding import manual, partition
 
 _HEAD = re.compile(
@@ -71,9 +72,17 @@ def leaf_plans(tree: Any, projection: Projection) -> list[LeafPlan]:
     """Returns the plan of every leaf of a tree of params, gradients or sketches, in the tree's order.
 
     Raises:
-      ValueError: The mask, the dimension numbers or the partition specs of the projection do not fit.
+      ValueError: The mask, the dimension numbers or the partition specs of the projection do not fit, or a leaf is in int8.
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_sketch)
+    paths, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: is_sketch(x) or is_int8(x)
+    )
+    for path, leaf in paths:
+        if is_int8(leaf):
+            raise ValueError(
+                f"params must be floating point here, found {path_name(path)!r} in int8; make the state by step.init(params) "
+                "of flora_jax.make_train_step, which trains weights in int8"
+            )
     here = [
         jax.ShapeDtypeStruct(leaf.spec.part_shape, leaf.spec.dtype) if is_sketch(leaf) else leaf
         for _, leaf in paths

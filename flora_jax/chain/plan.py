@@ -14,6 +14,7 @@ from flora_jax.chain import stack_axis, storage
 from flora_jax.chain.flora import Preset, flora
 from flora_jax.chain.leaf_plan import LeafPlan, leaf_plans
 from flora_jax.chain.projection import Projection, check_projection
+from flora_jax.qarray import outlines
 
 
 class Use(NamedTuple):
@@ -137,7 +138,7 @@ def plan(
       ValueError: The mask or the dimension numbers of the projection do not fit the params.
     """
     check_projection(projection)
-    params = jax.eval_shape(lambda tree: tree, params)
+    params = jax.eval_shape(lambda tree: tree, outlines(params))
     leaves = leaf_plans(params, projection)
     if tx is None:
         tx = flora(

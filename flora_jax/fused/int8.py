@@ -5,7 +5,6 @@ a scale, in the dtype of the weight.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,8 @@ import jax.numpy as jnp
 from flora_jax import rounding
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.projection import Projection
-from flora_jax.paths import path_name
+from flora_jax.fused.lazy import Lazy
+from flora_jax.qarray import is_int8, outlines
 
 LARGEST = 127
 KEPT, AIM = 116, 122
@@ -25,10 +25,10 @@ KEPT, AIM = 116, 122
 def to_int8(
     params: Any, *, block: int = 128, select: Callable[[str, tuple[int, ...]], bool] | None = None
 ) -> Any:
-    """Quantizes the matrices of a model, for `flora_jax.make_train_step(..., update="backward")`.
+    """Quantizes the matrices of a model, for `flora_jax.make_train_step`.
 
-    A step makes each of them floating point where it is used, one layer at a time, and rounds what it writes
-    back at random, so that small updates are not lost.
+    A step makes each of them floating point where it is used, one layer at a time, and with `rounding="stochastic"`
+    rounds what it writes back at random, so that small updates are not lost.
 
     Args:
       params: The params of the model.
@@ -48,7 +48,7 @@ def to_int8(
     plain = Projection(1, side="input", min_dim=2, embedding="whole", head="whole", select=select)
 
     def quantized(plan, leaf):
-        if plan.spec is None:
+        if plan.spec is None or is_int8(leaf):
             return leaf
         axis = plan.spec.projected[-1]
         length = leaf.shape[axis]
@@ -61,8 +61,8 @@ def to_int8(
         empty = qwix.QArray(jnp.zeros(leaf.shape, jnp.int8), jnp.zeros(shape, leaf.dtype))
         return requantized(empty, leaf.astype(jnp.float32), None)
 
-    leaves, structure = jax.tree.flatten(params)
-    plans = leaf_plans(params, plain)
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_int8)
+    plans = leaf_plans(outlines(params), plain)
     return jax.tree.unflatten(structure, list(map(quantized, plans, leaves)))
 
 
@@ -86,26 +86,9 @@ def from_int8(params: Any) -> Any:
     return jax.tree.map(as_array, params, is_leaf=is_int8)
 
 
-def is_int8(leaf: Any) -> bool:
-    """Returns whether a leaf is a `qwix.QArray`."""
-    return type(leaf).__name__ == "QArray" and "qwix" in sys.modules
-
-
-def refuse_int8(params: Any) -> None:
-    """Raises a ValueError for params in int8, where only floating-point ones can be used."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_int8)[0]:
-        if is_int8(leaf):
-            raise ValueError(
-                f"params must be floating point, found {path_name(path)!r} in int8; train it by "
-                "flora_jax.make_train_step(..., update='backward')"
-            )
-
-
-def outline(leaf: Any) -> Any:
-    """Returns the shape and dtype of an array, or of the one that a `qwix.QArray` stands for."""
-    if is_int8(leaf):
-        return jax.ShapeDtypeStruct(leaf.qvalue.shape, leaf.scale.dtype)
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+def lazy(leaf: Any) -> Any:
+    """Returns an array as it is, and for a `qwix.QArray` the array it stands for, to be computed where it is used."""
+    return Lazy(leaf, value) if is_int8(leaf) else leaf
 
 
 def as_array(leaf: Any) -> Any:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
-from flora_jax.fused.int8 import is_int8
 from flora_jax.fused.lazy import is_lazy
 from flora_jax.paths import path_name
+from flora_jax.qarray import is_int8
 
 
 def is_array(x: Any) -> bool:

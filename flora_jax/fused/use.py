@@ -204,7 +204,7 @@ def use(
     Args:
       weight: The `Weight`.
       inputs: Arrays, of which those of a floating type are differentiated in the ordinary way.
-      bind: The computation.
+      bind: The computation; linear in its only input, if it has one, where the value is `Lazy`.
       save: A function `(source, *inputs) -> saved` that returns what the backward rule needs besides the
         cotangent, where `source` is `(keys, columns, factors)`.
       back: The backward rule, a function `(saved, source, cotangent) -> cotangent of the up factor`.
@@ -218,7 +218,7 @@ def use(
     @jax.custom_vjp
     def run(inputs, value, up, source):
         del up, source
-        return bind(*inputs, value)
+        return bind(*inputs, materialized(value))
 
     def forward(inputs, value, up, source):
         del up
@@ -230,11 +230,20 @@ def use(
 
         given = tuple(x for x, flag in zip(inputs, floats, strict=True) if flag)
         own = (value,) if weight.differentiated else ()
-        if given or own:
+        if isinstance(value, Lazy):
+            result = bind(*inputs, value.materialize())
+            pull = jax.tree_util.Partial(pull_lazy, value) if given else None
+        elif given or own:
             result, pull = jax.vjp(of_floats, given, own)
         else:
             result, pull = bind(*inputs, value), None
         return result, (pull, explicit.call(save, saved_sharding, source, *inputs), source)
+
+    def pull_lazy(value, delta):
+        # computed again, and not before the backward pass is here
+        value, delta = jax.lax.optimization_barrier((value, delta))
+        array = value.materialize()
+        return jax.linear_transpose(lambda *given: bind(*given, array), *inputs)(delta), ()
 
     def backward(residuals, delta):
         pull, saved, source = residuals

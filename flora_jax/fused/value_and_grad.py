@@ -24,7 +24,7 @@ from flora_jax.chain.plan import plan as make_plan
 from flora_jax.chain.project import cycle as cycle_of_state
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import Sketch, Spec
-from flora_jax.fused.int8 import refuse_int8
+from flora_jax.fused.int8 import as_array, lazy
 from flora_jax.fused.interpreter import Traced, Use, Walk, exposed
 from flora_jax.fused.leaves import (
     combine,
@@ -36,6 +36,7 @@ from flora_jax.fused.leaves import (
 )
 from flora_jax.fused.rules import RULES
 from flora_jax.fused.weight import Weight
+from flora_jax.qarray import first_of_each, is_int8, outlines
 from flora_jax.sharding import explicit, manual
 from flora_jax.sharding.partition import constrain, of_sketch
 
@@ -108,7 +109,7 @@ class ValueAndGrad:
         function = _Function(self, args, kwargs)
         ups = list(map(_zero_up, function.plans, function.differentiated))
         uncompressed = [
-            None if plan.spec else leaf
+            None if plan.spec else as_array(leaf)
             for plan, leaf in zip(function.plans, function.differentiated, strict=True)
         ]
 
@@ -138,11 +139,13 @@ class ValueAndGrad:
         if self.shardings is None:
             return [None] * len(function.plans)
         leaves = jax.tree.leaves(self.shardings, is_leaf=lambda x: x is None)
-        if len(leaves) != len(function.plans):
+        count = len(jax.tree.leaves(function.differentiated))
+        if len(leaves) != count:
             raise ValueError(
                 f"shardings must have a leaf for each differentiated array, found {len(leaves)} for "
-                f"{len(function.plans)}"
+                f"{count}"
             )
+        leaves = first_of_each(function.differentiated, leaves)
         return [
             of_sketch(plan.spec, sharding) if plan.spec else sharding
             for plan, sharding in zip(function.plans, leaves, strict=True)
@@ -156,7 +159,8 @@ class ValueAndGrad:
             function = _Function(self, args, kwargs)
             ups = list(map(_zero_up, function.plans, function.differentiated))
             shardings = [None] * len(ups)
-            return function.walk(walk, 0, ups, function.differentiated, shardings)
+            uncompressed = list(map(as_array, function.differentiated))
+            return function.walk(walk, 0, ups, uncompressed, shardings)
 
         arrays, rest = partition((args, kwargs))
         jax.eval_shape(lambda arrays: traced(*combine(arrays, rest)), arrays)
@@ -200,9 +204,8 @@ class _Function:
         self.aux_structure: Any = None
         for place in places:
             arg = trained(args[place])
-            refuse_int8(arg)
-            leaves, structure = jax.tree.flatten(arg)
-            self.plans += leaf_plans(_shaped(arg), owner.projection)
+            leaves, structure = jax.tree.flatten(arg, is_leaf=is_int8)
+            self.plans += leaf_plans(_shaped(outlines(arg)), owner.projection)
             self.differentiated += leaves
             self.structures.append(structure)
         held = [
@@ -231,7 +234,7 @@ class _Function:
             leaves, self.aux_structure = jax.tree.flatten(arrays)
             return [value, *leaves]
 
-        self.jaxpr = jax.make_jaxpr(flat)(*self.differentiated, *self.others)
+        self.jaxpr = jax.make_jaxpr(flat)(*outlines(self.differentiated), *self.others)
 
     def walk(
         self,
@@ -246,7 +249,7 @@ class _Function:
         for plan, leaf, up, plain, sharding in zip(
             self.plans, self.differentiated, ups, uncompressed, shardings, strict=True
         ):
-            value = Weight.start(plan.spec, cycle, leaf, up, sharding) if plan.spec else plain
+            value = Weight.start(plan.spec, cycle, lazy(leaf), up, sharding) if plan.spec else plain
             ins.append(Traced(value, True))
         ins += [Traced(leaf, False) for leaf in self.others]
         wanted = [i == 0 for i in range(len(self.jaxpr.jaxpr.outvars))]  # and no auxiliary data
@@ -276,6 +279,7 @@ def _zero_up(plan: LeafPlan, leaf: Any) -> jax.Array | None:
     if plan.spec is None:
         return None
     spec = plan.spec
+    (leaf, *_) = jax.tree.leaves(leaf)
     zeros = jnp.zeros(spec.part_data_shape, dtypes.sums(spec.dtype))
     zeros = manual.vary(zeros, manual.varying(leaf) - set(spec.summed))
     return explicit.put(zeros, of_sketch(plan.spec, explicit.sharding_of(leaf)))
@@ -283,6 +287,7 @@ def _zero_up(plan: LeafPlan, leaf: Any) -> jax.Array | None:
 
 def _total(spec: Spec, leaf: Any, data: jax.Array) -> jax.Array:
     """Sums over the devices that projected axes are sharded over, where types do not make JAX do so."""
+    (leaf, *_) = jax.tree.leaves(leaf)
     return manual.total(data, sorted(set(spec.summed) - manual.varying(leaf)))
 
 

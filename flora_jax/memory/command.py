@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flora_jax.memory import chips, compiled, estimate, methods, outline, report
-from flora_jax.memory.methods import GIB, INSIDE, Options, Setting
+from flora_jax.memory.methods import GIB, INT8, Options, Setting
 from flora_jax.models import config
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -195,8 +195,8 @@ def plan(
     """
     setting = request.setting()
     asked = METHODS[method]
-    if request.weights == "int8" and asked not in INSIDE:
-        able = ", ".join(name for name, label in METHODS.items() if label in INSIDE)
+    if request.weights == "int8" and asked not in INT8:
+        able = ", ".join(name for name, label in METHODS.items() if label in INT8)
         raise ValueError(f"method must be one of {able} where weights are int8, found {method}")
     device = request.device
     obstacle = compiled.obstacle(setting, asked, device)

@@ -123,10 +123,11 @@ def _step(
     Where that is an adapter, the weights are the first part of the step's batch.
     """
     tx = transformation(setting, method, setting.rank)
+    rounding = "stochastic" if setting.int8(method) else "nearest"
     if method == "Flora, fused":
-        return make_train_step(loss, tx, projection), tx.init, tx, params
+        step = make_train_step(loss, tx, projection, rounding=rounding)
+        return step, tx.init, tx, params
     if method in INSIDE:
-        rounding = "stochastic" if setting.int8(method) else "nearest"
         step = make_train_step(loss, tx, update="backward", rounding=rounding)
         return step, lambda params: step.init(params, *batch), tx, params
     if method != "LoRA + Adam":

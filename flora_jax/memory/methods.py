@@ -38,6 +38,8 @@ EXACT = METHODS[5:7]
 """Those that update each weight inside the backward pass, and accumulate nothing."""
 INSIDE = ("Flora, backward pass", *EXACT)
 """Those that update each weight inside the backward pass."""
+INT8 = ("Flora, fused", *INSIDE)
+"""Those that take weights in int8."""
 ACCUMULATING = (*METHODS[:3], "MultiSteps + Adafactor")
 """Those that accumulate over micro-batches where their number is not given."""
 
@@ -56,8 +58,8 @@ class Options:
       embedding: What Flora does with embeddings, as in `Projection`.
       head: What Flora does with the head.
       state_dtype: The dtype of Flora's sketches between micro-batches, as in `flora_jax.flora`.
-      weights: The layers' matrices in int8, as `flora_jax.to_int8` makes them, for the methods that update inside the
-        backward pass; or all weights in their own dtype.
+      weights: The layers' matrices in int8, as `flora_jax.to_int8` makes them, for the methods in `INT8`; or all weights
+        in their own dtype.
       moments: The dtype of Adam's moments, LoRA's too: float32, or that of what is trained.
       micro_batches: Micro-batches of an optimizer step. By default Flora and MultiSteps accumulate and the others do
         not. With 1 none does, and MultiSteps + Adafactor is Adafactor alone; with more all do but exact gradients.
@@ -106,7 +108,7 @@ class Setting(Options):
 
     def int8(self, method: str) -> bool:
         """Says whether a method has the layers' matrices in int8."""
-        return self.weights == "int8" and method in INSIDE
+        return self.weights == "int8" and method in INT8
 
 
 def projection_of(setting: Setting, rank: int, steps: int) -> Projection:

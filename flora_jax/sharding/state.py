@@ -15,6 +15,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from flora_jax.paths import path_name
+from flora_jax.qarray import is_int8, outline
 from flora_jax.sharding.partition import derived
 
 
@@ -51,6 +52,9 @@ def state_shardings(
       >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
     mesh, owners = None, {}
+    params = jax.tree.map(
+        lambda x: outline(x, x.qvalue.sharding) if is_int8(x) else x, params, is_leaf=is_int8
+    )
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding):

@@ -21,9 +21,11 @@ from jax.sharding import NamedSharding
 
 from flora_jax import dtypes
 from flora_jax.chain import leaf_operations, project
+from flora_jax.fused.int8 import from_int8
 from flora_jax.fused.leaves import combine, partition
 from flora_jax.fused.program import Atom, Const, Node, Values, Var, flatten, needed
 from flora_jax.paths import path_name
+from flora_jax.qarray import is_int8
 from flora_jax.rounding import Rounding, check, key_of
 from flora_jax.sharding import explicit, manual
 from flora_jax.update import checked, rounded
@@ -62,12 +64,12 @@ def apply_gradients(
       tx: The transformation: `flora_jax.flora`, or any other chain.
       grads: A pytree of gradients, each either a sketch or uncompressed.
       opt_state: The state of `tx`.
-      params: A pytree of arrays.
+      params: A pytree of arrays, and of what `flora_jax.to_int8` makes of them.
       slice_above: The number of entries from which on a stacked weight is updated slice by slice.
       shardings: A pytree of `NamedSharding` for the params, with None where one is unknown. Where a stack
         is sharded along its stacked axis (experts), a slice then has one layer from each device.
-      rounding: How new bfloat16 params are rounded: to nearest, or `stochastic`, by which an update much smaller
-        than a param still arrives in the mean. The random numbers come from the counts in the state, so that they are
+      rounding: How new bfloat16 params, and those in int8, are rounded: to nearest, or `stochastic`, by which an update
+        much smaller than a param still arrives in the mean. The random numbers come from the counts in the state, so that they are
         the same on every layout of automatic or explicit mesh axes, and after a restart.
       **extra_args: Further arguments for `tx.update`.
 
@@ -84,13 +86,11 @@ def apply_gradients(
     extra_args, other_args = partition(extra_args)
 
     def update(grads, opt_state, params, extra_args):
-        given = opt_state
+        key = key_of(opt_state) if rounding == "stochastic" else None
         updates, opt_state = checked.update(
-            tx, grads, opt_state, params, combine(extra_args, other_args)
+            tx, grads, opt_state, from_int8(params), combine(extra_args, other_args)
         )
-        if rounding == "nearest":
-            return optax.apply_updates(params, updates), opt_state
-        return rounded.apply_updates(params, updates, key_of(given)), opt_state
+        return rounded.apply_updates(params, updates, key), opt_state
 
     leaves = jax.tree.leaves(params)
     known = list(map(explicit.sharding_of, leaves))
@@ -118,11 +118,13 @@ def _apply(
     state_in = inputs[starts[1] : starts[2]]
     nodes, outs = flatten(closed.jaxpr, closed.consts, inputs)
     nodes = list(map(rounded.runnable, nodes))
-    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_int8)[0]
+    rest = iter(params_in)
     program = _Program(
         nodes=nodes,
         outs=outs,
         buffers=[*params_in, *state_in],
+        params=[list(itertools.islice(rest, len(jax.tree.leaves(x)))) for _, x in paths],
         names=[path_name(path) for path, _ in paths],
         shardings=dict(zip(params_in, shardings, strict=True)),
         slice_above=slice_above,
@@ -141,21 +143,19 @@ class _Program:
       nodes: The operations.
       outs: The results: the new params, then the new state.
       buffers: The inputs that the results replace, in the order of `outs`.
+      params: The arrays of each param: one, or integers and scales.
       names: The names of the params.
-      shardings: The `NamedSharding` of each param, or None where it is unknown.
+      shardings: The `NamedSharding` of each array of the params, or None where it is unknown.
       slice_above: The argument of `apply_gradients`.
     """
 
     nodes: list[Node]
     outs: list[Atom]
     buffers: list[Var]
+    params: list[list[Var]]
     names: list[str]
     shardings: dict[Var, NamedSharding | None]
     slice_above: int
-
-    @property
-    def params(self) -> list[Var]:
-        return self.buffers[: len(self.names)]
 
 
 def _evaluate(program: _Program, values: Values) -> list[Any]:
@@ -171,21 +171,29 @@ def _evaluate(program: _Program, values: Values) -> list[Any]:
     for branch in split.eqn.params["branches"]:
         nodes, outs = flatten(branch.jaxpr, branch.consts, split.ins[1:])
         swap: dict[Var, Atom] = dict(zip(split.outs, outs, strict=True))
+        made = {out: node for node in nodes for out in node.outs}
         for node in after:
-            copied = [Var(out.aval) for out in node.outs]
-            nodes.append(Node(node.eqn, [_swapped(swap, atom) for atom in node.ins], copied))
-            swap.update(zip(node.outs, copied, strict=True))
+            ins = [_swapped(swap, atom) for atom in node.ins]
+            if (old := rounded.unchanged(node, ins, made)) is not None:
+                swap.update(zip(node.outs, old, strict=True))
+                continue
+            copied = Node(node.eqn, ins, [Var(out.aval) for out in node.outs])
+            nodes.append(copied)
+            made.update(dict.fromkeys(copied.outs, copied))
+            swap.update(zip(node.outs, copied.outs, strict=True))
         outs = [
             _swapped(swap, out) if i in inside else Const(0) for i, out in enumerate(program.outs)
         ]
         branches.append(dataclasses.replace(program, nodes=nodes, outs=outs))
+    arrays = list(itertools.chain(*program.params))
+    of_params = {out for node in _depending(program.nodes, arrays) for out in node.outs}
     free = dict.fromkeys(  # in an order that every process has: compilation caches, and hosts, must agree
         atom
         for branch in branches
         for atom in [*(a for node in branch.nodes for a in node.ins), *branch.outs]
-        if isinstance(atom, Var) and (atom in maker or atom in values.known)
+        if isinstance(atom, Var) and atom in maker and atom not in of_params
     )
-    for atom in free:
+    for atom in free:  # what is made of params, such as those in int8 as numbers, is not kept for all leaves at once
         values(atom)
 
     def taken(branch: _Program) -> Callable[[], list[Any]]:
@@ -248,8 +256,9 @@ def _by_leaf(program: _Program, values: Values) -> list[Any]:
     """Evaluates the outputs, one leaf after another; first the single numbers that several leaves need."""
     owners = Owners.find(program.nodes, program.params, program.names)
     values.maker.update((out, node) for node in owners.nodes for out in node.outs)
-    count = len(program.names)
-    groups: list[list[int]] = [[i] for i in range(count)]
+    places = iter(range(len(program.outs)))
+    groups = [list(itertools.islice(places, len(arrays))) for arrays in program.params]
+    count = len(program.shardings)
     shared: list[int] = []
     numbers: list[Var] = []
     for i, out in enumerate(program.outs[count:], count):
@@ -265,12 +274,12 @@ def _by_leaf(program: _Program, values: Values) -> list[Any]:
         outs = [program.outs[i] for i in group]
         numbers += _foreign(program, values, owners, outs, leaf)
     for leaf, level in _levels(program, values, owners, numbers):
-        found = _leaf(program, values, program.params[leaf], level)
+        found = _leaf(program, values, leaf, level)
         values.known.update(zip(level, found, strict=True))
     results: list[Any] = [None] * len(program.outs)
     for leaf, group in enumerate(groups):
         outs = [program.outs[i] for i in group]
-        found = _leaf(program, values, program.params[leaf], outs)
+        found = _leaf(program, values, leaf, outs)
         for i, value in zip(group, found, strict=True):
             results[i] = value
     for i in shared:
@@ -314,14 +323,14 @@ def _foreign(
         ) from None
 
 
-def _leaf(program: _Program, values: Values, param: Var, goals: list[Atom]) -> list[Any]:
+def _leaf(program: _Program, values: Values, leaf: int, goals: list[Atom]) -> list[Any]:
     """Evaluates what belongs to one leaf, slice by slice if its operations allow it."""
     nodes = needed(values.maker, goals, values.known)
     marks = [node for node in nodes if leaf_operations.of(node.eqn)]
     stacked = marks[0].eqn.params["spec"].batch if marks else ()
-    if stacked and math.prod(param.shape) >= program.slice_above:
+    if stacked and math.prod(program.params[leaf][0].shape) >= program.slice_above:
         try:
-            return Slices(program, values, param, marks, nodes, goals).run()
+            return Slices(program, values, leaf, marks, nodes, goals).run()
         except Unsliceable:
             pass
     local = Values([], values.known)
@@ -330,7 +339,8 @@ def _leaf(program: _Program, values: Values, param: Var, goals: list[Atom]) -> l
         if leaf_operations.of(node.eqn):
             outs = [leaf_operations.run(node.eqn, *(local(atom) for atom in node.ins))]
         elif node.name == rounded.NAME and stacked:
-            outs = [rounded.run(*(local(atom) for atom in node.ins), axis=stacked[0])]
+            ins = (local(atom) for atom in node.ins)
+            outs = rounded.run(*ins, **node.eqn.params, axis=stacked[0])
         else:
             outs = node.run([local(atom) for atom in node.ins])
         local.known.update(zip(node.outs, outs, strict=True))

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.fused.int8 import as_array, is_int8, outline
+from flora_jax.fused.int8 import as_array
 from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import JITS, Atom, Const, Node, Var, flatten
+from flora_jax.qarray import is_int8, outline, outlines
 from flora_jax.sharding import explicit
 from flora_jax.sharding.partition import constrain, without_axis
 from flora_jax.update import pull
@@ -36,12 +37,7 @@ class Program:
         """Traces `fun(params, *batch)`, which returns a scalar, or a pair of it and auxiliary data."""
         self.leaves, self.structure = jax.tree.flatten(params, is_leaf=is_int8)
         self.batch = jax.tree.leaves(list(batch))
-        closed, shapes = jax.make_jaxpr(fun, return_shape=True)(
-            jax.tree.unflatten(
-                self.structure, [outline(x) if is_int8(x) else x for x in self.leaves]
-            ),
-            *batch,
-        )
+        closed, shapes = jax.make_jaxpr(fun, return_shape=True)(outlines(params), *batch)
         inputs = [Var(aval) for aval in closed.in_avals]
         self.inputs = inputs
         self.params = inputs[: len(self.leaves)]

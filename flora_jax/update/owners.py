@@ -37,9 +37,13 @@ class Owners:
     of: dict[Var, frozenset[int]]
 
     @classmethod
-    def find(cls, nodes: Sequence[Node], params: Sequence[Var], names: Sequence[str]) -> "Owners":
-        """Returns the owners of all values, given the params and their names."""
-        owners = cls([], {var: frozenset([i]) for i, var in enumerate(params) if not _single(var)})
+    def find(
+        cls, nodes: Sequence[Node], params: Sequence[Sequence[Var]], names: Sequence[str]
+    ) -> "Owners":
+        """Returns the owners of all values, given the arrays of each param, and its name."""
+        owners = cls([], {})
+        for i, arrays in enumerate(params):
+            owners.of.update({var: frozenset([i]) for var in arrays if not _single(var)})
         index = {name: i for i, name in enumerate(names)}
         for node in nodes:
             owners._visit(node, index)

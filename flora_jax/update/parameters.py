@@ -11,9 +11,10 @@ import optax
 
 from flora_jax import dtypes
 from flora_jax.chain import keys
-from flora_jax.fused.int8 import as_array, is_int8, outline
+from flora_jax.fused.int8 import as_array
 from flora_jax.fused.program import Atom, Values, Var, flatten, needed
 from flora_jax.paths import path_name
+from flora_jax.qarray import is_int8, outline
 from flora_jax.update.layers import take
 from flora_jax.update.owners import CHOICE, as_choice
 

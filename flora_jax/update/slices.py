@@ -97,7 +97,8 @@ class Slices:
     variable.
     """
 
-    def __init__(self, program, values: Values, param: Var, marks: list[Node], nodes, goals):
+    def __init__(self, program, values: Values, leaf: int, marks: list[Node], nodes, goals):
+        param, *scales = program.params[leaf]
         self.values, self.marks, self.nodes, self.goals = values, marks, nodes, goals
         self.spec: Spec = marks[0].eqn.params["spec"]
         self.axis = self.spec.batch[0]
@@ -121,7 +122,7 @@ class Slices:
             for var in node.variables()
             if var in values.known and var.shape == param.shape
         }
-        self.sources = alike | {param}
+        self.sources = alike | {param, *scales}
         self.axes: dict[Var, int] = dict.fromkeys(self.sources, self.axis)
         self.reductions: list[Node] = []
         for node in after:
@@ -247,7 +248,8 @@ class Slices:
             ins.append(given)
         if node.name == rounded.NAME:
             index = take(jnp.arange(self.length), 0)
-            found[node.outs[0]] = rounded.run(*ins, axis=self.axis, index=index)
+            new = rounded.run(*ins, **node.eqn.params, axis=self.axis, index=index)
+            found.update(zip(node.outs, new, strict=True))
             return
         changes = {}
         for name in ("shape", "new_sizes"):

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from flora_jax.fused.int8 import as_array, outline
+from flora_jax.fused.int8 import as_array
 from flora_jax.fused.interpreter import is_inexact
 from flora_jax.fused.program import Node, Var
 from flora_jax.fused.rules.control_flow import scan_counts
+from flora_jax.qarray import outline
 from flora_jax.update import pull
 from flora_jax.update.layers import OWN, Round, replace_each, take
 from flora_jax.update.parameters import Parameters

@@ -1,7 +1,6 @@
 """make_train_step: gradients and the update leaf by leaf, put together in a compiled training step."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -15,15 +14,17 @@ from flora_jax import bits
 from flora_jax.chain import project, recorder
 from flora_jax.chain.projection import Projection, check_projection
 from flora_jax.chain.sketch import without_cycle
-from flora_jax.fused.int8 import is_int8, refuse_int8, requantized, value
+from flora_jax.fused.int8 import from_int8
 from flora_jax.fused.leaves import combine, partition, refuse_changing_modules, trained, without
 from flora_jax.fused.value_and_grad import value_and_grad
-from flora_jax.rounding import Rounding, applied, check, key_of, of_leaf
+from flora_jax.qarray import first_of_each, is_int8, outlines
+from flora_jax.rounding import Rounding, check, key_of, of_leaf
 from flora_jax.sharding.partition import constrain, known
 from flora_jax.update.apply_gradients import apply_gradients
 from flora_jax.update.backward import Program, value_and_update
 from flora_jax.update.parameters import Parameters
 from flora_jax.update.parameters import init as make_state
+from flora_jax.update.rounded import added
 
 
 def make_train_step(
@@ -124,10 +125,11 @@ def make_train_step(
                 of, tx, params, opt_state, batch, shardings, rounding
             )
             return _put(params, of_params), _put(opt_state, of_state), value
+        _check_state(tx, params, opt_state)
         if projection is None:
             grad_fn = partial(_gradient, of, has_aux, of_params)
         else:
-            taken = recorder.restricted(projection, tx, opt_state, params)
+            taken = recorder.restricted(projection, tx, opt_state, outlines(params))
             grad_fn = partial(
                 value_and_grad(of, taken, has_aux=has_aux, shardings=of_params),
                 cycle=project.cycle(opt_state),
@@ -147,8 +149,6 @@ def make_train_step(
         if micro_batches is not None:
             _check_batch(batch, micro_batches)
         own, held, rest = _parts(params)
-        if update == "after":
-            refuse_int8(own)
         shardings = tuple(tuple(map(known, jax.tree.leaves(tree))) for tree in (own, opt_state))
         return (rest, shardings, own, held, opt_state, *batch)
 
@@ -161,8 +161,7 @@ def make_train_step(
     def init(params, *batch):
         own, held, rest = _parts(params)
         if update == "after":
-            return tx.init(own)
-
+            return _init(tx, own)
         return make_state(tx, own, Program(_of_trained(loss, held, rest), own, batch).stacks)
 
     return TrainStep(step, init, lambda *args: compiled.lower(*prepared(*args)))
@@ -192,10 +191,29 @@ def _of_trained(loss: Callable, held: Any, rest: "_Static") -> Callable:
     return lambda params, *batch: loss(combine(params, combine(held, rest.tree())), *batch)
 
 
+def _init(tx: optax.GradientTransformation, params: Any) -> Any:
+    """Makes the state for what the params stand for, which is not computed where only its shapes matter."""
+    if not any(map(is_int8, jax.tree.leaves(params, is_leaf=is_int8))):
+        return tx.init(params)
+    return jax.jit(lambda params: tx.init(from_int8(params)))(params)
+
+
+def _check_state(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> None:
+    """Raises a ValueError where params are in int8, and the state was made for their integers and scales."""
+    whole = outlines(params)
+    if jax.tree.structure(whole) != jax.tree.structure(params) and jax.tree.structure(
+        opt_state
+    ) != jax.tree.structure(jax.eval_shape(tx.init, whole)):
+        raise ValueError(
+            "opt_state must be that of params as floating-point arrays, where some are in int8, found another: make it by "
+            "step.init(params)"
+        )
+
+
 def _gradient(of, has_aux, shardings, params, *batch) -> tuple[Any, Any]:
     """Returns the value and ordinary gradients, sharded as the params."""
-    value, grads = jax.value_and_grad(of, has_aux=has_aux)(params, *batch)
-    return value, _put(grads, shardings)
+    value, grads = jax.value_and_grad(of, has_aux=has_aux)(from_int8(params), *batch)
+    return value, _put(grads, tuple(first_of_each(params, shardings)))
 
 
 def _backward(of, tx, params, opt_state, batch, shardings, rounding) -> tuple[Any, Any, Any]:
@@ -209,17 +227,10 @@ def _backward(of, tx, params, opt_state, batch, shardings, rounding) -> tuple[An
         if key is not None:
             own = of_leaf(key, updates.names[leaf])
             random = bits.random(own if index is None else bits.fold(own, index), update.shape)
-        if is_int8(param):
-            x = value(param, jnp.float32) + update.astype(jnp.float32)
-            return requantized(param, x, random)
-        if random is None:
-            return optax.apply_updates(param, update)
-        return applied(param, update, random)
+        return added(param, update, random)
 
     of_params, of_state = shardings
-    rest = iter(of_params)
-    groups = [tuple(itertools.islice(rest, len(jax.tree.leaves(x)))) for x in program.leaves]
-    firsts = [first for first, *_ in groups]
+    firsts = first_of_each(params, of_params)
     return value_and_update(program, updates, apply, firsts, of_state)
 
 

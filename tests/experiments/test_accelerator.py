@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.bench import accelerator
+from experiments.bench import accelerator, chips
 from tests.helpers import often
 
 TOY = accelerator.Config(
@@ -61,11 +61,11 @@ def test_flops_are_those_of_the_shapes():
     ),
 )
 def test_peaks(kind, tera):
-    assert accelerator.peak(kind) == tera * 1e12
+    assert chips.peak(kind) == tera * 1e12
 
 
 def test_of_an_unknown_chip_there_is_no_peak():
-    assert accelerator.peak("cpu") is None
+    assert chips.peak("cpu") is None
 
 
 @pytest.mark.long

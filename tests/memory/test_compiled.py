@@ -89,7 +89,9 @@ def test_order_of_the_methods():
     assert 0 < sizes[EXACT] < sizes[ORDINARY]
 
 
-@pytest.mark.parametrize(("method", "least"), [(BACKWARD, 0.8), (EXACT, 0.8), (MUON, 0.7)])
+@pytest.mark.parametrize(
+    ("method", "least"), [(FUSED, 0.8), (BACKWARD, 0.8), (EXACT, 0.8), (MUON, 0.7)]
+)
 def test_int8_weights_are_in_it(method, least):
     pytest.importorskip("qwix")
     sizes = [size(method), size(method, weights="int8")]
