@@ -149,8 +149,8 @@ def estimate(setting: Setting, method: str, rank: int | None = None) -> Estimate
         copies = tree_bytes(setting.model.params) // 2 // setting.chips
     update = 0
     if method == "Flora, fused" and setting.state_dtype in storage.INTEGERS:
-        # the sums in float32, some of them beside the sketches; measured
-        update = round(0.63 * held["sketches"] / setting.chips)
+        # sums in float32 beside the sketches; the part of them that is there at one time was measured
+        update = round(0.75 * sum(sizes.values()) / setting.chips)
     elif method == "Flora, backward pass":
         update = _embedding_update(setting) // setting.chips
     elif method == "Exact Muon, no state":
