@@ -233,8 +233,10 @@ METHODS = {
         for rank in (256, 128)
     },
     **{
-        f"Fused, rank {rank} in int8, embeddings whole{weights}": fused(rank, "int8", bool(weights))
-        for rank in (512, 256)
+        f"Fused, rank {rank} in {dtype}, embeddings whole{weights}": fused(
+            rank, dtype, bool(weights)
+        )
+        for rank, dtype in ((1024, "int4"), (512, "int8"), (256, "int8"))
         for weights in ("", ", int8 weights")
     },
     "Accumulated, rank 256 in int8": backward(accumulated(256, "int8")),

@@ -60,7 +60,8 @@ def value_and_grad(
       fun: The function to differentiate. It takes pytrees and returns a scalar, or a pair of a scalar
         and auxiliary data.
       projection: The `Projection` of the optimizer's chain.
-      argnums: The positional argument or arguments to differentiate.
+      argnums: The positional argument or arguments to differentiate. Weights in int8 (`flora_jax.to_int8`) are made
+        floating point where they are used, and have the gradients of what they stand for.
       has_aux: Whether `fun` returns a pair of the scalar and auxiliary data.
       shardings: A pytree of `NamedSharding` for the differentiated argument or arguments, with None for
         leaves whose sharding is unknown. Each sketch is then reduced over devices to the sharding that

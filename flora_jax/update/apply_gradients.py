@@ -185,15 +185,15 @@ def _evaluate(program: _Program, values: Values) -> list[Any]:
             _swapped(swap, out) if i in inside else Const(0) for i, out in enumerate(program.outs)
         ]
         branches.append(dataclasses.replace(program, nodes=nodes, outs=outs))
-    arrays = list(itertools.chain(*program.params))
-    of_params = {out for node in _depending(program.nodes, arrays) for out in node.outs}
+    integers = [var for var, *scales in program.params if scales]
+    as_numbers = {out for node in _depending(program.nodes, integers) for out in node.outs}
     free = dict.fromkeys(  # in an order that every process has: compilation caches, and hosts, must agree
         atom
         for branch in branches
         for atom in [*(a for node in branch.nodes for a in node.ins), *branch.outs]
-        if isinstance(atom, Var) and atom in maker and atom not in of_params
+        if isinstance(atom, Var) and atom in maker and atom not in as_numbers
     )
-    for atom in free:  # what is made of params, such as those in int8 as numbers, is not kept for all leaves at once
+    for atom in free:  # and not params in int8 as numbers, which are computed leaf by leaf
         values(atom)
 
     def taken(branch: _Program) -> Callable[[], list[Any]]:
