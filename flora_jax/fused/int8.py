@@ -15,7 +15,8 @@ from flora_jax import rounding
 from flora_jax.chain.leaf_plan import leaf_plans
 from flora_jax.chain.projection import Projection
 from flora_jax.fused.lazy import Lazy
-from flora_jax.qarray import is_int8, outlines
+from flora_jax.fused.leaves import trained
+from flora_jax.qarray import is_int8, outline
 
 LARGEST = 127
 KEPT, AIM = 116, 122
@@ -31,7 +32,7 @@ def to_int8(
     rounds what it writes back at random, so that small updates are not lost.
 
     Args:
-      params: The params of the model.
+      params: The params of the model, or an Equinox module.
       block: The number of entries along the input side that share a scale.
       select: Says by name and shape which leaves are quantized. By default they are the matrices that are not
         an embedding or a head, and whose input side `block` divides.
@@ -61,9 +62,14 @@ def to_int8(
         empty = qwix.QArray(jnp.zeros(leaf.shape, jnp.int8), jnp.zeros(shape, leaf.dtype))
         return requantized(empty, leaf.astype(jnp.float32), None)
 
+    own = trained(params)
     leaves, structure = jax.tree.flatten(params, is_leaf=is_int8)
-    plans = leaf_plans(outlines(params), plain)
-    return jax.tree.unflatten(structure, list(map(quantized, plans, leaves)))
+    plans = iter(leaf_plans(jax.tree.map(outline, own, is_leaf=is_int8), plain))
+    new = [
+        leaf if one is None else quantized(next(plans), leaf)
+        for one, leaf in zip(structure.flatten_up_to(own), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, new)
 
 
 def needed() -> Any:

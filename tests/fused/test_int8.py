@@ -406,3 +406,25 @@ def test_sharded_and_resumed_from_a_checkpoint(tmp_path):
         leaves = checkpointer.restore(tmp_path / "middle", jax.tree.leaves(middle))
     again, _ = run(*jax.tree.unflatten(jax.tree.structure(middle), leaves), 1)
     assert_tree_equal(again, found)
+
+
+@pytest.mark.parametrize("update", ["after", "backward"])
+def test_an_equinox_module(update):
+    """Its activation functions and settings stay; a step takes the module, and gives one."""
+    eqx = pytest.importorskip("equinox")
+    module = eqx.nn.MLP(32, 4, 64, 2, key=jax.random.key(0))
+    x = jnp.asarray(normal(5, (8, 32)))
+
+    def loss(module):
+        return jnp.mean((jax.vmap(module)(x) - jnp.sin(x[:, :4])) ** 2)
+
+    quantized = flora_jax.to_int8(module, block=16)
+    assert [is_int8(layer.weight) for layer in quantized.layers] == [True, True, False]
+    _, tx = flora_of()
+    projection = None if update == "backward" else flora_of()[0]
+    step = flora_jax.make_train_step(loss, tx, projection, update=update, rounding="stochastic")
+    state, first = step.init(quantized), float(loss(flora_jax.from_int8(quantized)))
+    for _ in range(20):
+        quantized, state, value = step(quantized, state)
+    assert float(value) < 0.9 * first
+    assert quantized.activation is module.activation
