@@ -204,6 +204,6 @@ def test_a_package_that_int8_needs(monkeypatch, capsys):
 
 
 def test_weights_in_int8_are_of_some_methods(capsys):
-    assert cli.main(["plan", "--weights", "int8", "--measure", "no"]) == 2
-    said = "method must be one of flora-backward, exact, exact-muon where weights are int8, found"
+    assert cli.main(["plan", "--method", "adam", "--weights", "int8", "--measure", "no"]) == 2
+    said = "method must be one of flora, flora-backward, exact, exact-muon where weights are int8, found"
     assert said in capsys.readouterr().err

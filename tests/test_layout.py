@@ -11,6 +11,7 @@ FOLDERS = (
     "dtypes",
     "tracing",
     "bits",
+    "qarray",
     "rounding",
     "sharding",
     "chain",
