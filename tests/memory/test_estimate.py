@@ -21,12 +21,12 @@ FUSED, ORDINARY, BACKWARD, LORA, GALORE, EXACT, MUON, ADAM, MULTISTEPS = METHODS
 # GiB a chip by the compiler, docs/memory.md: `python -m experiments.bench.memory`, `experiments.bench.pods`, and from
 # LLaMA-60M on `flora-jax plan --measure yes`; moments in the dtype of the params
 COMPILED = [
-    ("LLaMA-7B", FUSED, 128, 2048, 1, 1, 14.37),
-    ("LLaMA-7B", FUSED, 256, 2048, 1, 1, 15.37),
+    ("LLaMA-7B", FUSED, 128, 2048, 1, 1, 14.44),
+    ("LLaMA-7B", FUSED, 256, 2048, 1, 1, 15.36),
     ("LLaMA-7B", FUSED, 128, 4096, 1, 1, 15.34),
-    ("LLaMA-7B", LORA, 128, 2048, 1, 1, 16.03),
-    ("LLaMA-7B", ORDINARY, 128, 2048, 1, 1, 31.19),
-    ("LLaMA-7B", MULTISTEPS, 128, 2048, 1, 1, 51.48),
+    ("LLaMA-7B", LORA, 128, 2048, 1, 1, 16.31),
+    ("LLaMA-7B", ORDINARY, 128, 2048, 1, 1, 31.18),
+    ("LLaMA-7B", MULTISTEPS, 128, 2048, 1, 1, 51.52),
     ("LLaMA-7B", EXACT, 128, 2048, 1, 1, 13.44),
     ("LLaMA-7B", EXACT, 128, 4096, 1, 1, 14.37),
     ("LLaMA-7B", MUON, 128, 2048, 1, 1, 13.66),
@@ -38,7 +38,7 @@ COMPILED = [
     ("T5-3B", MUON, 128, 512, 1, 1, 5.61),
     ("GPT-2-XL", EXACT, 128, 1024, 1, 1, 3.54),
     ("GPT-2-XL", MUON, 128, 1024, 1, 1, 3.54),
-    ("LLaMA-13B", FUSED, 128, 2048, 1, 2, 13.53),
+    ("LLaMA-13B", FUSED, 128, 2048, 1, 2, 13.52),
     ("T5-3B", FUSED, 128, 512, 1, 1, 5.92),
     ("T5-3B", LORA, 128, 512, 1, 1, 8.22),
     ("T5-3B", MULTISTEPS, 128, 512, 1, 1, 19.38),
@@ -218,7 +218,7 @@ def test_no_answer_contradicts_the_compiler():
         answers.append(found.answer)
         if found.answer != "close":
             assert (found.answer == "fits") == (gib <= 15.75), (model, method)
-        if method == LORA and gib == 16.03:  # nearer to the border than the estimate's error
+        if method == LORA and gib == 16.31:  # nearer to the border than the estimate's error
             assert found.answer == "close"
     assert set(answers) == {"fits", "close", "no"}
     assert answers.count("close") < 10
@@ -242,7 +242,7 @@ def test_what_was_measured_decides_the_largest_rank():
     assert (plain.total - smaller.total) / 1.1 >= 0.31 * GIB
     larger = estimate.estimate(setting, FUSED, under.largest_rank)
     assert 0 < (larger.total - plain.total) / 0.9 <= 1.38 * GIB
-    assert under.largest_rank >= 256  # which takes 15.37 by the compiler
+    assert under.largest_rank >= 256  # which takes 15.36 by the compiler
     assert known(15.75).largest_rank == 128
     none = known(95.73, beyond=True)
     assert none.answer == "no" and (none.largest_rank or 0) < 128
