@@ -91,19 +91,13 @@ def train(config: Config, params: Any, corpus: text.Corpus, kind: str, rate: flo
         step = flora_jax.make_train_step(loss, tx, update="backward", rounding=rounding)
     else:
         count = config.micro_batches
-        projection = flora_jax.Projection(
-            config.width // config.part,
-            distribution="srtt",
-            side="input",
+        tx, projection = optimizers.build(
+            "flora",
+            schedule,
+            accumulation=count,
+            rank=config.width // config.part,
             embedding="whole",
             head="whole",
-            resample_every=64 * count,
-        )
-        tx = flora_jax.flora(
-            schedule,
-            projection=projection,
-            accumulation_steps=count,
-            preset="advised",
             state_dtype="int8",
         )
         step = flora_jax.make_train_step(loss, tx, projection, rounding=rounding)

@@ -26,8 +26,18 @@ def outlines(params: Any) -> Any:
     return jax.tree.map(lambda x: outline(x) if is_int8(x) else x, params, is_leaf=is_int8)
 
 
-def first_of_each(params: Any, leaves: Sequence[Any]) -> list[Any]:
-    """Returns what there is for the first array of each param, given a list of it for all their arrays."""
-    counts = [len(jax.tree.leaves(x)) for x in jax.tree.leaves(params, is_leaf=is_int8)]
-    starts = itertools.accumulate(counts, initial=0)
-    return [leaves[start] for start, _ in zip(starts, counts, strict=False)]
+def has_int8(params: Any) -> bool:
+    """Returns whether there is a `qwix.QArray` among the leaves."""
+    return any(map(is_int8, jax.tree.leaves(params, is_leaf=is_int8)))
+
+
+def of_each(params: Any, arrays: Sequence[Any]) -> list[list[Any]]:
+    """Returns what there is for the arrays of each param (one, or integers and scales), given a list of it for all arrays."""
+    rest = iter(arrays)
+    leaves = jax.tree.leaves(params, is_leaf=is_int8)
+    return [list(itertools.islice(rest, len(jax.tree.leaves(leaf)))) for leaf in leaves]
+
+
+def first_of_each(params: Any, arrays: Sequence[Any]) -> list[Any]:
+    """Returns what there is for the first array of each param, given a list of it for all arrays."""
+    return [first for first, *_ in of_each(params, arrays)]

@@ -144,13 +144,14 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
             preset="advised" if advised else "paper",
             state_dtype="int4" if method == "accumulated" else "bfloat16",
         )
-        step: Any = flora_jax.make_train_step(loss, tx, projection)
-        if method == "int8":
-            step = flora_jax.make_train_step(loss, tx, projection, rounding="stochastic")
-            return _of_params(step.init, step, flora_jax.to_int8)
+        step: Any
         if method == "accumulated":
             step = flora_jax.make_train_step(loss, tx, update="backward")
-        return _of_params(lambda params: step.init(params, windows), step)
+        else:
+            rounding = "stochastic" if method == "int8" else "nearest"
+            step = flora_jax.make_train_step(loss, tx, projection, rounding=rounding)
+        prepared = flora_jax.to_int8 if method == "int8" else None
+        return _of_params(lambda params: step.init(params, windows), step, prepared)
     elif method in ("exact", "stateless"):
         if method == "exact":
             tx = optax.adafactor(optax.constant_schedule(RATE))
@@ -168,19 +169,15 @@ def build(config: Config, method: str, model: Any, windows: Any) -> Step:
     return _of_params(tx.init, step)
 
 
-def _of_params(init: Callable, step: Any, prepared: Callable = lambda params: params) -> Step:
+def _of_params(init: Callable, step: Any, prepared: Callable | None = None) -> Step:
     def run(carry: Any, windows: Any) -> Any:
         return step(*carry, windows)[:2]
 
     def start(params: Any) -> Any:
-        params = prepared(params)
+        params = prepared(params) if prepared else params
         return params, jax.jit(init)(params)
 
-    return Step(
-        start,
-        run,
-        lambda carry, windows: step.lower(*carry, windows),
-    )
+    return Step(start, run, lambda carry, windows: step.lower(*carry, windows))
 
 
 def _adapted(adapter: Any, loss: Callable) -> Step:

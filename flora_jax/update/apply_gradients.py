@@ -25,7 +25,7 @@ from flora_jax.fused.int8 import from_int8
 from flora_jax.fused.leaves import combine, partition
 from flora_jax.fused.program import Atom, Const, Node, Values, Var, flatten, needed
 from flora_jax.paths import path_name
-from flora_jax.qarray import is_int8
+from flora_jax.qarray import is_int8, of_each
 from flora_jax.rounding import Rounding, check, key_of
 from flora_jax.sharding import explicit, manual
 from flora_jax.update import checked, rounded
@@ -119,12 +119,11 @@ def _apply(
     nodes, outs = flatten(closed.jaxpr, closed.consts, inputs)
     nodes = list(map(rounded.runnable, nodes))
     paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_int8)[0]
-    rest = iter(params_in)
     program = _Program(
         nodes=nodes,
         outs=outs,
         buffers=[*params_in, *state_in],
-        params=[list(itertools.islice(rest, len(jax.tree.leaves(x)))) for _, x in paths],
+        params=of_each(params, params_in),
         names=[path_name(path) for path, _ in paths],
         shardings=dict(zip(params_in, shardings, strict=True)),
         slice_above=slice_above,
@@ -256,9 +255,9 @@ def _by_leaf(program: _Program, values: Values) -> list[Any]:
     """Evaluates the outputs, one leaf after another; first the single numbers that several leaves need."""
     owners = Owners.find(program.nodes, program.params, program.names)
     values.maker.update((out, node) for node in owners.nodes for out in node.outs)
-    places = iter(range(len(program.outs)))
-    groups = [list(itertools.islice(places, len(arrays))) for arrays in program.params]
-    count = len(program.shardings)
+    place = {buffer: i for i, buffer in enumerate(program.buffers)}
+    groups = [[place[array] for array in arrays] for arrays in program.params]
+    count = sum(map(len, groups))
     shared: list[int] = []
     numbers: list[Var] = []
     for i, out in enumerate(program.outs[count:], count):

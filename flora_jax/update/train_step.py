@@ -17,7 +17,7 @@ from flora_jax.chain.sketch import without_cycle
 from flora_jax.fused.int8 import from_int8
 from flora_jax.fused.leaves import combine, partition, refuse_changing_modules, trained, without
 from flora_jax.fused.value_and_grad import value_and_grad
-from flora_jax.qarray import first_of_each, is_int8, outlines
+from flora_jax.qarray import first_of_each, has_int8, outlines
 from flora_jax.rounding import Rounding, check, key_of, of_leaf
 from flora_jax.sharding.partition import constrain, known
 from flora_jax.update.apply_gradients import apply_gradients
@@ -193,17 +193,17 @@ def _of_trained(loss: Callable, held: Any, rest: "_Static") -> Callable:
 
 def _init(tx: optax.GradientTransformation, params: Any) -> Any:
     """Makes the state for what the params stand for, which is not computed where only its shapes matter."""
-    if not any(map(is_int8, jax.tree.leaves(params, is_leaf=is_int8))):
+    if not has_int8(params):
         return tx.init(params)
     return jax.jit(lambda params: tx.init(from_int8(params)))(params)
 
 
 def _check_state(tx: optax.GradientTransformation, params: Any, opt_state: Any) -> None:
     """Raises a ValueError where params are in int8, and the state was made for their integers and scales."""
-    whole = outlines(params)
-    if jax.tree.structure(whole) != jax.tree.structure(params) and jax.tree.structure(
-        opt_state
-    ) != jax.tree.structure(jax.eval_shape(tx.init, whole)):
+    if not has_int8(params):
+        return
+    expected = jax.eval_shape(tx.init, outlines(params))
+    if jax.tree.structure(opt_state) != jax.tree.structure(expected):
         raise ValueError(
             "opt_state must be that of params as floating-point arrays, where some are in int8, found another: make it by "
             "step.init(params)"

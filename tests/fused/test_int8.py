@@ -124,18 +124,45 @@ def test_one_step_is_that_of_the_weights_it_stands_for(changes):
     assert_tree_equal(found, again)
 
 
+def trained(step, params, count):
+    """The last loss of weights in float32 and in int8."""
+    losses = {}
+    for name, own in (("float32", params), ("int8", flora_jax.to_int8(params, block=16))):
+        own = jax.tree.map(jnp.copy, own)
+        state = step.init(own)
+        for _ in range(count):
+            own, state, value = step(own, state)
+        losses[name] = float(value)
+    return losses
+
+
+def over_four_devices(tree):
+    """Each array with its last axis over four devices, where they divide it."""
+    mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,))
+
+    def placed(x):
+        last = "x" if x.ndim and x.shape[-1] % 4 == 0 else None
+        names = (*[None] * (x.ndim - 1), last) if x.ndim else ()
+        return jax.device_put(
+            x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+        )
+
+    return jax.tree.map(placed, tree)
+
+
+def assert_integers_of_one_device(found, expected, sharded):
+    for a, b, start in zip(*map(jax.tree.leaves, (found, expected, sharded)), strict=True):
+        assert a.sharding.is_equivalent_to(start.sharding, a.ndim)
+        same = np.mean(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) < 1e-5)
+        assert same > 0.99
+
+
 def test_training_beside_float32():
     """40 steps of Adam: the losses of the weights in int8 stay within 5 % of the others'."""
     loss, params = model_of()
     tx = optax.adam(optax.constant_schedule(3e-3))
     step = flora_jax.make_train_step(loss, tx, update="backward", rounding="stochastic")
-    losses = {}
-    for name, own in (("float32", params), ("int8", flora_jax.to_int8(params, block=16))):
-        own = jax.tree.map(jnp.copy, own)
-        state = step.init(own)
-        for _ in range(40):
-            own, state, value = step(own, state)
-        losses[name] = float(value)
+    losses = trained(step, params, 40)
     assert losses["float32"] < 2.0 < float(loss(params))
     assert abs(losses["int8"] / losses["float32"] - 1) < 0.05
 
@@ -237,13 +264,7 @@ def test_training_with_sketches_beside_float32():
     loss, params = model_of()
     projection, tx = flora_of()
     step = flora_jax.make_train_step(loss, tx, projection, rounding="stochastic")
-    losses = {}
-    for name, own in (("float32", params), ("int8", flora_jax.to_int8(params, block=16))):
-        own = jax.tree.map(jnp.copy, own)
-        state = step.init(own)
-        for _ in range(120):
-            own, state, value = step(own, state)
-        losses[name] = float(value)
+    losses = trained(step, params, 120)
     assert losses["float32"] < 0.8 * float(loss(params))
     assert abs(losses["int8"] / losses["float32"] - 1) < 0.05
 
@@ -280,12 +301,6 @@ def test_sketches_on_four_devices():
     quantized = flora_jax.to_int8(params, block=16)
     projection, tx = flora_of()
     step = flora_jax.make_train_step(loss, tx, projection, rounding="stochastic", donate=False)
-    mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,))
-
-    def placed(x):
-        last = "x" if x.ndim and x.shape[-1] % 4 == 0 else None
-        spec = jax.sharding.PartitionSpec(*[None] * (x.ndim - 1), *([last] if x.ndim else []))
-        return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
     def run(params):
         state = step.init(params)
@@ -293,13 +308,8 @@ def test_sketches_on_four_devices():
             params, state, _ = step(params, state)
         return params
 
-    sharded = jax.tree.map(placed, quantized)
-    for a, b, start in zip(
-        *map(jax.tree.leaves, (run(sharded), run(quantized), sharded)), strict=True
-    ):
-        assert a.sharding.is_equivalent_to(start.sharding, a.ndim)
-        same = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) < 1e-5
-        assert np.mean(same) > 0.99
+    sharded = over_four_devices(quantized)
+    assert_integers_of_one_device(run(sharded), run(quantized), sharded)
 
 
 @pytest.mark.optimized
@@ -378,14 +388,6 @@ def test_sharded_and_resumed_from_a_checkpoint(tmp_path):
     step = flora_jax.make_train_step(
         loss, tx, update="backward", rounding="stochastic", donate=False
     )
-    mesh = jax.make_mesh((4,), ("fsdp",), (jax.sharding.AxisType.Auto,))
-
-    def placed(x):
-        last = "fsdp" if x.ndim and x.shape[-1] % 4 == 0 else None
-        names = (*[None] * (x.ndim - 1), last) if x.ndim else ()
-        return jax.device_put(
-            x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
-        )
 
     def run(params, state, count):
         for _ in range(count):
@@ -393,13 +395,10 @@ def test_sharded_and_resumed_from_a_checkpoint(tmp_path):
         return params, state
 
     expected, _ = run(quantized, step.init(quantized), 3)
-    sharded = jax.tree.map(placed, quantized)
-    middle = run(sharded, jax.tree.map(placed, step.init(quantized)), 2)
+    sharded = over_four_devices(quantized)
+    middle = run(sharded, over_four_devices(step.init(quantized)), 2)
     found, _ = run(*middle, 1)
-    for a, b, start in zip(*map(jax.tree.leaves, (found, expected, sharded)), strict=True):
-        assert a.sharding.is_equivalent_to(start.sharding, a.ndim)
-        same = np.mean(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)) < 1e-5)
-        assert same > 0.99
+    assert_integers_of_one_device(found, expected, sharded)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "middle", jax.tree.leaves(middle))
     with ocp.StandardCheckpointer() as checkpointer:

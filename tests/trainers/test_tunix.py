@@ -1,8 +1,6 @@
 """Tunix' own trainer on its own Gemma 3, tiny: the lines of the page, against the same steps made by hand."""
 
 import inspect
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +15,9 @@ from tunix.sft import peft_trainer, utils
 
 import flora_jax
 from flora_jax.trainers.tunix import PeftTrainer
+from tests.pages import ROOT, blocks
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "trainers" / "tunix.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+BLOCKS = blocks(ROOT / "docs" / "trainers" / "tunix.md")
 EVERY = 4
 
 
